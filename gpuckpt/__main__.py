@@ -1,0 +1,6 @@
+"""``python -m gpuckpt``."""
+
+from gpuckpt.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The command line: one file per noun, loaded only when its command is used, so that starting stays cheap."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from gpuckpt import __version__
+from gpuckpt.errors import GpuckptError, InterruptedByUser
+
+# command → (module, help shown in the list). The module's attribute ``command`` is the click command.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "create": ("create", "Start a server, warm it up and freeze it into a golden."),
+    "restore": ("restore", "Bring a replica back from a golden."),
+    "stop": ("stop", "Stop and remove a running replica."),
+    "ls": ("ls", "List goldens and their replicas."),
+    "inspect": ("inspect", "Show what a golden holds, without restoring it."),
+    "verify": ("verify", "Read a golden back and compare it with its digests."),
+    "rm": ("rm", "Remove goldens."),
+    "prune": ("prune", "Sweep half-made goldens, dead replicas and stale mounts."),
+    "df": ("df", "Show the space that goldens take."),
+    "logs": ("logs", "Show the logs of a replica or of a golden's making."),
+    "export": ("export", "Write a golden to an archive file."),
+    "import": ("import_", "Read a golden from an archive file."),
+    "doctor": ("doctor", "Check this machine and say what to mend, and how."),
+    "config": ("config", "Show the configuration and where each value comes from."),
+    "completion": ("completion", "Print the shell completion script."),
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"gpuckpt.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            if close:
+                error.message += f" Did you mean “{close[0]}”?"
+            raise
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="gpuckpt")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False),
+    envvar="GPUCKPT_CONFIG",
+    help="TOML file to read instead of /etc/gpuckpt/gpuckpt.toml.",
+)
+@click.pass_context
+def cli(ctx: click.Context, config_file: str | None) -> None:
+    """Freeze a warmed-up model server into a golden and restore it in a fraction of a second."""
+    ctx.obj = {"config_file": config_file}
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # One exception for Ctrl-C and SIGTERM: every `with` on the way out puts back what it took. A second signal during
+    # the roll-back must not cut it short.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise InterruptedByUser("interrupted", remedy="nothing was left behind; run the command again when you like")
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Entry point of the ``gpuckpt`` program; exits with the codes documented in ``gpuckpt.errors``."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = cli.main(args=arguments, prog_name="gpuckpt", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as leave:
+        sys.exit(leave.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(InterruptedByUser.exit_code)
+    except GpuckptError as error:
+        from gpuckpt.cli.render import show_error
+
+        show_error(error, as_json=_wants_json(arguments))
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away: end quietly, as other tools do.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    pairs = zip(own, own[1:] + [""], strict=True)
+    return any(word == "--format=json" or (word == "--format" and value == "json") for word, value in pairs)

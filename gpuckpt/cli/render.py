@@ -1,0 +1,90 @@
+"""How results reach people and programs: tables for the first, versioned JSON for the second.
+
+Data goes to stdout, everything said to a human besides it to stderr. ``NO_COLOR`` and a pipe switch colours off.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from gpuckpt.errors import GpuckptError
+
+JSON_VERSION = 1
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def format_option(function: _F) -> _F:
+    """Add ``--format table|json``; the command receives it as ``as_json: bool``."""
+
+    @click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        show_default=True,
+        help="What to print on stdout.",
+    )
+    @functools.wraps(function)
+    def wrapper(*args: Any, output_format: str, **kwargs: Any) -> Any:
+        return function(*args, as_json=output_format == "json", **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON document; every document of ours carries the contract's ``version``."""
+    click.echo(json.dumps({"version": JSON_VERSION, **value}, indent=2, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """Print a plain table on stdout; columns named in ``right`` are right-aligned. Cells may hold rich markup."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=False, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def say(message: str) -> None:
+    """Tell a human something on stderr."""
+    click.echo(message, err=True)
+
+
+def show_error(error: GpuckptError, *, as_json: bool) -> None:
+    """Report a failure: one line of what, then why, what to do, and the log lines that show it."""
+    if as_json:
+        print_json({"error": error.as_dict()})
+        return
+    say(click.style("error: ", fg="red", bold=True) + error.message)
+    if error.cause:
+        say(f"  why:    {error.cause}")
+    if error.remedy:
+        say(f"  remedy: {error.remedy}")
+    for line in error.log:
+        say(f"  │ {line}")
+    if error.log_path:
+        say(f"  whole log: {error.log_path}")
+
+
+def size(count: int | float) -> str:
+    """Bytes for a human, in powers of 1024."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3f} s" if abs(value) >= 0.1 else f"{value * 1000:.1f} ms"

@@ -1,0 +1,1 @@
+"""podman: create, start, checkpoint, restore, remove containers; the only package that knows it."""

@@ -1,0 +1,1 @@
+"""CRIU: find it, configure it, read its images, statistics and logs."""

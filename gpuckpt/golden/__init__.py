@@ -1,0 +1,1 @@
+"""Transactions on goldens: create, restore, verify, export, import, remove."""

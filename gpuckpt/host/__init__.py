@@ -1,0 +1,1 @@
+"""The machine: preflight checks, tmpfs, huge pages, limits, identity."""

@@ -1,0 +1,129 @@
+"""The only module that starts processes.
+
+Commands are argument lists, never shell lines. A child gets a whitelisted environment (secrets of the caller's
+environment do not reach podman, CRIU or a log), a closed standard input, its own limits of time, and dies with a
+message that can be pasted back into a shell.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpuckpt.errors import DeadlineError, GpuckptError, NotFoundError
+
+# What a child may see of our environment. PATH is fixed: root's commands must not depend on the caller's PATH.
+_PASSED = ("HOME", "LANG", "LC_ALL", "TERM", "TMPDIR", "TZ", "XDG_RUNTIME_DIR")
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished command left: its exit status and its two outputs, decoded leniently."""
+
+    argv: tuple[str, ...]
+    code: int
+    stdout: str
+    stderr: str
+
+
+class CommandError(GpuckptError):
+    """A command ended with a status other than 0; ``log`` holds the end of its output."""
+
+
+def environment(extra: Mapping[str, str] | None = None, *, path: Sequence[Path | str] = ()) -> dict[str, str]:
+    """The environment of a child: the whitelist, ``path`` before the standard search path, then ``extra``."""
+    env = {name: os.environ[name] for name in _PASSED if name in os.environ}
+    env["PATH"] = ":".join([*map(str, path), _PATH])
+    env.update(extra or {})
+    return env
+
+
+def quoted(argv: Sequence[str]) -> str:
+    """``argv`` as one line that a shell would take."""
+    return shlex.join(argv)
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    timeout: float = 60,
+    check: bool = True,
+    env: Mapping[str, str] | None = None,
+    path: Sequence[Path | str] = (),
+    cwd: Path | None = None,
+) -> Result:
+    """Run ``argv`` to its end and return what it printed.
+
+    ``timeout`` is in seconds. Raises :class:`NotFoundError` if the program does not exist, :class:`DeadlineError`
+    if it does not end in time (it is killed then), and :class:`CommandError` if ``check`` and its status is not 0.
+    """
+    words = tuple(str(word) for word in argv)
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout,
+            env=environment(env, path=path),
+            cwd=cwd,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            f"cannot run {words[0]}: no such program",
+            remedy="install it: make setup",
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise DeadlineError(
+            f"{words[0]} did not end within {timeout:g} s",
+            cause=f"the command was: {quoted(words)}",
+            log=tail(_text(error.stderr) or _text(error.stdout)),
+        ) from error
+    result = Result(words, done.returncode, _text(done.stdout), _text(done.stderr))
+    if check and result.code != 0:
+        raise CommandError(
+            f"{words[0]} failed with status {result.code}",
+            cause=f"the command was: {quoted(words)}",
+            log=tail(result.stderr or result.stdout),
+        )
+    return result
+
+
+def spawn(
+    argv: Sequence[str | Path],
+    *,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    path: Sequence[Path | str] = (),
+) -> subprocess.Popen[bytes]:
+    """Start ``argv`` as a daemon of its own session, its output appended to ``log``; return without waiting."""
+    words = tuple(str(word) for word in argv)
+    with log.open("ab") as output:
+        try:
+            return subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(env, path=path),
+                cwd="/",
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            raise NotFoundError(f"cannot run {words[0]}: no such program", remedy="install it: make setup") from error
+
+
+def tail(text: str, lines: int = 15) -> tuple[str, ...]:
+    """The last ``lines`` non-empty lines of ``text``."""
+    return tuple(line for line in text.splitlines() if line.strip())[-lines:]
+
+
+def _text(data: bytes | str | None) -> str:
+    if data is None:
+        return ""
+    return data if isinstance(data, str) else data.decode("utf-8", "replace")

@@ -1,0 +1,1 @@
+"""Where goldens live: layout, staging and publishing, catalogue, archives."""
