@@ -1,0 +1,67 @@
+# Everything a developer runs. `make` alone lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PREFIX ?= $(or $(GPUCKPT_PREFIX),/opt/gpuckpt)
+export PREFIX
+export GPUCKPT_PREFIX := $(PREFIX)
+# The environment holds an editable install of one checkout; what is tested is the checkout one stands in.
+export PYTHONPATH := $(CURDIR)
+
+python := $(PREFIX)/venv/bin/python
+# Folders with Python that mypy reads, and those with tests; a folder may be missing or have no Python yet.
+typed := gpuckpt tests $(foreach folder,scripts seccomp benchmarks,$(if $(wildcard $(folder)/*.py),$(folder)))
+fast := $(wildcard tests/unit)
+all := $(wildcard tests/unit tests/property tests/contract tests/integration)
+
+.PHONY: help setup setup-server check lint types imports unit test demo format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\n  PREFIX=%s holds CRIU and the Python environments (GPUCKPT_PREFIX)\n' '$(PREFIX)'
+
+setup: ## prepare the machine: podman, CRIU, the host's Python environment (as root)
+	@scripts/setup
+
+setup-server: ## the same, and the environment that runs vLLM on the CPU (2.5 GB)
+	@scripts/setup --server
+
+# $(call timed,NAME,COMMANDS): run COMMANDS, stop at the first that fails (no && in there), say how long they took.
+timed = started=$$EPOCHREALTIME; $(2); awk -v a=$$started -v b=$$EPOCHREALTIME 'BEGIN {printf "  %-10s %5.1f s\n", "$(1)", b - a}'
+
+check: ## linters, types, import contracts, unit tests: under a minute
+	@$(call timed,check,$(MAKE) lint types imports unit)
+
+lint: $(python)
+	@$(call timed,ruff,$(python) -m ruff check .; $(python) -m ruff format --check .)
+
+types: $(python)
+	@$(call timed,mypy,$(python) -m mypy $(typed))
+
+imports: $(python)
+	@$(call timed,imports,$(PREFIX)/venv/bin/lint-imports)
+
+unit: $(python)
+	@$(call timed,unit,$(python) -m pytest -q $(fast))
+
+test: ## set up everything, check, then all tests with real containers (as root)
+	@$(MAKE) setup-server
+	@$(MAKE) check
+	@$(python) -m pytest $(all)
+
+demo: ## set up everything, then show what gpuckpt does, step by step (as root)
+	@$(MAKE) setup-server
+	@$(python) -m benchmarks.demo
+
+format: $(python) ## let ruff format the tree and mend what it can
+	@$(python) -m ruff check --fix-only .
+	@$(python) -m ruff format .
+
+clean: ## remove caches and build output (nothing outside the checkout)
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(python):
+	@echo 'there is no $@ yet: make setup' >&2; exit 1

@@ -1,0 +1,99 @@
+"""The shape of the source: import directions, the cost of importing the command line, nothing left undone."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+IMPORT_LIMIT_MS = 150
+HEAVY = ("podman", "pydantic", "rich", "torch")
+# Split, so that this file does not match itself.
+UNFINISHED = re.compile(rb"\b(?:TO" rb"DO|FIX" rb"ME)\b")
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints for ``code``, with this checkout first on its path."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def source_files() -> Iterator[Path]:
+    """Every file of the checkout but Git's own, caches and build output (all in folders that .gitignore names)."""
+    skipped = {"__pycache__", "build", "dist"}
+    for folder, names, files in os.walk(ROOT):
+        names[:] = [n for n in names if n not in skipped and (not n.startswith(".") or n == ".ci")]
+        yield from (Path(folder, name) for name in files if not name.endswith((".pyc", ".png")))
+
+
+def test_import_contracts() -> None:
+    """The layers and the doors of DESIGN: [tool.importlinter] in pyproject.toml."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command; lint_imports_command()",
+            "--no-cache",
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_importing_the_command_line_is_cheap() -> None:
+    code = (
+        "import time; begin = time.perf_counter_ns(); import gpuckpt.cli; print((time.perf_counter_ns() - begin) / 1e6)"
+    )
+    times = [float(python(code)) for _ in range(5)]
+    assert min(times) < IMPORT_LIMIT_MS, f"best of {[round(each) for each in times]} ms"
+
+
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    loaded = set(python("import sys, gpuckpt.cli; print(*sys.modules)").split())
+    assert "gpuckpt.cli" in loaded
+    assert not loaded.intersection(HEAVY)
+
+
+def test_the_checkout_is_what_is_tested() -> None:
+    assert Path(python("import gpuckpt; print(gpuckpt.__file__)").strip()).is_relative_to(ROOT)
+
+
+def test_hooks_do_not_import_the_host_side() -> None:
+    """What runs in a container or under CRIU has no gpuckpt beside it."""
+    for path in (ROOT / "hooks").rglob("*.py"):
+        imported: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.partition(".")[0])
+        assert "gpuckpt" not in imported, path
+
+
+def test_nothing_is_marked_as_left_to_do() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in source_files()
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+        if UNFINISHED.search(line)
+    ]
+    assert not found
