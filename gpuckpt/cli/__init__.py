@@ -71,10 +71,15 @@ class _Commands(click.Group):
     envvar="GPUCKPT_CONFIG",
     help="TOML file to read instead of /etc/gpuckpt/gpuckpt.toml.",
 )
+@click.option(
+    "--env-file",
+    type=click.Path(dir_okay=False),
+    help="File to read MODEL_ID, CONT_NAME, API_PORT and CHECKPOINT_DIR from instead of ./.env.",
+)
 @click.pass_context
-def cli(ctx: click.Context, config_file: str | None) -> None:
+def cli(ctx: click.Context, config_file: str | None, env_file: str | None) -> None:
     """Freeze a warmed-up model server into a golden and restore it in a fraction of a second."""
-    ctx.obj = {"config_file": config_file}
+    ctx.obj = {"config_file": config_file, "env_file": env_file}
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

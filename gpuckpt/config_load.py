@@ -1,0 +1,269 @@
+"""Where settings come from: files, environment, flags; and which of them won.
+
+Weakest first: the defaults; ``/etc/gpuckpt/gpuckpt.toml`` or the file given; four keys of a project's ``.env``;
+environment variables ``GPUCKPT_<TABLE>__<KEY>`` (and ``GPUCKPT_PREFIX``); the flags of the command. An empty variable
+counts as not set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from gpuckpt.config import FIELDS, Settings
+from gpuckpt.errors import NotFoundError, UsageError
+
+DEFAULT_FILE = Path("/etc/gpuckpt/gpuckpt.toml")
+# Keys of a project's .env and what they mean here; every other key of that file belongs to other tools.
+DOTENV_KEYS = {
+    "MODEL_ID": "create.model",
+    "CONT_NAME": "create.name",
+    "API_PORT": "create.publish",
+    "CHECKPOINT_DIR": "store.path",
+}
+_ASSIGNMENT = re.compile(
+    r"""^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)[ \t]*=
+        (?:[ \t]*(?:'([^']*)'|"((?:\\.|[^"\\])*)")[ \t]*(?:\#.*)?|(.*))$""",
+    re.MULTILINE | re.VERBOSE,
+)
+# The short form first, so that GPUCKPT_PATHS__PREFIX wins over it where both are set.
+_VARIABLES = {"GPUCKPT_PREFIX": "paths.prefix"} | {f"GPUCKPT_{k.upper().replace('.', '__')}": k for k in FIELDS}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The settings, and for each dotted key a short text that says where its value came from."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+def load(
+    config_file: Path | None,
+    *,
+    environ: Mapping[str, str],
+    env_file: Path | None,
+    flags: Mapping[str, Any],
+    flag_names: Mapping[str, str] | None = None,
+) -> Loaded:
+    """Read every source, let the stronger win, and check the result.
+
+    ``config_file`` and ``env_file`` replace the default files and must exist when given (:class:`NotFoundError`).
+    ``flags`` maps dotted keys to values, None for a flag that was not given; ``flag_names`` says what a flag is called
+    where that is not ``--table-key``. Raises :class:`UsageError` for a file that cannot be read or parsed, for unknown
+    keys and variables, and for bad values; it names the key, the value, where it stands, and what is allowed.
+    """
+    names = flag_names or {}
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(FIELDS, "default")
+    file = (config_file or DEFAULT_FILE).absolute()
+    toml = _read_toml(file, must_exist=config_file is not None)
+    for key, value in _toml_values(file, toml):
+        values[key], origins[key] = value, str(file)
+    for key, value, origin in _dotenv_values(env_file, environ):
+        values[key], origins[key] = value, origin
+    for variable, key in _check_variables(environ):
+        values[key], origins[key] = _decoded(key, variable, environ[variable]), f"environment {variable}"
+    for key, value in flags.items():
+        info = FIELDS[key]
+        if value is None or value == ():  # click's () is a repeatable option that was not given
+            continue
+        # Only a flag may be relative: here the current directory is the one the user has in mind.
+        values[key] = Path(value).absolute() if Path in (info.annotation, *get_args(info.annotation)) else value
+        origins[key] = f"flag {names.get(key) or '--' + re.sub(r'[._]', '-', key)}"
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        table, _, name = key.partition(".")
+        nested.setdefault(table, {})[name] = value
+    try:
+        return Loaded(Settings.model_validate(nested), origins)
+    except ValidationError as error:
+        _refuse(error, values, origins, file, toml)
+
+
+def _refuse(
+    error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str], file: Path, toml: str
+) -> NoReturn:
+    problems: list[tuple[str, str]] = []
+    first = ""
+    for detail in error.errors(include_url=False):
+        key = ".".join(map(str, detail["loc"][:2]))
+        origin = origins[key] if origins[key] != str(file) else _at(file, toml, key)
+        problems.append((f"{key} cannot be {_shown(values[key])} ({origin})", _allowed(detail)))
+        first = first or f"{key} is: {FIELDS[key].description}"
+    (message, cause), *others = problems
+    log = tuple(f"also: {what}: it {why}" for what, why in others)
+    raise UsageError(message, cause=f"it {cause}", remedy=f"correct it there; {first}", log=log) from error
+
+
+def _shown(value: object) -> str:
+    # Quoted, with control characters escaped; bytes that are no UTF-8 arrive as surrogates, which cannot be printed.
+    return json.dumps(value, default=str, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
+
+def _allowed(detail: ErrorDetails) -> str:
+    ours = {
+        "string_pattern_mismatch": "must begin with a letter or digit and hold only those and . _ - (128 at most)",
+        "string_too_short": "must not be empty",
+        "tuple_type": "must be a list",
+    }
+    text = detail["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
+    return ours.get(detail["type"], text)
+
+
+def _did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    # By the last word too: a key that is right but stands in the wrong table is the commonest slip.
+    candidates = list(known)
+    tail = re.split(r"\.|__", word)[-1]
+    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.75)
+    close = close or [name for name in candidates if re.split(r"\.|__", name)[-1] == tail]
+    close = close or difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
+
+
+def _read_toml(file: Path, *, must_exist: bool) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        if must_exist:
+            raise NotFoundError(f"no configuration file {file}", remedy="give --config a file that exists") from error
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {file}", cause=str(error)) from error
+
+
+def _toml_values(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file} is not valid TOML", cause=str(error)) from error
+    tables = list(Settings.model_fields)
+    for table, content in data.items():
+        if table not in tables:
+            hint = _did_you_mean(table, [*tables, *FIELDS], f"the tables are {', '.join(tables)}")
+            raise UsageError(f"unknown setting {table} ({_at(file, text, table)})", remedy=hint)
+        if not isinstance(content, dict):
+            raise UsageError(f"{table} must be a table ({_at(file, text, table)})", remedy=f"begin it with [{table}]")
+        for name, value in content.items():
+            if (key := f"{table}.{name}") not in FIELDS:
+                hint = _did_you_mean(key, FIELDS, "`gpuckpt config show` lists every key")
+                raise UsageError(f"unknown setting {key} ({_at(file, text, key)})", remedy=hint)
+            yield key, value
+
+
+def _at(file: Path, text: str, key: str) -> str:
+    """``file:line`` of ``key``: the line that completes the first beginning of the file which parses and has it.
+
+    tomllib tells no positions, and a search for the key's name would be fooled by strings and inline tables.
+    """
+    lines = text.splitlines()
+    for count in range(1, len(lines) + 1):
+        try:
+            found: Any = tomllib.loads("\n".join(lines[:count]))
+        except tomllib.TOMLDecodeError:
+            continue
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is not None:
+            return f"{file}:{count}"
+    return str(file)
+
+
+def _check_variables(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    for variable in environ:
+        if variable.startswith("GPUCKPT_") and "__" in variable and variable not in _VARIABLES:
+            hint = _did_you_mean(variable.upper(), _VARIABLES, "`gpuckpt config show` lists every key")
+            raise UsageError(f"unknown setting {variable} in the environment", remedy=hint)
+    return [(variable, key) for variable, key in _VARIABLES.items() if environ.get(variable)]
+
+
+def _decoded(key: str, variable: str, text: str) -> Any:
+    if not str(FIELDS[key].annotation).startswith("tuple"):
+        return text
+    if not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        remedy = f'write {variable}=\'["one", "two"]\' or {variable}=one,two'
+        raise UsageError(
+            f"{key} cannot be {_shown(text)} (environment {variable})", cause=str(error), remedy=remedy
+        ) from error
+
+
+def _dotenv_values(env_file: Path | None, environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    file = env_file or Path(".env")
+    try:
+        # O_NONBLOCK: a FIFO called .env must not hang us. Whether to trust it is asked of the file that was opened.
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | (0 if env_file else os.O_NONBLOCK))
+        with open(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if env_file is None and not stat.S_ISREG(status.st_mode):
+                return  # often a folder: a virtual environment
+            text = stream.read().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
+    except FileNotFoundError as error:
+        if env_file is None:
+            return
+        raise NotFoundError(f"no file {file}", remedy="give --env-file a file that exists") from error
+    except IsADirectoryError as error:
+        if env_file is None:
+            return
+        raise UsageError(f"{file} is a folder", remedy="give --env-file a file") from error
+    except OSError as error:
+        remedy = "run gpuckpt in another folder, or give --env-file another file"
+        raise UsageError(f"cannot read {file.absolute()}", cause=str(error), remedy=remedy) from error
+    file = file.absolute()
+    entries = [match for match in _ASSIGNMENT.finditer(text) if match[1] in DOTENV_KEYS]
+    if entries and env_file is None:
+        _check_trust(file, status, environ, sorted({match[1] for match in entries}))
+    for match in entries:
+        origin = f"{file}:{text.count(chr(10), 0, match.start(1)) + 1} ({match[1]})"
+        if value := _unquoted(match, origin):
+            yield DOTENV_KEYS[match[1]], value, origin
+
+
+def _check_trust(file: Path, status: os.stat_result, environ: Mapping[str, str], keys: list[str]) -> None:
+    # The file was found, not named, and it steers a program of root: it must be by somebody who may do that anyway.
+    caller = os.geteuid()
+    trusted = {0, caller}
+    if caller == 0 and (sudo := environ.get("SUDO_UID", "")).isdecimal():
+        trusted.add(int(sudo))
+    owners = {status.st_uid, file.lstat().st_uid}  # of a symlink too
+    if owners <= trusted and not status.st_mode & stat.S_IWOTH:
+        return
+    cause = "everybody may write it" if owners <= trusted else f"it belongs to user {max(owners - trusted)}, not to you"
+    raise UsageError(
+        f"{file} sets {', '.join(keys)}, but it is not safe to trust",
+        cause=cause,
+        remedy=f"if you trust it, say so with --env-file {file}; else run gpuckpt in another folder",
+    )
+
+
+def _unquoted(match: re.Match[str], origin: str) -> str:
+    single, double, bare = match[2], match[3], match[4]
+    if single is not None:
+        return single
+    value = re.sub(r"\\(.)", r"\1", double, flags=re.DOTALL) if double is not None else ""
+    if bare is not None:
+        value = re.sub(r"\s#.*", "", bare).strip()  # a # inside a word is part of it
+        if value[:1] in ("'", '"'):
+            raise UsageError(
+                f"cannot understand {_shown(value)} ({origin})", cause="its quotes are not closed at the end"
+            )
+    if re.search(r"\$[\w{(]|`", double if double is not None else value):
+        remedy = "write the value out; or put it in single quotes if it is meant as it is"
+        raise UsageError(
+            f"cannot understand {_shown(value)} ({origin})", cause="variables are not expanded", remedy=remedy
+        )
+    return value
