@@ -3,14 +3,17 @@
 podman asks for its own defaults (a million open files, as many processes) when it is given none, and setting a limit
 above the hard one needs CAP_SYS_RESOURCE; where the machine lacks it, as many virtual machines and all nested
 containers do, `podman start` then ends with "error setting rlimit type 7". So every limit is passed explicitly, at or
-below the hard limit that podman inherits from us. It also makes goldens portable: CRIU sets the recorded limits
+below the hard limit that podman inherits from us. podman lowers its own hard limit of processes to kernel.pid_max
+when it starts, so that is a bound too. Explicit limits also make goldens portable: CRIU sets the recorded limits
 again at restore, and fails on a machine whose hard limits are lower.
 """
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from collections.abc import Callable
+from pathlib import Path
 
 from gpuckpt.checks import Check
 
@@ -22,11 +25,14 @@ _LEAST_FILES = 1024
 _LEAST_PROCESSES = 512
 # resource.RLIM_INFINITY is -1 in Python; podman's API takes the kernel's unsigned 64-bit value.
 UNLIMITED = 2**64 - 1
+_PID_MAX = Path("/proc/sys/kernel/pid_max")
 
 Getter = Callable[[int], tuple[int, int]]
 
 
-def container_ulimits(getrlimit: Getter = resource.getrlimit) -> list[dict[str, str | int]]:
+def container_ulimits(
+    getrlimit: Getter = resource.getrlimit, *, pid_max: Path = _PID_MAX
+) -> list[dict[str, str | int]]:
     """The limits of a container in podman's form: ``{"Name": "nofile", "Soft": 65536, "Hard": 65536}``.
 
     Counts of files and processes; ``memlock`` (in bytes) only where it can be unlimited, which pinned host memory
@@ -34,6 +40,8 @@ def container_ulimits(getrlimit: Getter = resource.getrlimit) -> list[dict[str, 
     while starting, and a golden's limits should not depend on whether they did.
     """
     wanted = {name: _capped(getrlimit(kind)[1]) for name, kind in _COUNTS.items()}
+    with contextlib.suppress(OSError, ValueError):
+        wanted["nproc"] = min(wanted["nproc"], int(pid_max.read_text()))
     if getrlimit(resource.RLIMIT_MEMLOCK)[1] == resource.RLIM_INFINITY:
         wanted["memlock"] = UNLIMITED
     return [{"Name": name, "Soft": value, "Hard": value} for name, value in wanted.items()]

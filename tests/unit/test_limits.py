@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -29,10 +30,18 @@ def machine(nofile: int, nproc: int, memlock: int) -> limits.Getter:
         ((INFINITE, INFINITE, INFINITE), {"nofile": 65536, "nproc": 65536, "memlock": 2**64 - 1}),
     ],
 )
-def test_limits_are_capped_and_never_above_the_hard_ones(hard: tuple[int, int, int], expected: dict[str, int]) -> None:
-    given = limits.container_ulimits(machine(*hard))
+def test_limits_are_capped_and_never_above_the_hard_ones(
+    tmp_path: Path, hard: tuple[int, int, int], expected: dict[str, int]
+) -> None:
+    given = limits.container_ulimits(machine(*hard), pid_max=tmp_path / "absent")
     assert {limit["Name"]: limit["Hard"] for limit in given} == expected
     assert all(limit["Soft"] == limit["Hard"] for limit in given)
+
+
+def test_processes_stay_below_the_limit_that_podman_gives_itself(tmp_path: Path) -> None:
+    (tmp_path / "pid_max").write_text("32768\n")
+    given = limits.container_ulimits(machine(65536, 96365, 0), pid_max=tmp_path / "pid_max")
+    assert {limit["Name"]: limit["Hard"] for limit in given} == {"nofile": 65536, "nproc": 32768}
 
 
 def test_the_real_machine_allows_what_is_asked_for() -> None:
