@@ -1,0 +1,123 @@
+"""``gpuckpt create``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from gpuckpt.cli.context import settings_from
+from gpuckpt.cli.render import format_option, print_json, print_table, seconds, size
+
+
+@click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": True})
+@click.argument("words", nargs=-1, metavar="[NAME] [-- SERVER ARGS…]", type=click.UNPROCESSED)
+@click.option("--image", metavar="IMAGE", help="Container image to run (it must be on this machine).")
+@click.option("--rootfs", metavar="PATH", help="Folder to use as root file system, unchanged.  [default: /]")
+@click.option(
+    "--workload",
+    type=click.Choice(["auto", "vllm", "http"]),
+    default="auto",
+    show_default=True,
+    help="Kind of server; auto: vllm if SERVER ARGS begin with an option or are empty, else http.",
+)
+@click.option("--model", metavar="PATH", help="Model to serve (vllm); same as `-- --model PATH`.")
+@click.option("--publish", "-p", metavar="[IP:]PORT[:PORT]", help="Publish a TCP port on a bridge network.")
+@click.option("--env", "-e", multiple=True, metavar="NAME=VALUE", help="Environment of the server; repeatable.")
+@click.option(
+    "--volume",
+    "-v",
+    multiple=True,
+    metavar="SOURCE:PATH[:rw]",
+    help="Mount a folder of the host (read-only unless :rw) or a named volume; repeatable.",
+)
+@click.option("--workdir", metavar="PATH", help="Working directory inside the container.")
+@click.option("--shm-size", metavar="SIZE", default="1GiB", show_default=True, help="Limit of the server's /dev/shm.")
+@click.option("--warmup", type=int, metavar="N", help="Number of warm-up requests.  [default: 3]")
+@click.option("--prompt", multiple=True, metavar="TEXT", help="Prompt of the warm-up (vllm); repeatable.")
+@click.option("--health-path", metavar="PATH", default="/health", show_default=True, help="Health check (http).")
+@click.option("--warmup-request", multiple=True, metavar="'METHOD PATH [BODY]'", help="Warm-up request (http).")
+@click.option("--canary", metavar="'METHOD PATH [BODY]'", help="Request whose answer repeats (http).")
+@click.option("--no-canary", is_flag=True, help="Record no canary: restores cannot be checked by an answer.")
+@click.option("--start-timeout", metavar="DURATION", help="Longest wait for health.  [default: 10min]")
+@click.option("--leave-running/--stop", default=False, help="Leave the original server running, or stop it (default).")
+@click.option("--tcp-established", is_flag=True, help="Keep open TCP connections in the golden.")
+@click.option("--replace", is_flag=True, help="Replace an existing golden of this name, in one step.")
+@click.option("--criu", "criu_path", metavar="PATH", help="The criu program to use.")
+@format_option
+@click.pass_context
+def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Start a server, wait for health, warm it up and freeze it into the golden NAME.
+
+    \b
+    gpuckpt create qwen -- --model /models/qwen2-0.5b --max-model-len 2048
+    gpuckpt create site --rootfs / --canary 'GET /' -- python3 /srv/app.py {socket}
+    """
+    from gpuckpt.cli.creation import request_from
+    from gpuckpt.cli.progress import progress
+    from gpuckpt.golden.create import create
+    from gpuckpt.golden.doctor import require
+    from gpuckpt.golden.sweep import sweep
+    from gpuckpt.golden.tools import tools
+    from gpuckpt.host.tmpfs import ensure
+    from gpuckpt.timing import PhaseTable, now_ns, process_started_ns
+
+    phases = PhaseTable(started_ns=process_started_ns())
+    settings = settings_from(
+        ctx,
+        create__model=options["model"],
+        create__image=options["image"],
+        create__publish=options["publish"],
+        create__warmup=options["warmup"],
+        create__prompts=options["prompt"],
+        create__start_timeout=options["start_timeout"],
+        criu__path=options["criu_path"],
+    )
+    name, arguments = _split(words)
+    request = request_from(settings, name, arguments, options)
+    phases.add("start-up", phases.started_ns, now_ns())
+    with progress(quiet=as_json and not sys.stderr.isatty()) as report:
+        with phases.phase("checks"):
+            require(settings, "create")
+            if ensure(settings.store):
+                report.note(f"mounted a tmpfs for goldens at {settings.store.path}")
+            for line in sweep(settings, lambda: tools(settings)):
+                report.note(line)
+            work = tools(settings, report=report)
+        created = create(request, work, phases)
+    manifest = created.manifest
+    if as_json:
+        print_json(
+            {
+                "name": manifest.name,
+                "folder": str(created.folder),
+                "image_bytes": manifest.sizes.total,
+                "cold_ttft_s": manifest.cold_ttft_s,
+                "first_token_monotonic_ns": created.first_token_ns,
+                "canary": manifest.canary is not None,
+                "wall_s": phases.wall_seconds,
+                "phases": phases.as_list(),
+                "left_running": str(created.replica.endpoint) if created.replica else None,
+            }
+        )
+        return
+    print_table(["PHASE", "TIME"], [(row.name, seconds(row.seconds)) for row in phases.rows()], right=["TIME"])
+    click.echo(f"\ngolden {manifest.name}: {size(manifest.sizes.total)}, cold first token {manifest.cold_ttft_s:.2f} s")
+    if created.replica:
+        click.echo(f"the server keeps running on {created.replica.endpoint}")
+    else:
+        click.echo(f"restore it with: gpuckpt restore {manifest.name}")
+
+
+def _split(words: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """NAME and SERVER ARGS; click drops the `--`, so it is found again in the program's own arguments."""
+    marker = sys.argv.index("--") if "--" in sys.argv else None
+    after = len(sys.argv) - marker - 1 if marker is not None else 0
+    before = words[: len(words) - after]
+    if len(before) > 1:
+        raise click.UsageError(
+            f"“{before[1]}” is one word too many: the server's arguments come after `--`: "
+            f"gpuckpt create {before[0]} -- {' '.join(before[1:])} …"
+        )
+    return (before[0] if before else None), words[len(words) - after :]

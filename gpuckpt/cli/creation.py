@@ -1,0 +1,138 @@
+"""Turn the options of ``gpuckpt create`` into a request: parse, check, complete from the settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gpuckpt.config import Settings, parse_seconds, parse_size
+from gpuckpt.errors import NotFoundError, UsageError
+from gpuckpt.golden.create import CreateRequest
+from gpuckpt.manifest import Mount, Port, Request, Volume, Workload
+from gpuckpt.store.layout import check_name
+from gpuckpt.workload import Http, Vllm
+from gpuckpt.workload.base import Adapter
+
+_DEFAULT_PORT = 8000
+
+
+def request_from(
+    settings: Settings, name: str | None, arguments: tuple[str, ...], options: dict[str, Any]
+) -> CreateRequest:
+    """The request for a golden; raises UsageError or NotFoundError naming the option that is wrong."""
+    chosen = name or settings.create.name
+    if not chosen:
+        raise UsageError("no name for the golden", remedy="gpuckpt create NAME …, or set create.name (CONT_NAME)")
+    check_name(chosen)
+    image = settings.create.image
+    if image and options["rootfs"]:
+        raise UsageError("--image and --rootfs exclude each other", remedy="give one of them")
+    mounts, volumes = _volumes(options["volume"])
+    return CreateRequest(
+        name=chosen,
+        adapter=_adapter(settings, chosen, arguments, options),
+        arguments=arguments,
+        image=image,
+        rootfs=_folder(options["rootfs"] or "/"),
+        publish=_port(settings.create.publish),
+        env=_environment(options["env"]),
+        mounts=mounts,
+        volumes=volumes,
+        workdir=options["workdir"],
+        shm_size=_size(options["shm_size"]),
+        warmup=settings.create.warmup,
+        prompts=settings.create.prompts,
+        start_timeout=settings.create.start_timeout,
+        canary=not options["no_canary"],
+        leave_running=options["leave_running"],
+        tcp_established=options["tcp_established"],
+        replace=options["replace"],
+    )
+
+
+def _adapter(settings: Settings, name: str, arguments: tuple[str, ...], options: dict[str, Any]) -> Adapter:
+    kind = options["workload"]
+    if kind == "auto":
+        kind = "http" if arguments and not arguments[0].startswith("-") else "vllm"
+    if kind == "vllm":
+        return Vllm.from_arguments(arguments, model=settings.create.model, name=name)
+    return Http(
+        Workload(
+            kind="http",
+            health_path=options["health_path"],
+            canary_request=_request(options["canary"]) if options["canary"] else None,
+            warmup_requests=tuple(_request(text) for text in options["warmup_request"]),
+        )
+    )
+
+
+def _request(text: str) -> Request:
+    words = text.split(None, 2)
+    if len(words) < 2 or not words[1].startswith("/"):
+        raise UsageError(f"“{text}” is not a request", remedy="write 'METHOD /path [BODY]', for example 'GET /health'")
+    return Request(method=words[0].upper(), path=words[1], body=words[2] if len(words) > 2 else "")
+
+
+def _environment(pairs: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise UsageError(f"“{pair}” is not NAME=VALUE", remedy="for example --env HF_HOME=/models")
+        found[key] = value
+    return found
+
+
+def _volumes(texts: tuple[str, ...]) -> tuple[tuple[Mount, ...], tuple[Volume, ...]]:
+    mounts: list[Mount] = []
+    volumes: list[Volume] = []
+    for text in texts:
+        source, _, rest = text.partition(":")
+        destination, _, mode = rest.partition(":")
+        if not destination.startswith("/") or mode not in ("", "ro", "rw"):
+            raise UsageError(f"“{text}” is not a volume", remedy="write SOURCE:/path[:rw], for example /models:/models")
+        if source.startswith(("/", ".")):
+            path = Path(source).resolve()
+            if not path.exists():
+                raise NotFoundError(f"--volume: there is no {path}", remedy="create it, or correct the path")
+            mounts.append(Mount(source=str(path), destination=destination, read_only=mode != "rw"))
+        else:
+            volumes.append(Volume(name=check_name(source), destination=destination))
+    return tuple(mounts), tuple(volumes)
+
+
+def _port(text: str | None) -> Port | None:
+    """``[IP:]HOST_PORT[:CONTAINER_PORT]``; the container's port defaults to the host's."""
+    if not text:
+        return None
+    words = text.rsplit(":", 2)
+    ip = words.pop(0) if len(words) == 3 or (len(words) == 2 and "." in words[0]) else "127.0.0.1"
+    try:
+        ports = [int(word) for word in words]
+    except ValueError:
+        ports = [0]
+    if not all(0 < port < 65536 for port in ports):
+        raise UsageError(f"“{text}” is not a port to publish", remedy=f"for example --publish {_DEFAULT_PORT}")
+    return Port(host_ip=ip, host_port=ports[0], container_port=ports[-1])
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).resolve()
+    if not path.is_dir():
+        raise NotFoundError(f"no root file system at {path}", remedy="correct --rootfs")
+    return path
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--shm-size: {error}", remedy="for example --shm-size 2GiB") from error
+
+
+def duration(text: str, option: str) -> float:
+    """Seconds in ``text`` ("30s", "5min"); raises UsageError naming ``option``."""
+    try:
+        return parse_seconds(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}", remedy=f"for example {option} 5min") from error

@@ -1,0 +1,126 @@
+"""``gpuckpt restore``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gpuckpt.cli.complete import golden_names
+from gpuckpt.cli.context import settings_from
+from gpuckpt.cli.render import format_option, print_json, print_table, say, seconds
+from gpuckpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from gpuckpt.golden.restore import Restored
+
+_IDENTITY = ("kernel", "machine", "cpu", "criu", "runtime", "base", "driver", "gpus")
+
+
+@click.command()
+@click.argument("name", required=False, shell_complete=golden_names)
+@click.option("--no-canary", is_flag=True, help="Do not replay the canary; only wait for health.")
+@click.option("--keep", is_flag=True, help="Keep CRIU's log and statistics in the replica's folder.")
+@click.option("--criu", "criu_path", metavar="PATH", help="The criu program to use.")
+@click.option("--ignore-static-ip", is_flag=True, help="Take any address on the bridge, not the golden's.")
+@click.option("--ignore-static-mac", is_flag=True, help="Take any hardware address, not the golden's.")
+@click.option("--ignore-volumes", is_flag=True, help="Leave volumes that are made anew empty.")
+@click.option("--ignore-rootfs", is_flag=True, help="Do not bring back the files that the server had written.")
+@click.option("--tcp-established", is_flag=True, help="Restore open TCP connections (the golden must hold them).")
+@click.option(
+    "--ignore-identity",
+    multiple=True,
+    type=click.Choice(_IDENTITY),
+    help="Restore although this field of the machine differs; repeatable, at your own risk.",
+)
+@click.option("--no-huge-pages", is_flag=True, help="Do not switch transparent huge pages on for the restore.")
+@click.option("--fallback", type=click.Choice(["cold"]), help="Start the server cold if it cannot be restored.")
+@click.option("--import", "archive", metavar="FILE", help="Import the golden from this archive first.")
+@click.option("--trust", is_flag=True, help="With --import: trust the archive's processes to run as root.")
+@click.option("--digest", metavar="HEX", help="With --import: the archive's blake3 digest.")
+@format_option
+@click.pass_context
+def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: Any) -> None:
+    """Bring the golden NAME back as a running replica of the same name, and check its answer."""
+    from gpuckpt.cli.progress import progress
+    from gpuckpt.golden.doctor import require
+    from gpuckpt.golden.restore import RestoreRequest, restore
+    from gpuckpt.golden.sweep import sweep
+    from gpuckpt.golden.tools import tools
+    from gpuckpt.timing import PhaseTable, now_ns, process_started_ns
+
+    phases = PhaseTable(started_ns=process_started_ns())
+    settings = settings_from(ctx, criu__path=options["criu_path"])
+    phases.add("start-up", phases.started_ns, now_ns())
+    with progress(quiet=as_json and not sys.stderr.isatty()) as report:
+        with phases.phase("preflight"):
+            require(settings, "restore")
+            for line in sweep(settings, lambda: tools(settings)):
+                report.note(line)
+        if options["archive"]:
+            from gpuckpt.golden.archive import import_golden
+
+            with phases.phase("import"):
+                name = import_golden(
+                    settings, Path(options["archive"]), name=name, trust=options["trust"], digest=options["digest"]
+                ).name
+        chosen = name or settings.create.name
+        if not chosen:
+            raise UsageError("no golden named", remedy="gpuckpt restore NAME; gpuckpt ls shows the names")
+        with phases.phase("podman service"):
+            work = tools(settings, report=report)
+        request = RestoreRequest(
+            name=chosen,
+            canary=not options["no_canary"],
+            keep=options["keep"],
+            ignore_static_ip=options["ignore_static_ip"],
+            ignore_static_mac=options["ignore_static_mac"],
+            ignore_volumes=options["ignore_volumes"],
+            ignore_rootfs=options["ignore_rootfs"],
+            tcp_established=options["tcp_established"],
+            ignore_identity=options["ignore_identity"],
+            huge_pages=not options["no_huge_pages"],
+            fallback=options["fallback"],
+            start_timeout=settings.create.start_timeout,
+        )
+        restored = restore(request, work, phases)
+    if as_json:
+        print_json(_document(restored))
+    else:
+        _show(restored)
+
+
+def _document(restored: Restored) -> dict[str, Any]:
+    endpoint = restored.replica.endpoint
+    return {
+        "replica": restored.replica.name,
+        "golden": restored.replica.golden,
+        "container": restored.replica.container,
+        "tier": restored.tier,
+        "socket": str(endpoint.socket) if endpoint.socket else None,
+        "url": None if endpoint.socket else str(endpoint),
+        "ttft_s": restored.ttft_s,
+        "first_token_monotonic_ns": restored.first_token_ns,
+        "canary_match": restored.canary_match,
+        "wall_s": restored.phases.wall_seconds,
+        "phases": restored.phases.as_list(),
+        "fallback": restored.fallback_reason.as_dict() if restored.fallback_reason else None,
+    }
+
+
+def _show(restored: Restored) -> None:
+    rows = [(row.name, seconds(row.seconds)) for row in restored.phases.rows()]
+    rows.append(("[bold]wall time[/bold]", f"[bold]{seconds(restored.phases.wall_seconds)}[/bold]"))
+    print_table(["PHASE", "TIME"], rows, right=["TIME"])
+    click.echo()
+    if restored.fallback_reason:
+        say(f"started cold, because: {restored.fallback_reason.message}")
+    ttft = f", first token after {restored.ttft_s:.3f} s" if restored.ttft_s is not None else ""
+    canary = {True: ", canary equal", None: ""}[restored.canary_match or None]
+    click.echo(f"replica {restored.replica.name} is ready ({restored.tier}{ttft}{canary})")
+    endpoint = restored.replica.endpoint
+    hint = f"curl --unix-socket {endpoint.socket} http://localhost/…" if endpoint.socket else f"curl {endpoint}/…"
+    click.echo(f"ask it:  {hint}")
+    click.echo(f"stop it: gpuckpt stop {restored.replica.name}")

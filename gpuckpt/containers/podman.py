@@ -1,0 +1,310 @@
+"""Containers as gpuckpt sees them: create, start, checkpoint, restore, look, remove."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpuckpt.containers.api import Api
+from gpuckpt.errors import BusyError, DeadlineError, NotFoundError, UsageError
+from gpuckpt.manifest import Launch
+
+LABEL = "gpuckpt.replica"
+PREFIX = "gpuckpt-"
+
+
+@dataclass(frozen=True)
+class ContainerSpec:
+    """What a container is made of; ``rootfs`` is a mounted folder, ``binds`` are (source, destination, read-only)."""
+
+    name: str
+    replica: str
+    golden: str
+    rootfs: Path
+    launch: Launch
+    binds: tuple[tuple[str, str, bool], ...]
+    criu_config: Path
+    seccomp: Path
+    hostname: str
+    ip: str | None = None
+    mac: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Container:
+    """State of a container: podman's ``status``, its init's pid on the host (0 when there is none), exit code."""
+
+    id: str
+    name: str
+    status: str
+    pid: int
+    exit_code: int
+    bundle: Path
+    ip: str | None
+    mac: str | None
+    labels: dict[str, str]
+
+    @property
+    def alive(self) -> bool:
+        return self.status in ("running", "paused")
+
+
+class Podman:
+    """The operations on containers, over one podman service."""
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+
+    def create(self, spec: ContainerSpec) -> str:
+        """Create (not start) a container and return its id. Raises BusyError if the name is taken."""
+        try:
+            answer = self.api.call("POST", "/containers/create", body=_specification(spec))
+        except NotFoundError as error:
+            raise UsageError(f"podman could not create {spec.name}", cause=error.cause) from error
+        except Exception as error:
+            if "already in use" in str(getattr(error, "cause", "")):
+                raise BusyError(
+                    f"a container named {spec.name} exists already",
+                    remedy=f"podman rm -f {spec.name}, if it is not needed",
+                ) from error
+            raise
+        return str(answer["Id"])
+
+    def start(self, container: str) -> None:
+        self.api.call("POST", f"/containers/{container}/start")
+
+    def prepare(self, container: str) -> None:
+        """Bring a created container to the state that podman restores into: exited, with its runtime configuration.
+
+        Its program never runs: the runtime's init waits before exec, and is killed there.
+        """
+        self.api.call("POST", f"/containers/{container}/init")
+        pid = self.inspect(container).pid
+        if pid > 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.wait_exited(container, timeout=30)
+
+    def inspect(self, container: str) -> Container:
+        """The container's state; raises NotFoundError if there is none of that name or id."""
+        data = self.api.call("GET", f"/containers/{container}/json")
+        state, networks = data["State"], data["NetworkSettings"].get("Networks") or {}
+        address: dict[str, Any] = next(iter(networks.values()), {})
+        return Container(
+            id=data["Id"],
+            name=data["Name"],
+            status=state["Status"],
+            pid=int(state.get("Pid") or 0),
+            exit_code=int(state.get("ExitCode") or 0),
+            bundle=Path(data["StaticDir"]),
+            ip=address.get("IPAddress") or None,
+            mac=address.get("MacAddress") or None,
+            labels=data["Config"].get("Labels") or {},
+        )
+
+    def list(self) -> list[dict[str, Any]]:
+        """All containers that carry our label, running or not: ``id``, ``name``, ``state``, ``labels``, ``pid``."""
+        import json
+
+        found = self.api.call("GET", "/containers/json", all=True, filters=json.dumps({"label": [LABEL]})) or []
+        return [
+            {
+                "id": entry["Id"],
+                "name": entry["Names"][0],
+                "state": entry["State"],
+                "labels": entry.get("Labels") or {},
+                "pid": entry.get("Pid", 0),
+            }
+            for entry in found
+        ]
+
+    def checkpoint(self, container: str, *, leave_running: bool, tcp_established: bool) -> dict[str, int]:
+        """Dump the container into its bundle's ``checkpoint`` folder; returns CRIU's statistics (microseconds)."""
+        answer = self.api.call(
+            "POST",
+            f"/containers/{container}/checkpoint",
+            keep=True,
+            printStats=True,
+            leaveRunning=leave_running,
+            tcpEstablished=tcp_established,
+        )
+        return dict(answer.get("criu_statistics") or {}) if isinstance(answer, dict) else {}
+
+    def restore(self, container: str, *, tcp_established: bool) -> dict[str, int]:
+        """Restore the container from its bundle's ``checkpoint`` folder; returns CRIU's statistics (microseconds).
+
+        podman deletes the images after a restore unless told to keep them; a golden's are always kept.
+        """
+        answer = self.api.call(
+            "POST",
+            f"/containers/{container}/restore",
+            keep=True,
+            printStats=True,
+            tcpEstablished=tcp_established,
+        )
+        return dict(answer.get("criu_statistics") or {}) if isinstance(answer, dict) else {}
+
+    def wait_exited(self, container: str, *, timeout: float) -> None:
+        """Wait until podman has noticed that the container's init is gone; DeadlineError after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while (status := self.inspect(container).status) not in ("exited", "stopped"):
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"container {container} is still {status} after {timeout:g} s")
+            time.sleep(0.005)
+
+    def remove(self, container: str) -> None:
+        """Kill and remove the container; none of that name is fine too."""
+        with contextlib.suppress(NotFoundError):
+            self.api.call("DELETE", f"/containers/{container}", force=True, timeout=0, v=False)
+
+    def logs(self, container: str, *, tail: int | None = None) -> str:
+        """What the container printed (both outputs), ``tail`` last lines or all."""
+        data = self.api.call("GET", f"/containers/{container}/logs", stdout=True, stderr=True, tail=tail)
+        return _demultiplexed(data) if isinstance(data, bytes) else "" if data is None else str(data)
+
+    def volume(self, name: str) -> Path | None:
+        """Where the content of a named volume lies on the host, or None if there is no such volume."""
+        try:
+            return Path(self.api.call("GET", f"/volumes/{name}/json")["Mountpoint"])
+        except NotFoundError:
+            return None
+
+    def create_volume(self, name: str) -> Path:
+        """Create a named volume and return where its content lies."""
+        return Path(self.api.call("POST", "/volumes/create", body={"Name": name})["Mountpoint"])
+
+    def remove_volume(self, name: str) -> None:
+        """Remove a named volume; none of that name is fine too."""
+        with contextlib.suppress(NotFoundError):
+            self.api.call("DELETE", f"/volumes/{name}", force=True)
+
+    def image_digest(self, image: str) -> str:
+        """The id of a local image; raises NotFoundError with the remedy if podman does not have it."""
+        from urllib.parse import quote
+
+        try:
+            return str(self.api.call("GET", f"/images/{quote(image, safe='')}/json")["Id"])
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"no image {image} on this machine", cause=error.cause, remedy=f"podman pull {image}"
+            ) from error
+
+    def image_config(self, image: str) -> dict[str, Any]:
+        """The image's ``Config``: Env, Cmd, Entrypoint, WorkingDir, User."""
+        from urllib.parse import quote
+
+        return dict(self.api.call("GET", f"/images/{quote(image, safe='')}/json").get("Config") or {})
+
+
+def _specification(spec: ContainerSpec) -> dict[str, Any]:
+    launch = spec.launch
+    body: dict[str, Any] = {
+        "name": spec.name,
+        "rootfs": str(spec.rootfs),
+        "command": list(launch.argv),
+        "env": launch.env,
+        "work_dir": launch.workdir,
+        "user": launch.user,
+        "hostname": spec.hostname,
+        "labels": {LABEL: spec.replica, "gpuckpt.golden": spec.golden, **spec.labels},
+        "annotations": {"org.criu.config": str(spec.criu_config)},
+        "seccomp_profile_path": str(spec.seccomp),
+        "r_limits": [{"type": limit.name, "soft": limit.soft, "hard": limit.hard} for limit in launch.ulimits],
+        # podman's own /dev/shm is a mount outside the container and no part of a dump; without an IPC namespace of
+        # podman's making, a tmpfs of the container's own takes its place, and CRIU carries it.
+        "ipcns": {"nsmode": "none"},
+        "mounts": [
+            {
+                "type": "tmpfs",
+                "source": "tmpfs",
+                "destination": "/dev/shm",
+                "options": ["rw", "nosuid", "nodev", "mode=1777", f"size={launch.shm_size}"],
+            },
+            *(_bind(*bind) for bind in spec.binds),
+        ],
+        "volumes": [{"Name": volume.name, "Dest": volume.destination} for volume in launch.volumes],
+        "image_volume_mode": "ignore",
+        "stop_timeout": 10,
+        "log_configuration": {"driver": "k8s-file"},
+    }
+    if launch.port:
+        body["netns"] = {"nsmode": "bridge"}
+        body["portmappings"] = [
+            {
+                "host_ip": launch.port.host_ip,
+                "host_port": launch.port.host_port,
+                "container_port": launch.port.container_port,
+                "protocol": "tcp",
+            }
+        ]
+        if spec.ip or spec.mac:
+            network: dict[str, Any] = {}
+            if spec.ip:
+                network["static_ips"] = [spec.ip]
+            if spec.mac:
+                network["static_mac"] = spec.mac
+            body["Networks"] = {"podman": network}
+    else:
+        body["netns"] = {"nsmode": "none"}
+    return body
+
+
+def _bind(source: str, destination: str, read_only: bool) -> dict[str, Any]:
+    options = ["rbind", "ro" if read_only else "rw", "rprivate"]
+    return {"type": "bind", "source": source, "destination": destination, "options": options}
+
+
+def _demultiplexed(data: bytes) -> str:
+    # The API frames each piece: stream number, three zeros, length as four bytes big-endian (Docker's attach format).
+    parts: list[bytes] = []
+    offset = 0
+    while offset + 8 <= len(data) and data[offset] in (0, 1, 2) and data[offset + 1 : offset + 4] == b"\0\0\0":
+        length = int.from_bytes(data[offset + 4 : offset + 8], "big")
+        parts.append(data[offset + 8 : offset + 8 + length])
+        offset += 8 + length
+    return b"".join([*parts, data[offset:]]).decode(errors="replace")
+
+
+def container_name(replica: str) -> str:
+    """The name under which podman knows a replica."""
+    return PREFIX + replica
+
+
+def memory_of(pids: Sequence[int]) -> int:
+    """Bytes of memory that a dump of these processes would carry: anonymous, shared and swapped pages."""
+    total = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+                for line in status:
+                    if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
+                        total += int(line.split()[1]) * 1024
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return total
+
+
+def processes_below(pid: int) -> list[int]:
+    """``pid`` and all its descendants, by /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", encoding="ascii", errors="replace") as stat:
+                    parent = int(stat.read().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(entry))
+    found, queue = [], [pid]
+    while queue:
+        current = queue.pop()
+        found.append(current)
+        queue += children.get(current, [])
+    return found

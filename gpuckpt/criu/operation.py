@@ -1,0 +1,125 @@
+"""One dump or restore: CRIU's options, the stages it went through, the user's hooks, and its logs.
+
+Runtimes pass CRIU the file named by the container's annotation ``org.criu.config``; every container has its own, in
+a folder that also receives what hooks/criu/action notes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpuckpt.errors import PreflightError
+from gpuckpt.proc import quoted
+
+# CRIU's stages (criu(8), --action-script) and what the time after each is spent on.
+STAGES = {
+    "pre-dump": "criu: freeze and collect",
+    "network-lock": "criu: dump memory",
+    "post-dump": "copy written files",
+    "network-unlock": "criu: thaw or kill",
+    "pre-restore": "criu: read images",
+    "setup-namespaces": "criu: namespaces",
+    "post-setup-namespaces": "criu: mounts",
+    "post-restore": "criu: finish processes",
+    "pre-resume": "criu: resume",
+    "post-resume": "runtime: hand over",
+}
+HOOK_STAGES = ("pre-dump", "post-dump", "pre-restore", "post-restore", "pre-resume", "post-resume")
+
+
+def action_script() -> Path:
+    """hooks/criu/action: in a checkout beside the package, in an installed one inside it."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package.parent / "hooks" / "criu" / "action", package / "data" / "hooks" / "criu" / "action"):
+        if candidate.is_file():
+            return candidate
+    raise PreflightError("the CRIU action script is missing", remedy="reinstall gpuckpt: make setup")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The folder of one container's CRIU options, stages and hook output."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "criu.conf"
+
+    def write(
+        self,
+        *,
+        golden: str,
+        replica: str,
+        hooks: Path,
+        tcp_established: bool,
+        ghost_limit: int,
+        copies: Sequence[tuple[Path, Path]] = (),
+    ) -> None:
+        """Write CRIU's options and the context of the action script, and forget an earlier operation's notes.
+
+        ``copies`` (from, to) are made at the end of a dump, while the processes are still frozen.
+        """
+        check_hooks(hooks)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        for name in ("stages", "failed", "output"):
+            (self.folder / name).unlink(missing_ok=True)
+        context = [f"GOLDEN={golden}", f"REPLICA={replica}", f"HOOKS={hooks}"]
+        context += [f"COPY={source}\t{target}" for source, target in copies]
+        (self.folder / "context").write_text("\n".join(context) + "\n")
+        script = quoted([str(action_script()), str(self.folder)])
+        options = [
+            "link-remap",  # files deleted but open, such as vLLM's semaphores in /dev/shm
+            "skip-in-flight",  # connections half accepted: their clients are gone anyway
+            "tcp-established" if tcp_established else "tcp-close",
+            f"ghost-limit {ghost_limit}",
+            f'action-script "{script}"',
+        ]
+        self.config.write_text("\n".join(options) + "\n")
+
+    def marks(self) -> list[tuple[str, int]]:
+        """The stages CRIU went through: label of the time that follows, and when (CLOCK_MONOTONIC, ns)."""
+        try:
+            lines = (self.folder / "stages").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        # The script knows only the wall clock; both clocks are read together here and differ by a constant.
+        offset = time.time_ns() - time.monotonic_ns()
+        found = []
+        for line in lines:
+            stage, _, at = line.partition(" ")
+            if stage in STAGES:
+                found.append((STAGES[stage], round(float(at) * 1e9) - offset))
+        return found
+
+    def failed_hook(self) -> tuple[str, tuple[str, ...]] | None:
+        """What failed in the action script and its output, or None."""
+        try:
+            what = (self.folder / "failed").read_text().strip()
+        except FileNotFoundError:
+            return None
+        try:
+            output = (self.folder / "output").read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            output = []
+        return what, tuple(output[-15:])
+
+
+def check_hooks(hooks: Path) -> None:
+    """Raise PreflightError if somebody but root may change what runs as root at CRIU's stages."""
+    for path in [hooks, *(hooks / stage for stage in HOOK_STAGES)]:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+            raise PreflightError(
+                f"the hooks folder {path} can be changed by others than root",
+                cause="its executables run as root",
+                remedy=f"chown root:root {path} && chmod 755 {path}",
+            )

@@ -1,0 +1,90 @@
+"""Put a replica's container together: root file system, mounts, options; the same for a cold start and a restore."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from gpuckpt.containers.podman import ContainerSpec
+from gpuckpt.golden.replica import Replica, publish_address
+from gpuckpt.golden.tools import Tools
+from gpuckpt.host.seccomp import profile_path
+from gpuckpt.manifest import Address, Launch
+from gpuckpt.store.digests import digest_file
+from gpuckpt.workload.base import SOCKET_FOLDER
+
+
+def base_folder(tools: Tools, replica: Replica, launch: Launch) -> tuple[Replica, Path]:
+    """The folder that is the base of the root file system; mounts the image if there is one, and records that."""
+    if launch.image is None:
+        return replica, Path(launch.rootfs or "/")
+    folder = tools.overlay.mount_image(launch.image)
+    mounted = replace(replica, image=launch.image)
+    mounted.save()
+    return mounted, folder
+
+
+def assemble(
+    tools: Tools,
+    replica: Replica,
+    launch: Launch,
+    *,
+    golden_layer: Path | None = None,
+    address: Address | None = None,
+    tcp_established: bool,
+    copies: tuple[tuple[Path, Path], ...] = (),
+) -> tuple[Replica, str]:
+    """Mount the root file system, write CRIU's options and create the container; returns the replica and its id.
+
+    ``golden_layer`` is the golden's frozen writable layer, ``address`` the one to take on the bridge, ``copies`` what
+    a dump is to copy while the processes are frozen.
+    """
+    replica, base = base_folder(tools, replica, launch)
+    rootfs = tools.overlay.mount(replica.folder, base, golden_layer)
+    if launch.port:
+        host, port = publish_address(launch.port)
+        replica = replace(replica, host=host, port=port)
+        replica.save()
+    replica.operation.write(
+        golden=replica.golden,
+        replica=replica.name,
+        hooks=tools.settings.paths.hooks,
+        tcp_established=tcp_established,
+        ghost_limit=tools.settings.criu.ghost_limit,
+        copies=copies,
+    )
+    binds = [(mount.source, mount.destination, mount.read_only) for mount in launch.mounts]
+    binds.append((str(replica.sockets), SOCKET_FOLDER, False))
+    spec = ContainerSpec(
+        name=replica.container,
+        replica=replica.name,
+        golden=replica.golden,
+        rootfs=rootfs,
+        launch=launch,
+        binds=tuple(binds),
+        criu_config=replica.operation.config,
+        seccomp=profile_path(),
+        hostname=hostname(replica.golden),
+        ip=address.ip if address else None,
+        mac=address.mac if address else None,
+    )
+    return replica, tools.containers.create(spec)
+
+
+def hostname(golden: str) -> str:
+    """A host name (letters, digits, hyphens) for the containers of a golden; CRIU restores it with the processes."""
+    cleaned = "".join(letter if letter.isalnum() else "-" for letter in golden.lower()).strip("-")
+    return cleaned or "golden-" + hashlib.sha256(golden.encode()).hexdigest()[:8]
+
+
+def seccomp_digest() -> str:
+    return digest_file(profile_path())
+
+
+def link_images(bundle: Path, images: Path) -> None:
+    """Make podman's checkpoint folder of a container a link to ``images``: podman follows it, and nothing is copied."""
+    link = bundle / "checkpoint"
+    if link.is_symlink():
+        link.unlink()
+    link.symlink_to(images)

@@ -1,0 +1,107 @@
+"""Turn what went wrong in a container or in CRIU into one error that shows the reason."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from gpuckpt.criu.logs import diagnose
+from gpuckpt.errors import CheckpointError, GpuckptError, NotFoundError, OutOfSpaceError, RestoreError
+from gpuckpt.golden.replica import Replica
+from gpuckpt.golden.tools import Tools
+from gpuckpt.proc import tail
+
+_KEPT = 40  # log files of failed operations; older ones go
+
+
+def keep_log(tools: Tools, label: str, text: str | Path) -> Path | None:
+    """Keep a log under STATE/logs, because the container's own folder is about to go; returns where, if it exists."""
+    target = tools.layout.logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}.log"
+    if isinstance(text, Path):
+        if not text.is_file():
+            return None
+        shutil.copyfile(text, target)
+    else:
+        target.write_text(text)
+    target.chmod(0o600)
+    logs = sorted(tools.layout.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    for old in logs[:-_KEPT]:
+        old.unlink(missing_ok=True)
+    return target
+
+
+def server_failure(tools: Tools, replica: Replica, message: str, *, kind: type[GpuckptError]) -> GpuckptError:
+    """An error of ``kind`` that shows the last lines of the server's own log."""
+    try:
+        text = tools.containers.logs(replica.container)
+    except GpuckptError:
+        text = ""
+    path = keep_log(tools, f"{replica.name}-server", text) if text else None
+    state = ""
+    try:
+        container = tools.containers.inspect(replica.container)
+        if not container.alive:
+            state = f"the container ended with exit code {container.exit_code}"
+    except NotFoundError:
+        state = "the container is gone"
+    return kind(
+        message,
+        cause=state or None,
+        remedy="the server's last lines say why; correct its arguments and try again",
+        log=tail(text, 20),
+        log_path=str(path) if path else None,
+    )
+
+
+def dump_failure(tools: Tools, replica: Replica, bundle: Path, error: GpuckptError) -> GpuckptError:
+    """Why a checkpoint failed, from CRIU's log and the hooks."""
+    return _criu_failure(tools, replica, bundle / "dump.log", "checkpoint", error, CheckpointError)
+
+
+def restore_failure(tools: Tools, replica: Replica, bundle: Path, error: GpuckptError) -> GpuckptError:
+    """Why a restore failed, from CRIU's log and the hooks."""
+    return _criu_failure(tools, replica, bundle / "restore.log", "restore", error, RestoreError)
+
+
+def _criu_failure(
+    tools: Tools, replica: Replica, log: Path, what: str, error: GpuckptError, kind: type[GpuckptError]
+) -> GpuckptError:
+    kept = keep_log(tools, f"{replica.name}-{what}", log)
+    path = str(kept) if kept else None
+    if failed := replica.operation.failed_hook():
+        name, output = failed
+        return kind(
+            f"the {what} of {replica.name} was stopped by its own script: {name}",
+            remedy="mend or remove that executable; its output is below",
+            log=output,
+            log_path=path,
+        )
+    found = diagnose(log)
+    if found.no_space:
+        return OutOfSpaceError(
+            f"the {what} of {replica.name} ran out of space",
+            cause=found.cause,
+            remedy=found.remedy,
+            log=found.lines,
+            log_path=path,
+        )
+    return kind(
+        f"CRIU could not {what} {replica.name}",
+        cause=found.cause or error.cause or error.message,
+        remedy=found.remedy or "the log's first error tells the reason; gpuckpt doctor checks the machine",
+        log=found.lines,
+        log_path=path,
+    )
+
+
+def hook_failure(replica: Replica, what: str, kind: type[GpuckptError]) -> GpuckptError | None:
+    """The error of a hook that failed at a stage whose status CRIU does not look at, or None."""
+    failed = replica.operation.failed_hook()
+    if failed is None:
+        return None
+    return kind(
+        f"the {what} of {replica.name} was stopped by its own script: {failed[0]}",
+        remedy="mend or remove that executable; its output is below",
+        log=failed[1],
+    )

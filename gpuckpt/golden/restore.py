@@ -1,0 +1,288 @@
+"""Bring a replica back from a golden by copying: CRIU's ordinary way, from tmpfs, with huge pages."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gpuckpt import manifest as manifests
+from gpuckpt.errors import (
+    DaemonUnreachableError,
+    GpuckptError,
+    InterruptedByUser,
+    OutOfSpaceError,
+    PreflightError,
+    RestoreError,
+    UsageError,
+    VerificationError,
+)
+from gpuckpt.golden import failures, identity
+from gpuckpt.golden.assembly import assemble, link_images, seccomp_digest
+from gpuckpt.golden.create import wait_healthy
+from gpuckpt.golden.replica import Replica, commit, making
+from gpuckpt.golden.tools import Tools
+from gpuckpt.host.tmpfs import available_memory
+from gpuckpt.manifest import Manifest
+from gpuckpt.store import locks, seal
+from gpuckpt.timing import PhaseTable, now_ns
+from gpuckpt.workload import adapter as adapter_of
+from gpuckpt.workload.base import Replay
+
+
+@dataclass(frozen=True)
+class RestoreRequest:
+    """Which golden to restore, and how; see ``gpuckpt restore --help`` for each field's meaning."""
+
+    name: str
+    canary: bool = True
+    keep: bool = False
+    ignore_static_ip: bool = False
+    ignore_static_mac: bool = False
+    ignore_volumes: bool = False
+    ignore_rootfs: bool = False
+    tcp_established: bool = False
+    ignore_identity: tuple[str, ...] = ()
+    huge_pages: bool = True
+    fallback: Literal["cold"] | None = None
+    start_timeout: float = 600
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A replica that answers, how it came to be, and where the time went.
+
+    ``first_token_ns``: when the first streamed token (or first answer) came, CLOCK_MONOTONIC; None without canary.
+    ``canary_match`` is None when no canary was replayed. ``fallback_reason`` is set when it was started cold.
+    """
+
+    replica: Replica
+    tier: str
+    phases: PhaseTable
+    first_token_ns: int | None
+    canary_match: bool | None
+    fallback_reason: GpuckptError | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from the command to the first streamed token."""
+        return None if self.first_token_ns is None else (self.first_token_ns - self.phases.started_ns) / 1e9
+
+
+def restore(request: RestoreRequest, tools: Tools, phases: PhaseTable) -> Restored:
+    """Restore the golden ``request.name`` into a replica of the same name.
+
+    Either the replica is ready, its canary equal to the recorded one, or nothing of it remains. Raises NotFoundError,
+    BusyError (the replica runs already), IncompatibleError (another machine), VerificationError (the golden's bytes
+    or the canary differ), OutOfSpaceError, RestoreError. With ``fallback`` these start the server cold instead.
+    """
+    with locks.shared(tools.layout.locks, "golden", request.name):
+        folder = tools.layout.golden(request.name)
+        golden = manifests.read(folder)
+        with making(tools, request.name, request.name) as replica:
+            try:
+                restored = _from_golden(request, tools, phases, golden, folder, replica)
+            except InterruptedByUser:
+                raise
+            except GpuckptError as error:
+                if request.fallback != "cold":
+                    raise
+                tools.report.note(f"the restore failed ({error.message}); starting cold")
+                restored = _cold(request, tools, phases, golden, replica, error)
+    phases.stop()
+    return restored
+
+
+def _from_golden(
+    request: RestoreRequest, tools: Tools, phases: PhaseTable, golden: Manifest, folder: Path, replica: Replica
+) -> Restored:
+    with _phase(tools, phases, "checks"):
+        _check(request, tools, golden, folder)
+    with _phase(tools, phases, "container"):
+        _restore_volumes(request, tools, golden, folder, replica)
+        address = golden.address
+        if address and request.ignore_static_ip:
+            address = address.model_copy(update={"ip": ""})
+        if address and request.ignore_static_mac:
+            address = address.model_copy(update={"mac": ""})
+        layer = None if request.ignore_rootfs else folder / "rootfs"
+        replica, container = assemble(
+            tools,
+            _reload(replica),
+            golden.launch,
+            golden_layer=layer,
+            address=address,
+            tcp_established=request.tcp_established,
+        )
+        tools.containers.prepare(container)
+        bundle = tools.containers.inspect(container).bundle
+        link_images(bundle, folder / "images")
+    with _phase(tools, phases, "restore"), _huge_pages(request, tools):
+        try:
+            tools.containers.restore(container, tcp_established=request.tcp_established)
+        except GpuckptError as error:
+            raise failures.restore_failure(tools, replica, bundle, error) from error
+    phases.split("restore", replica.operation.marks())
+    if failed := failures.hook_failure(replica, "restore", RestoreError):
+        raise failed
+    first_token_ns, match = _answers(request, tools, phases, golden, replica)
+    if request.keep:
+        _keep_work_files(bundle, replica)
+    return Restored(commit(replica, tier="copy"), "copy", phases, first_token_ns, match)
+
+
+def _reload(replica: Replica) -> Replica:
+    from gpuckpt.golden.replica import load
+
+    return load(replica.folder) or replica
+
+
+def _check(request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path) -> None:
+    if golden.launch.tcp_established != request.tcp_established and request.tcp_established:
+        raise UsageError(
+            f"golden {golden.name} has no open TCP connections to restore",
+            cause="it was created without --tcp-established, which closed them",
+            remedy="restore without --tcp-established, or create the golden anew with it",
+        )
+    identity.compare(
+        golden.identity,
+        golden.launch,
+        tools.criu,
+        tools.runtime,
+        image_digest=tools.containers.image_digest,
+        ignore=request.ignore_identity,
+    )
+    if golden.launch.seccomp_blake3 != seccomp_digest():
+        raise PreflightError(
+            "the seccomp profile differs from the one the golden was made under",
+            cause="restored processes keep the filter of the golden, new ones would get another",
+            remedy="put the profile back, or create the golden anew",
+        )
+    if found := seal.broken(folder, golden.files, golden.links):
+        raise VerificationError(
+            f"golden {golden.name} is damaged and was not restored",
+            cause="; ".join(found[:5]),
+            remedy=f"remove it (gpuckpt rm {golden.name}) and create it anew, or import it again",
+        )
+    needed, available = golden.sizes.cpu_pages + golden.sizes.shared_memory, available_memory()
+    if needed > available:
+        raise OutOfSpaceError(
+            f"restoring {golden.name} needs about {needed >> 20} MiB of memory, {available >> 20} MiB are left",
+            remedy="stop replicas (gpuckpt ls) or remove goldens (gpuckpt df)",
+        )
+
+
+def _restore_volumes(
+    request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path, replica: Replica
+) -> None:
+    """Fill named volumes that are not here (another machine, a removed volume); those that exist are left alone."""
+    from dataclasses import replace
+
+    for volume in golden.launch.volumes:
+        if tools.containers.volume(volume.name) is not None:
+            continue
+        target = tools.containers.create_volume(volume.name)
+        # Recorded first, so that a failed restore takes the volume it brought away again.
+        replica = replace(replica, volumes=(*replica.volumes, volume.name))
+        replica.save()
+        source = folder / "volumes" / volume.name
+        if not request.ignore_volumes and source.is_dir():
+            shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+
+
+@contextlib.contextmanager
+def _phase(tools: Tools, phases: PhaseTable, name: str) -> Iterator[None]:
+    tools.report.stage(name)
+    with phases.phase(name):
+        yield
+
+
+@contextlib.contextmanager
+def _huge_pages(request: RestoreRequest, tools: Tools) -> Iterator[None]:
+    if request.huge_pages:
+        with tools.huge_pages(tools.layout.run):
+            yield
+    else:
+        yield
+
+
+def _answers(
+    request: RestoreRequest, tools: Tools, phases: PhaseTable, golden: Manifest, replica: Replica
+) -> tuple[int | None, bool | None]:
+    """Replay the canary, or without one wait for health; what the server answers decides whether it is ready."""
+    workload = adapter_of(golden.workload)
+    if not request.canary or golden.canary is None:
+        with _phase(tools, phases, "health"):
+            wait_healthy(
+                workload, replica.endpoint, tools, replica, timeout=min(60.0, request.start_timeout), kind=RestoreError
+            )
+        return None, None
+    begin = now_ns()
+    tools.report.stage("first token")
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            replay: Replay = workload.replay(replica.endpoint, golden.canary)
+            break
+        except DaemonUnreachableError as error:
+            # The socket may accept a moment before the server runs again; a dead server never will.
+            alive = tools.containers.inspect(replica.container).alive
+            if not alive or time.monotonic() > deadline:
+                failure = failures.server_failure(
+                    tools, replica, f"the restored server of {replica.name} does not answer", kind=RestoreError
+                )
+                failure.cause = failure.cause or error.cause
+                raise failure from error
+            time.sleep(0.01)
+    phases.add("first token", begin, replay.first_token_ns)
+    phases.add("canary", replay.first_token_ns, now_ns())
+    if replay.differences:
+        raise VerificationError(
+            f"the restored server of {replica.name} answers the canary differently",
+            cause="; ".join(replay.differences),
+            remedy="do not use this golden; create it anew (or restore with --no-canary to look into it)",
+        )
+    return replay.first_token_ns, True
+
+
+def _keep_work_files(bundle: Path, replica: Replica) -> None:
+    """--keep: CRIU's log and statistics stay in the replica's folder."""
+    for name in ("restore.log", "stats-restore"):
+        if (bundle / name).is_file():
+            shutil.copyfile(bundle / name, replica.folder / "criu" / name)
+
+
+def _cold(
+    request: RestoreRequest,
+    tools: Tools,
+    phases: PhaseTable,
+    golden: Manifest,
+    replica: Replica,
+    reason: GpuckptError,
+) -> Restored:
+    """Start the golden's server the long way: same launch line, no image of it needed."""
+    workload = adapter_of(golden.workload)
+    with _phase(tools, phases, "cold: container"):
+        current = _reload(replica)
+        tools.containers.remove(current.container)
+        tools.overlay.unmount(current.folder)
+        for name in ("upper", "work", "socket"):
+            shutil.rmtree(current.folder / name, ignore_errors=True)
+        current.sockets.mkdir(mode=0o755)
+        if current.image:
+            tools.overlay.unmount_image(current.image)
+        current, container = assemble(tools, current, golden.launch, tcp_established=False)
+        tools.containers.start(container)
+    with _phase(tools, phases, "cold: server start"):
+        wait_healthy(
+            workload, current.endpoint, tools, current, timeout=request.start_timeout, kind=RestoreError
+        )
+    with _phase(tools, phases, "cold: first token"):
+        first_token_ns = workload.first_token(current.endpoint)
+    return Restored(commit(current, tier="cold"), "cold", phases, first_token_ns, None, reason)
+
+

@@ -1,0 +1,119 @@
+"""What a transaction works with, handed to it as one argument, so that a test can hand it fakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gpuckpt.config import Settings
+from gpuckpt.containers import podman as containers
+from gpuckpt.containers import rootfs, service
+from gpuckpt.containers.podman import Container, ContainerSpec, Podman
+from gpuckpt.criu.binary import Criu, find
+from gpuckpt.host import hugepages
+from gpuckpt.store.layout import Layout
+
+
+class Reporter(Protocol):
+    """Told how an operation goes on; the command line draws it."""
+
+    def stage(self, name: str) -> None:
+        """A new phase began."""
+        ...
+
+    def bytes(self, done: int, total: int) -> None:
+        """Of the present phase ``done`` of about ``total`` bytes are through."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+        ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def stage(self, name: str) -> None:
+        pass
+
+    def bytes(self, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class Containers(Protocol):
+    """What transactions ask of podman; see :class:`gpuckpt.containers.podman.Podman`."""
+
+    def create(self, spec: ContainerSpec) -> str: ...
+    def start(self, container: str) -> None: ...
+    def prepare(self, container: str) -> None: ...
+    def inspect(self, container: str) -> Container: ...
+    def list(self) -> list[dict[str, Any]]: ...
+    def checkpoint(self, container: str, *, leave_running: bool, tcp_established: bool) -> dict[str, int]: ...
+    def restore(self, container: str, *, tcp_established: bool) -> dict[str, int]: ...
+    def remove(self, container: str) -> None: ...
+    def logs(self, container: str, *, tail: int | None = None) -> str: ...
+    def image_digest(self, image: str) -> str: ...
+    def image_config(self, image: str) -> dict[str, Any]: ...
+    def volume(self, name: str) -> Path | None: ...
+    def create_volume(self, name: str) -> Path: ...
+    def remove_volume(self, name: str) -> None: ...
+
+
+class Overlay(Protocol):
+    """Root file systems; see :mod:`gpuckpt.containers.rootfs`."""
+
+    def mount(self, folder: Path, base: Path, golden: Path | None = None) -> Path: ...
+    def unmount(self, folder: Path) -> None: ...
+    def mount_image(self, image: str) -> Path: ...
+    def unmount_image(self, image: str) -> None: ...
+    def copy_layer(self, upper: Path, target: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Everything outside: settings, folders, CRIU, podman, mounts, huge pages, and whom to tell."""
+
+    settings: Settings
+    layout: Layout
+    criu: Criu
+    runtime: str
+    containers: Containers
+    overlay: Overlay
+    huge_pages: Callable[[Path], AbstractContextManager[bool]]
+    memory_of: Callable[[int], int]
+    report: Reporter
+
+
+def memory_below(pid: int) -> int:
+    """Bytes that a dump of ``pid`` and its descendants would carry."""
+    return containers.memory_of(containers.processes_below(pid))
+
+
+def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | None = None) -> Tools:
+    """The real ones: prepares the folders and connects to (or starts) the podman service."""
+    layout = Layout.of(settings)
+    layout.prepare()
+    program = find(settings, criu)
+    runtime = service.choose_runtime(settings.podman.runtime)
+    api = service.connect(layout.run, program.path, runtime=runtime, timeout=settings.podman.timeout)
+    return Tools(
+        settings=settings,
+        layout=layout,
+        criu=program,
+        runtime=runtime,
+        containers=Podman(api),
+        overlay=rootfs,
+        huge_pages=hugepages.transparent_huge_pages_always,
+        memory_of=memory_below,
+        report=report or Silent(),
+    )
+
+
+
+

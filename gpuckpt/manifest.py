@@ -1,0 +1,236 @@
+"""The manifest: everything that is known about a golden, as one strict, frozen document.
+
+It lies beside the images as ``manifest.json`` and is written last, before the golden is published. Reading it never
+needs CRIU, podman or torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gpuckpt.errors import IncompatibleError, VerificationError
+
+FORMAT = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Mount(_Record):
+    """A folder or file of the host inside the container."""
+
+    source: str
+    destination: str
+    read_only: bool = True
+
+
+class Volume(_Record):
+    """A named podman volume; its content is kept in the golden as ``volumes/NAME``."""
+
+    name: str
+    destination: str
+
+
+class Port(_Record):
+    """A published TCP port: host address and port, and the port inside the container."""
+
+    host_ip: str
+    host_port: int
+    container_port: int
+
+
+class Ulimit(_Record):
+    """One resource limit, as podman names it (``nofile``), soft and hard."""
+
+    name: str
+    soft: int
+    hard: int
+
+
+class Launch(_Record):
+    """How the container is made: what a cold start runs and what a replica's container looks like."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    workdir: str
+    user: str
+    image: str | None = Field(description="the image's reference, or None when `rootfs` is used")
+    rootfs: str | None = Field(description="a folder of the host, seen through a throw-away overlay")
+    mounts: tuple[Mount, ...]
+    volumes: tuple[Volume, ...] = ()
+    port: Port | None = Field(description="published port; None: no network, the server listens on a Unix socket")
+    ulimits: tuple[Ulimit, ...]
+    shm_size: int = Field(description="limit of the container's own /dev/shm in bytes")
+    seccomp_blake3: str = Field(description="digest of the seccomp profile the processes run under")
+    capabilities: tuple[str, ...] = Field(description="effective capabilities of the container's init, sorted")
+    tcp_established: bool = False
+
+
+class Address(_Record):
+    """The container's address on the bridge, to which its sockets are bound."""
+
+    ip: str
+    mac: str
+
+
+class Request(_Record):
+    """An HTTP request of the canary; ``body`` is JSON text or empty."""
+
+    method: str
+    path: str
+    body: str = ""
+
+
+class Canary(_Record):
+    """The recorded deterministic request and what the never-dumped server answered.
+
+    For a language model ``tokens`` and ``logprobs`` (natural logarithms, compared exactly); for any other server the
+    status and the blake3 digest of the body.
+    """
+
+    request: Request
+    status: int
+    tokens: tuple[str, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    body_blake3: str = ""
+
+
+class Workload(_Record):
+    """Which adapter serves the container, and its options."""
+
+    kind: Literal["vllm", "http"]
+    model: str | None = None
+    served_name: str | None = None
+    health_path: str = "/health"
+    canary_request: Request | None = None
+    warmup_requests: tuple[Request, ...] = ()
+
+
+class BaseFiles(_Record):
+    """The root file system under the writable layer: what must be the same for mapped files to be the same.
+
+    ``digest`` is the image's id, or of a folder the blake3 digest of ``files``: every file that the processes have
+    open or mapped, with ``size:mtime_ns``.
+    """
+
+    digest: str
+    files: dict[str, str]
+
+
+class Identity(_Record):
+    """The machine that a golden was made on; a restore compares it field by field."""
+
+    kernel: str
+    machine: str
+    cpu_model: str
+    cpu_flags: tuple[str, ...]
+    criu: str
+    runtime: str
+    base: BaseFiles
+    driver: str | None = None
+    gpus: tuple[str, ...] = ()
+
+
+class Process(_Record):
+    """One process of the tree: ids inside the container, its name, its memory in the images (bytes)."""
+
+    pid: int
+    parent: int
+    name: str
+    threads: int
+    pages_bytes: int
+
+
+class Sizes(_Record):
+    """Bytes of the golden by kind."""
+
+    cpu_pages: int
+    gpu: int
+    shared_memory: int
+    rootfs: int
+    metadata: int
+
+    @property
+    def total(self) -> int:
+        return self.cpu_pages + self.gpu + self.shared_memory + self.rootfs + self.metadata
+
+
+class FileRecord(_Record):
+    """Size in bytes and blake3 digest (hex) of one file of the golden."""
+
+    size: int
+    blake3: str
+
+
+class PhaseRecord(_Record):
+    """One row of the phase table of the creation."""
+
+    name: str
+    seconds: float
+
+
+class Manifest(_Record):
+    """A golden, described."""
+
+    format: Literal[1] = FORMAT
+    name: str
+    created: str = Field(description="UTC, ISO 8601")
+    gpuckpt: str = Field(description="the version that made it")
+    workload: Workload
+    launch: Launch
+    address: Address | None
+    identity: Identity
+    canary: Canary | None
+    sizes: Sizes
+    processes: tuple[Process, ...]
+    sockets: tuple[str, ...] = Field(description="listening and connected sockets, one line each")
+    files: dict[str, FileRecord] = Field(description="every file of the golden but the manifest, by relative path")
+    links: dict[str, str] = Field(default={}, description="symbolic links in the writable layer and their targets")
+    phases: tuple[PhaseRecord, ...]
+    cold_ttft_s: float = Field(description="seconds from the command to the first streamed token of the cold start")
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder``, readable by root alone (it may hold secrets of the environment)."""
+        path = folder / "manifest.json"
+        path.touch(mode=0o600)
+        path.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+
+
+def read(folder: Path) -> Manifest:
+    """Read the manifest of the golden in ``folder``.
+
+    Raises VerificationError if it is missing or damaged, IncompatibleError if a newer gpuckpt wrote it.
+    """
+    path = folder / "manifest.json"
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise VerificationError(
+            f"golden {folder.name} has no readable manifest",
+            cause=str(error),
+            remedy=f"remove it (gpuckpt rm {folder.name}) and create it anew",
+        ) from error
+    return parse(text, folder.name)
+
+
+def parse(text: bytes, name: str) -> Manifest:
+    """The manifest in ``text``; ``name`` is for the messages. Raises as :func:`read`."""
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if where == "format" and first["type"] == "literal_error":
+            raise IncompatibleError(
+                f"golden {name} has manifest format {first['input']}, this gpuckpt knows {FORMAT}",
+                remedy="use the gpuckpt that made it, or create it anew",
+            ) from error
+        raise VerificationError(
+            f"the manifest of golden {name} is damaged",
+            cause=f"{where}: {first['msg']}" if where else first["msg"],
+            remedy=f"remove it (gpuckpt rm {name}) and create it anew",
+        ) from error

@@ -1,0 +1,133 @@
+"""Names and folders of the store, and who may touch them.
+
+    STORE/goldens/NAME/    a published golden: manifest.json  images/  rootfs/  volumes/
+    STORE/staging/NAME/    one that is being made; becomes a golden by one rename
+    STATE/replicas/NAME/   a replica's writable layer, socket and record (never in the tmpfs)
+    STATE/logs/            what failed operations left for reading
+    RUN/locks/             one flock'd file per name; the kernel lets go when the holder dies
+
+Goldens hold whatever was in a server's memory: every folder is root's alone, and no component of a path may be a
+symbolic link that somebody else made.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpuckpt.config import Settings
+from gpuckpt.errors import NotFoundError, PreflightError, UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,38}[A-Za-z0-9])?")
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it can name a golden or replica; raise UsageError otherwise.
+
+    It becomes a file name, a container name and part of a socket path (limited to 107 bytes by unix(7)).
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"“{name}” cannot be a name",
+            cause="a name has 1 to 40 of letters a–z, digits, “-”, “_”, “.”, and begins and ends with a letter or digit",
+            remedy="choose another, for example “qwen-0.5b”",
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of one configuration; makes them on demand, private to root."""
+
+    store: Path
+    state: Path
+    run: Path
+
+    @classmethod
+    def of(cls, settings: Settings) -> Layout:
+        return cls(settings.store.path, settings.paths.state, settings.paths.run)
+
+    @property
+    def goldens(self) -> Path:
+        return self.store / "goldens"
+
+    @property
+    def staging(self) -> Path:
+        return self.store / "staging"
+
+    @property
+    def replicas(self) -> Path:
+        return self.state / "replicas"
+
+    @property
+    def logs(self) -> Path:
+        return self.state / "logs"
+
+    @property
+    def locks(self) -> Path:
+        return self.run / "locks"
+
+    def golden(self, name: str) -> Path:
+        """The folder of the published golden ``name``; raises NotFoundError if there is none."""
+        folder = self.goldens / check_name(name)
+        if not folder.is_dir() or folder.is_symlink():
+            known = ", ".join(self.names()) or "none"
+            raise NotFoundError(
+                f"no golden named {name}", cause=f"the store {self.store} holds: {known}", remedy="gpuckpt ls"
+            )
+        return folder
+
+    def names(self) -> list[str]:
+        """Names of all published goldens, sorted."""
+        try:
+            return sorted(entry.name for entry in os.scandir(self.goldens) if entry.is_dir(follow_symlinks=False))
+        except FileNotFoundError:
+            return []
+
+    def prepare(self) -> None:
+        """Make all folders, or check those that exist."""
+        for folder in (self.goldens, self.staging, self.replicas, self.logs, self.locks):
+            private_folder(folder)
+
+
+def private_folder(path: Path) -> Path:
+    """Make ``path`` (and its parents) as a folder of root alone, or check that it is one.
+
+    Raises PreflightError if a component is a symbolic link of another user, or the folder belongs to another user.
+    """
+    for part in [*reversed(path.parents), path]:
+        try:
+            status = part.lstat()
+        except FileNotFoundError:
+            part.mkdir(mode=0o700 if part == path else 0o755, exist_ok=True)
+            continue
+        if stat.S_ISLNK(status.st_mode) and status.st_uid != 0:
+            raise PreflightError(
+                f"{part} is a symbolic link of user {status.st_uid}",
+                cause="whoever owns it could lead a root program anywhere",
+                remedy="choose another folder, or replace the link by a folder of root's",
+            )
+    status = path.stat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise PreflightError(f"{path} is not a folder", remedy="move it away, or configure another path")
+    if status.st_uid != os.geteuid():
+        raise PreflightError(
+            f"{path} belongs to user {status.st_uid}", remedy=f"chown {os.geteuid()} {path}, or configure another path"
+        )
+    if status.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two paths of one file system change places in a single step (renameat2(2), RENAME_EXCHANGE)."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_cwd, rename_exchange = -100, 2
+    if libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one), None, str(other))

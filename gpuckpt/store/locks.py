@@ -1,0 +1,67 @@
+"""Who works on a name right now: flock'd files, which the kernel releases even when the holder is killed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from gpuckpt.errors import BusyError
+
+Kind = Literal["golden", "replica", "service"]
+
+
+def _open(locks: Path, kind: Kind, name: str) -> int:
+    return os.open(locks / f"{kind}-{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+@contextmanager
+def exclusive(locks: Path, kind: Kind, name: str) -> Iterator[None]:
+    """Hold the name for the length of a ``with``; raise BusyError at once if another process holds it.
+
+    The file stays: removing it would let two holders lock two files of the same name.
+    """
+    handle = _open(locks, kind, name)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
+            raise BusyError(
+                f"another command is working on {kind} {name}",
+                cause=f"process {holder} holds it",
+                remedy="wait for it to end, or choose another name",
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def shared(locks: Path, kind: Kind, name: str) -> Iterator[None]:
+    """Keep others from taking the name exclusively (several restores may read one golden)."""
+    handle = _open(locks, kind, name)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"{kind} {name} is being made or removed by another command", remedy="wait for it to end"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_free(locks: Path, kind: Kind, name: str) -> bool:
+    """Whether nobody holds the name: what a transaction left behind then belongs to nobody."""
+    try:
+        with exclusive(locks, kind, name):
+            return True
+    except BusyError:
+        return False

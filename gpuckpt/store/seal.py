@@ -1,0 +1,61 @@
+"""Seals: know in microseconds that a golden's bytes are those that were verified.
+
+Reading gigabytes back before every restore would cost more than the restore. The kernel keeps a change time (ctime)
+for every file, which any write moves and no program can set. A seal notes inode, size and times of every file when
+its digest was last true; a file whose note still holds has not been written since, and only others are read again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from gpuckpt.manifest import FileRecord
+from gpuckpt.store.digests import OWN, differences, digest_bytes, digest_file, walk
+
+_SEAL = "seal.json"
+assert _SEAL in OWN  # noqa: S101 - a seal must not seal itself
+
+
+def _note(status: os.stat_result) -> list[int]:
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def write(folder: Path) -> None:
+    """Seal a golden whose files were just digested or verified."""
+    notes = {relative: _note(status) for relative, status in walk(folder)}
+    manifest = folder / "manifest.json"
+    seal = {"files": notes, "manifest": digest_bytes(manifest.read_bytes())}
+    path = folder / _SEAL
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(seal))
+
+
+def broken(
+    folder: Path, files: dict[str, FileRecord], links: dict[str, str], progress: Callable[[int], None] = lambda done: None
+) -> list[str]:
+    """What has changed in a golden since it was sealed, one sentence each; empty if nothing has.
+
+    Files whose notes differ are read and compared with their digests; if these are right the seal is renewed.
+    """
+    try:
+        seal = json.loads((folder / _SEAL).read_text())
+        notes, sealed = dict(seal["files"]), str(seal["manifest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        notes, sealed = {}, ""
+    if sealed and digest_bytes((folder / "manifest.json").read_bytes()) != sealed:
+        return ["manifest.json has changed since the golden was sealed"]
+    found = differences(folder, files, links, contents=False)
+    stale = [relative for relative, status in walk(folder) if notes.get(relative) != _note(status)]
+    done = 0
+    for relative in stale:
+        expected = files.get(relative)
+        if expected and digest_file(folder / relative) != expected.blake3:
+            found.append(f"{relative} has changed: its digest differs from the recorded one")
+        done += expected.size if expected else 0
+        progress(done)
+    if stale and not found:
+        write(folder)
+    return found

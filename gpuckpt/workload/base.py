@@ -1,0 +1,72 @@
+"""What a workload adapter does. An adapter knows one kind of server; the transactions know none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from gpuckpt.manifest import Canary, Mount, Workload
+from gpuckpt.workload.endpoint import Endpoint
+
+# Where the folder with the replica's socket is seen inside every container.
+SOCKET_FOLDER = "/run/gpuckpt"
+SOCKET_NAME = "server.sock"
+SOCKET_INSIDE = f"{SOCKET_FOLDER}/{SOCKET_NAME}"
+
+
+@dataclass(frozen=True)
+class LaunchLine:
+    """The program to run in the container, the environment it needs, host paths it must see."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    mounts: tuple[Mount, ...] = ()
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A canary's outcome: when its first byte of content came (ns), and how it differs, one sentence each."""
+
+    first_token_ns: int
+    differences: tuple[str, ...]
+
+
+class Adapter(Protocol):
+    """One kind of server. ``record`` is what the manifest keeps, enough to make the adapter again."""
+
+    @property
+    def record(self) -> Workload: ...
+
+    def launch(self, arguments: Sequence[str], *, port: int | None, python: Path | None) -> LaunchLine:
+        """The launch line for the user's ``arguments``; ``port``: listen on TCP, else on SOCKET_INSIDE.
+
+        ``python`` is the interpreter of the server environment, when the host's root file system is used.
+        Raises UsageError if the arguments cannot work.
+        """
+        ...
+
+    def healthy(self, endpoint: Endpoint) -> bool:
+        """Whether the server answers its health check right now; never raises, never waits long."""
+        ...
+
+    def first_token(self, endpoint: Endpoint) -> int:
+        """Make one small real request and return when its first content came (ns, monotonic)."""
+        ...
+
+    def warm_up(self, endpoint: Endpoint, count: int, prompts: Sequence[str]) -> None:
+        """Make ``count`` real requests that cover the request path."""
+        ...
+
+    def record_canary(self, endpoint: Endpoint) -> Canary:
+        """Make the deterministic request until its answer repeats, and return it; VerificationError if it does not."""
+        ...
+
+    def replay(self, endpoint: Endpoint, canary: Canary) -> Replay:
+        """Make the canary's request again and compare."""
+        ...
+
+    def quiesce(self, endpoint: Endpoint, *, timeout: float) -> None:
+        """Wait until the server works on nothing; DeadlineError after ``timeout`` seconds."""
+        ...

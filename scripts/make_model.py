@@ -1,0 +1,102 @@
+"""Make a model folder on the spot: a Qwen2 of a chosen shape with seeded random weights and a small BPE tokenizer.
+
+For machines that reach no model hub: vLLM loads the folder like any checkpoint, and greedy decoding is
+deterministic. Runs in the server environment (torch, transformers). The folder appears whole or not at all.
+
+    /opt/gpuckpt/server/bin/python scripts/make_model.py --shape 0.5b FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+# Shapes of the published Qwen2 family (hidden size, layers, heads, key-value heads, intermediate size); `tiny` is for
+# tests. The vocabulary is the published one for 0.5b, so that the file has the published size (0.99 GB in bfloat16).
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden": 256, "layers": 4, "heads": 4, "kv": 2, "intermediate": 1024, "vocabulary": 8192},
+    "0.5b": {"hidden": 896, "layers": 24, "heads": 14, "kv": 2, "intermediate": 4864, "vocabulary": 151936},
+    "1.5b": {"hidden": 1536, "layers": 28, "heads": 12, "kv": 2, "intermediate": 8960, "vocabulary": 151936},
+}
+SEED = 20261120
+
+
+def corpus() -> list[Path]:
+    """Text that every machine with Python has: the standard library's own sources."""
+    return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Train a byte-level BPE of 8,000 tokens on the corpus and save it with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=8000,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train([str(path) for path in corpus()], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    fast.save_pretrained(folder)
+
+
+def save_weights(folder: Path, shape: dict[str, int], seed: int) -> None:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=shape["vocabulary"],
+        hidden_size=shape["hidden"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        intermediate_size=shape["intermediate"],
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+        # The published models' end token; random weights practically never choose it, so requests run their length.
+        eos_token_id=2,
+        bos_token_id=0,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument("--seed", type=int, default=SEED)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    wanted = {"shape": SHAPES[arguments.shape], "seed": arguments.seed}
+    mark = folder / "made.json"
+    if mark.exists() and json.loads(mark.read_text()) == wanted:
+        return
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    save_weights(staging, SHAPES[arguments.shape], arguments.seed)
+    save_tokenizer(staging)
+    (staging / "made.json").write_text(json.dumps(wanted))
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+
+
+if __name__ == "__main__":
+    main()
