@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpuckpt.containers.api import Api
-from gpuckpt.errors import BusyError, DeadlineError, NotFoundError, UsageError
+from gpuckpt.errors import BusyError, NotFoundError, UsageError
 from gpuckpt.manifest import Launch
 
 LABEL = "gpuckpt.replica"
@@ -86,11 +84,7 @@ class Podman:
         Its program never runs: the runtime's init waits before exec, and is killed there.
         """
         self.api.call("POST", f"/containers/{container}/init")
-        pid = self.inspect(container).pid
-        if pid > 0:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.wait_exited(container, timeout=30)
+        self.api.call("POST", f"/containers/{container}/stop", timeout=0)
 
     def inspect(self, container: str) -> Container:
         """The container's state; raises NotFoundError if there is none of that name or id."""
@@ -150,14 +144,6 @@ class Podman:
             tcpEstablished=tcp_established,
         )
         return dict(answer.get("criu_statistics") or {}) if isinstance(answer, dict) else {}
-
-    def wait_exited(self, container: str, *, timeout: float) -> None:
-        """Wait until podman has noticed that the container's init is gone; DeadlineError after ``timeout`` seconds."""
-        deadline = time.monotonic() + timeout
-        while (status := self.inspect(container).status) not in ("exited", "stopped"):
-            if time.monotonic() > deadline:
-                raise DeadlineError(f"container {container} is still {status} after {timeout:g} s")
-            time.sleep(0.005)
 
     def remove(self, container: str) -> None:
         """Kill and remove the container; none of that name is fine too."""

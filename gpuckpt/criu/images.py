@@ -175,7 +175,6 @@ def _address(inet: dict[str, Any], side: str) -> str:
 
 
 def _unix_name(name: Any) -> str:
-    import base64
-
-    raw = base64.b64decode(name) if isinstance(name, str) else bytes(name)
-    return ("@" + raw[1:].decode(errors="replace") if raw[:1] == b"\0" else raw.decode(errors="replace")).rstrip("\0")
+    # pycriu gives text; an abstract address (first byte zero) is written with "@", as ss(8) does.
+    text = name if isinstance(name, str) else bytes(name).decode(errors="replace")
+    return text.replace("\0", "@", 1).rstrip("\0") if text.startswith("\0") else text.rstrip("\0")

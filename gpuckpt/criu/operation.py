@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuckpt.errors import PreflightError
-from gpuckpt.proc import quoted
 
 # CRIU's stages (criu(8), --action-script) and what the time after each is spent on.
 STAGES = {
@@ -72,13 +71,15 @@ class Operation:
         context = [f"GOLDEN={golden}", f"REPLICA={replica}", f"HOOKS={hooks}"]
         context += [f"COPY={source}\t{target}" for source, target in copies]
         (self.folder / "context").write_text("\n".join(context) + "\n")
-        script = quoted([str(action_script()), str(self.folder)])
+        script = self.folder / "action"
+        script.unlink(missing_ok=True)
+        script.symlink_to(action_script())
         options = [
             "link-remap",  # files deleted but open, such as vLLM's semaphores in /dev/shm
             "skip-in-flight",  # connections half accepted: their clients are gone anyway
             "tcp-established" if tcp_established else "tcp-close",
             f"ghost-limit {ghost_limit}",
-            f'action-script "{script}"',
+            f"action-script {script}",
         ]
         self.config.write_text("\n".join(options) + "\n")
 

@@ -33,6 +33,9 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     # fork after threads have started deadlocks now and then, and doubles the mappings of a dump.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # Eager means eager: without this the first request for logprobs compiles a helper with the C++ compiler (31 s of
+    # two cores), and its worker processes stay in the dump.
+    "TORCHDYNAMO_DISABLE": "1",
     # libuv would open an io_uring where the seccomp profile lets it; asyncio has no such backend of its own.
     "UV_USE_IO_URING": "0",
     "PYTHON_ASYNCIO_NO_IO_URING": "1",

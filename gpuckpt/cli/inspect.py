@@ -1,0 +1,67 @@
+"""``gpuckpt inspect``."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from gpuckpt.cli.complete import golden_names
+from gpuckpt.cli.context import settings_from
+from gpuckpt.cli.render import format_option, print_json, print_table, seconds, size
+
+
+@click.command()
+@click.argument("name", shell_complete=golden_names)
+@format_option
+@click.pass_context
+def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
+    """Show what a golden holds, without restoring it: sizes, processes, sockets, identity, canary."""
+    from gpuckpt import manifest as manifests
+    from gpuckpt.manifest import Process
+    from gpuckpt.store.layout import Layout
+
+    folder = Layout.of(settings_from(ctx)).golden(name)
+    golden = manifests.read(folder)
+    if as_json:
+        document = json.loads(golden.model_dump_json(exclude={"files", "links"}))
+        print_json({**document, "folder": str(folder), "image_bytes": golden.sizes.total})
+        return
+    identity, launch = golden.identity, golden.launch
+    base = f"image {launch.image}" if launch.image else f"root folder {launch.rootfs}"
+    facts = [
+        ("name", golden.name),
+        ("created", f"{golden.created} by gpuckpt {golden.gpuckpt}"),
+        ("folder", str(folder)),
+        ("serves", f"{golden.workload.kind} {golden.workload.model or ''}".strip()),
+        ("command", " ".join(launch.argv)),
+        ("listens on", f"port {launch.port.host_port}" if launch.port else "a Unix socket"),
+        ("base", f"{base}, {len(identity.base.files) or ''} files held, {identity.base.digest[:19]}"),
+        ("made on", f"kernel {identity.kernel}, CRIU {identity.criu}, {identity.runtime}, {identity.cpu_model}"),
+        ("GPU", ", ".join(identity.gpus) or "none"),
+        ("capabilities", " ".join(launch.capabilities)),
+        ("canary", f"{len(golden.canary.tokens)} tokens with logprobs" if golden.canary and golden.canary.tokens
+         else "an answer" if golden.canary else "none"),
+        ("cold TTFT", seconds(golden.cold_ttft_s)),
+    ]  # fmt: skip
+    print_table(["", ""], facts)
+    sizes = golden.sizes
+    click.echo("\nSizes")
+    rows = [("CPU pages", sizes.cpu_pages), ("GPU", sizes.gpu), ("shared memory", sizes.shared_memory)]
+    rows += [("root file system", sizes.rootfs), ("CRIU metadata", sizes.metadata), ("total", sizes.total)]
+    print_table(["", "BYTES"], [(label, size(count)) for label, count in rows], right=["BYTES"])
+    click.echo("\nProcesses")
+    depth: dict[int, int] = {}
+
+    def row(process: Process) -> tuple[str, str, str, str]:
+        depth[process.pid] = depth.get(process.parent, -1) + 1
+        name = "  " * depth[process.pid] + process.name
+        return name, str(process.pid), str(process.threads), size(process.pages_bytes)
+
+    print_table(
+        ["NAME", "PID", "THREADS", "PAGES"], map(row, golden.processes), right=["PID", "THREADS", "PAGES"]
+    )
+    if golden.sockets:
+        click.echo("\nSockets")
+        for line in golden.sockets:
+            click.echo(f"  {line}")
