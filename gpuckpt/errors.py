@@ -12,8 +12,8 @@
     ├── RestoreError            10   the replica could not be brought back
     ├── OutOfSpaceError         11   not enough memory, tmpfs or disk
     ├── DaemonUnreachableError  12   the service (podman's, the pool's) does not answer
-    ├── DeadlineError           13   it took too long
-    └── InterruptedByUser      130   Ctrl-C or SIGTERM
+    └── DeadlineError           13   it took too long
+    InterruptedByUser          130   Ctrl-C or SIGTERM; no GpuckptError, so that nothing that handles failures stops it
 
 An error says what happened (the message), why (``cause``), what to do (``remedy``), and may carry lines of a log.
 """
@@ -23,8 +23,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 
-class GpuckptError(Exception):
-    """Base of all errors that end a command; see the module's docstring for the tree."""
+class _Report(BaseException):
+    """What can end a command, and how it is reported."""
 
     exit_code: ClassVar[int] = 1
 
@@ -55,6 +55,10 @@ class GpuckptError(Exception):
             "log": list(self.log),
             "log_path": self.log_path,
         }
+
+
+class GpuckptError(_Report, Exception):
+    """Base of all failures; see the module's docstring for the tree."""
 
 
 class UsageError(GpuckptError):
@@ -105,5 +109,5 @@ class DeadlineError(GpuckptError):
     exit_code = 13
 
 
-class InterruptedByUser(GpuckptError):
+class InterruptedByUser(_Report):
     exit_code = 130

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> Any:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(InterruptedByUser.exit_code)
-    except GpuckptError as error:
+    except (GpuckptError, InterruptedByUser) as error:
         from gpuckpt.cli.render import show_error
 
         show_error(error, as_json=_wants_json(arguments))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gpuckpt.errors import GpuckptError
+from gpuckpt.errors import GpuckptError, InterruptedByUser
 
 JSON_VERSION = 1
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -60,7 +60,7 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
-def show_error(error: GpuckptError, *, as_json: bool) -> None:
+def show_error(error: GpuckptError | InterruptedByUser, *, as_json: bool) -> None:
     """Report a failure: one line of what, then why, what to do, and the log lines that show it."""
     if as_json:
         print_json({"error": error.as_dict()})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpuckpt.containers.podman import container_name
 from gpuckpt.criu.operation import Operation
-from gpuckpt.errors import BusyError, GpuckptError, NotFoundError
+from gpuckpt.errors import BusyError, GpuckptError, InterruptedByUser, NotFoundError
 from gpuckpt.golden.tools import Tools
 from gpuckpt.manifest import Port
 from gpuckpt.store import locks
@@ -105,13 +105,16 @@ def discard(tools: Tools, replica: Replica) -> None:
 
     Goes on after a failing step, so that one stuck part does not keep the rest; the first error is raised at the end.
     """
-    errors: list[GpuckptError | OSError] = []
+    errors: list[GpuckptError | OSError | InterruptedByUser] = []
 
     def attempt(step: object, *arguments: object) -> None:
         try:
             step(*arguments)  # type: ignore[operator]
         except (GpuckptError, OSError) as error:
             errors.append(error)
+        except InterruptedByUser as error:  # comes once; what it cut short is done again
+            errors.append(error)
+            attempt(step, *arguments)
 
     attempt(tools.containers.remove, replica.container)
     attempt(tools.overlay.unmount, replica.folder)

@@ -14,7 +14,6 @@ from gpuckpt import manifest as manifests
 from gpuckpt.errors import (
     DaemonUnreachableError,
     GpuckptError,
-    InterruptedByUser,
     OutOfSpaceError,
     PreflightError,
     RestoreError,
@@ -86,8 +85,6 @@ def restore(request: RestoreRequest, tools: Tools, phases: PhaseTable) -> Restor
         with making(tools, request.name, request.name) as replica:
             try:
                 restored = _from_golden(request, tools, phases, golden, folder, replica)
-            except InterruptedByUser:
-                raise
             except GpuckptError as error:
                 if request.fallback != "cold":
                     raise

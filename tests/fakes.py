@@ -1,0 +1,486 @@
+"""What stands in for podman, mounts and a server, so that transactions are tested in milliseconds without root.
+
+Everything that happens goes into one :class:`Journal`, in order. A test that wants a step to fail puts an exception
+under the step's name into ``journal.trouble``; it is raised once, before the step does anything, or with ``late``
+after it was done but before anybody knows: what an interrupt does at its worst.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gpuckpt.config import Create, Paths, Settings, Store
+from gpuckpt.containers.podman import LABEL, Container, ContainerSpec
+from gpuckpt.criu.binary import Criu
+from gpuckpt.errors import BusyError, DaemonUnreachableError, GpuckptError, NotFoundError
+from gpuckpt.golden.create import CreateRequest
+from gpuckpt.golden.tools import Tools
+from gpuckpt.manifest import (
+    BaseFiles,
+    Canary,
+    Identity,
+    Launch,
+    Manifest,
+    PhaseRecord,
+    Process,
+    Request,
+    Sizes,
+    Ulimit,
+    Workload,
+)
+from gpuckpt.store import digests, seal
+from gpuckpt.store.layout import Layout
+from gpuckpt.timing import now_ns
+from gpuckpt.workload.base import LaunchLine, Replay
+from gpuckpt.workload.endpoint import Endpoint
+
+DUMP_STAGES = ("pre-dump", "network-lock", "post-dump", "network-unlock")
+RESTORE_STAGES = (
+    "pre-restore",
+    "setup-namespaces",
+    "post-setup-namespaces",
+    "post-restore",
+    "pre-resume",
+    "post-resume",
+)
+IMAGES = {"inventory.img": b"inventory", "pstree.img": b"tree", "core-1.img": b"core", "pages-1.img": bytes(8192)}
+NEVER = 10**9  # for FakeAdapter.unhealthy
+
+
+class Journal:
+    """What happened, in order, and what is to go wrong."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.trouble: dict[str, BaseException] = {}
+        self.late = False
+
+    @contextmanager
+    def step(self, event: str) -> Iterator[None]:
+        self.events.append(event)
+        error = self.trouble.pop(event, None)
+        if error is not None and not self.late:
+            raise error
+        yield
+        if error is not None:
+            raise error
+
+    def note(self, event: str) -> None:
+        with self.step(event):
+            pass
+
+
+@dataclass
+class FakeContainer:
+    """A container that never was: its state, and the folder that podman would keep its images in."""
+
+    spec: ContainerSpec
+    bundle: Path
+    status: str = "created"
+    exit_code: int = 0
+
+
+class FakeContainers:
+    """podman without containers. Dumps and restores call the real action script at CRIU's stages."""
+
+    def __init__(self, folder: Path, journal: Journal) -> None:
+        self.folder = folder
+        self.journal = journal
+        self.containers: dict[str, FakeContainer] = {}
+        self.volumes: dict[str, Path] = {}
+        self.images: dict[str, str] = {}
+        self.log = "listening\nready\n"
+        self.dies_on_start = False
+        self.criu_log = ""  # what CRIU says when a dump or restore is told to fail
+
+    def _find(self, container: str) -> FakeContainer:
+        try:
+            return self.containers[container]
+        except KeyError:
+            raise NotFoundError(f"no such container {container}") from None
+
+    def create(self, spec: ContainerSpec) -> str:
+        with self.journal.step("create container"):
+            if spec.name in self.containers:
+                raise BusyError(f"a container named {spec.name} exists already")
+            bundle = self.folder / spec.name
+            bundle.mkdir(parents=True, exist_ok=True)
+            self.containers[spec.name] = FakeContainer(spec, bundle)
+        return spec.name
+
+    def start(self, container: str) -> None:
+        with self.journal.step("start container"):
+            found = self._find(container)
+            if found.status not in ("created", "exited"):
+                raise GpuckptError(f"container {container} is {found.status}")
+            found.status = "running"
+            upper = found.spec.rootfs.parent / "upper"
+            (upper / "srv").mkdir(parents=True, exist_ok=True)
+            (upper / "srv" / "written").write_text("by the server")
+            if self.dies_on_start:
+                found.status, found.exit_code = "exited", 3
+
+    def prepare(self, container: str) -> None:
+        with self.journal.step("prepare container"):
+            self._find(container).status = "exited"
+
+    def inspect(self, container: str) -> Container:
+        with self.journal.step("inspect container"):
+            found = self._find(container)
+        port = found.spec.launch.port
+        return Container(
+            id=container,
+            name=container,
+            status=found.status,
+            pid=4242 if found.status == "running" else 0,
+            exit_code=found.exit_code,
+            bundle=found.bundle,
+            ip="10.88.0.7" if port else None,
+            mac="02:00:00:00:00:07" if port else None,
+            labels={LABEL: found.spec.replica},
+        )
+
+    def list(self) -> list[dict[str, Any]]:
+        return [
+            {"id": name, "name": name, "state": one.status, "labels": {LABEL: one.spec.replica}, "pid": 0}
+            for name, one in self.containers.items()
+        ]
+
+    def checkpoint(self, container: str, *, leave_running: bool, tcp_established: bool) -> dict[str, int]:
+        found = self._find(container)
+        try:
+            with self.journal.step("dump"):
+                assert found.status == "running", "only a running container can be dumped"
+                images = found.bundle / "checkpoint"
+                for name, content in IMAGES.items():
+                    (images / name).write_bytes(content)
+                self._stages(found, DUMP_STAGES, images)
+                found.status = "running" if leave_running else "exited"
+        except GpuckptError:
+            (found.bundle / "dump.log").write_text(self.criu_log)
+            raise
+        return {}
+
+    def restore(self, container: str, *, tcp_established: bool) -> dict[str, int]:
+        found = self._find(container)
+        try:
+            with self.journal.step("restore"):
+                assert found.status == "exited", "podman restores into an exited container"
+                images = found.bundle / "checkpoint"
+                assert {path.name for path in images.iterdir()} >= set(IMAGES), "the images are not where podman looks"
+                self._stages(found, RESTORE_STAGES, images)
+                found.status = "running"
+                (found.bundle / "restore.log").write_text("restored\n")
+        except GpuckptError:
+            (found.bundle / "restore.log").write_text(self.criu_log)
+            raise
+        return {}
+
+    def _stages(self, found: FakeContainer, stages: Sequence[str], images: Path) -> None:
+        """What CRIU does at each stage: call the script that its configuration names."""
+        options = dict(
+            line.partition(" ")[::2] for line in found.spec.criu_config.read_text().splitlines() if line.strip()
+        )
+        for stage in stages:
+            environment = {
+                **os.environ,
+                "CRTOOLS_SCRIPT_ACTION": stage,
+                "CRTOOLS_IMAGE_DIR": str(images),
+                "CRTOOLS_INIT_PID": "4242",
+            }
+            done = subprocess.run([options["action-script"]], env=environment, capture_output=True, check=False)
+            if done.returncode != 0:
+                raise GpuckptError("CRIU failed", cause=f"the script of {stage} failed")
+
+    def remove(self, container: str) -> None:
+        with self.journal.step("remove container"):
+            self.containers.pop(container, None)
+
+    def logs(self, container: str, *, tail: int | None = None) -> str:
+        self._find(container)
+        return self.log
+
+    def image_digest(self, image: str) -> str:
+        try:
+            return self.images[image]
+        except KeyError:
+            raise NotFoundError(f"no image {image} on this machine") from None
+
+    def image_config(self, image: str) -> dict[str, Any]:
+        return {"Env": ["LANG=C.UTF-8"], "Entrypoint": ["/entry"], "WorkingDir": "/srv", "User": "app"}
+
+    def volume(self, name: str) -> Path | None:
+        return self.volumes.get(name)
+
+    def create_volume(self, name: str) -> Path:
+        with self.journal.step("create volume"):
+            folder = self.folder / "volumes" / name
+            folder.mkdir(parents=True)
+            self.volumes[name] = folder
+        return folder
+
+    def remove_volume(self, name: str) -> None:
+        with self.journal.step("remove volume"):
+            self.volumes.pop(name, None)
+
+
+class FakeOverlay:
+    """Mounts that are only remembered."""
+
+    def __init__(self, folder: Path, journal: Journal) -> None:
+        self.folder = folder
+        self.journal = journal
+        self.mounted: dict[Path, tuple[Path, Path | None]] = {}
+        self.images: list[str] = []
+
+    def mount(self, folder: Path, base: Path, golden: Path | None = None) -> Path:
+        with self.journal.step("mount root"):
+            assert base.is_dir() and (golden is None or golden.is_dir()), "overlayfs wants folders as layers"
+            for name in ("upper", "work", "rootfs"):
+                (folder / name).mkdir(exist_ok=True)
+            self.mounted[folder] = (base, golden)
+        return folder / "rootfs"
+
+    def unmount(self, folder: Path) -> None:
+        with self.journal.step("unmount root"):
+            self.mounted.pop(folder, None)
+
+    def mount_image(self, image: str) -> Path:
+        with self.journal.step("mount image"):
+            self.images.append(image)
+        return self.folder
+
+    def unmount_image(self, image: str) -> None:
+        with self.journal.step("unmount image"):
+            if image in self.images:  # podman says “not mounted” and leaves it at that
+                self.images.remove(image)
+
+    def copy_layer(self, upper: Path, target: Path) -> None:
+        raise AssertionError("layers are copied by the action script, while the processes are frozen")
+
+
+class FakeAdapter:
+    """A server that answers as it is told to: healthy after ``unhealthy`` looks, ``answers`` to the canary."""
+
+    def __init__(self, journal: Journal, record: Workload | None = None) -> None:
+        self.journal = journal
+        self._record = record or Workload(kind="http", health_path="/health")
+        self.unhealthy = 0
+        self.answers: list[str] = ["forty-two"]  # one after the other, the last one for ever
+        self.silent = 0  # so many canaries meet a socket on which nobody answers yet
+
+    @property
+    def record(self) -> Workload:
+        return self._record
+
+    def _answer(self) -> str:
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+    def launch(self, arguments: Sequence[str], *, port: int | None, python: Path | None) -> LaunchLine:
+        return LaunchLine(tuple(arguments), {"SERVER": "fake"})
+
+    def healthy(self, endpoint: Endpoint) -> bool:
+        with self.journal.step("health"):
+            self.unhealthy -= 1
+        return self.unhealthy < 0
+
+    def first_token(self, endpoint: Endpoint) -> int:
+        with self.journal.step("first token"):
+            return now_ns()
+
+    def warm_up(self, endpoint: Endpoint, count: int, prompts: Sequence[str]) -> None:
+        self.journal.note("warm up")
+
+    def record_canary(self, endpoint: Endpoint) -> Canary:
+        with self.journal.step("record canary"):
+            return Canary(request=Request(method="GET", path="/"), status=200, body_blake3=self._answer())
+
+    def replay(self, endpoint: Endpoint, canary: Canary) -> Replay:
+        with self.journal.step("replay canary"):
+            if self.silent > 0:
+                self.silent -= 1
+                raise DaemonUnreachableError("the server does not answer", cause="connection refused")
+            got = self._answer()
+        different = () if got == canary.body_blake3 else (f"the body is {got}, {canary.body_blake3} was recorded",)
+        return Replay(now_ns(), different)
+
+    def quiesce(self, endpoint: Endpoint, *, timeout: float) -> None:
+        self.journal.note("quiesce")
+
+
+class FakeReporter:
+    """Stages go to the journal too: between any two of them an interrupt may come."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.notes: list[str] = []
+
+    def stage(self, name: str) -> None:
+        self.journal.note(f"stage: {name}")
+
+    def bytes(self, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@dataclass
+class World:
+    """A machine of fakes in one folder: the tools, and what they did."""
+
+    folder: Path
+    settings: Settings
+    layout: Layout
+    journal: Journal
+    containers: FakeContainers
+    overlay: FakeOverlay
+    adapter: FakeAdapter
+    report: FakeReporter
+    tools: Tools
+    huge_pages: bool = field(default=False)
+
+    @property
+    def base(self) -> Path:
+        """The folder that containers have as root file system."""
+        return self.folder / "base"
+
+    def request(self, name: str = "gold", **changes: Any) -> CreateRequest:
+        """A request that works."""
+        request = CreateRequest(name=name, adapter=self.adapter, arguments=("serve", "--fast"), rootfs=self.base)
+        return replace(request, **changes)
+
+    def hook(self, stage: str, script: str) -> Path:
+        """Install a user's hook."""
+        folder = self.settings.paths.hooks / stage
+        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        path = folder / "10-hook"
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    def left_over(self) -> list[str]:
+        """Everything that a transaction without a result should not have left."""
+        found = [f"container {name}" for name in self.containers.containers]
+        found += [f"mount {folder}" for folder in self.overlay.mounted]
+        found += [f"image {image}" for image in self.overlay.images]
+        found += [f"volume {name}" for name in self.containers.volumes]
+        for parent in (self.layout.replicas, self.layout.staging):
+            found += [f"folder {path}" for path in sorted(parent.iterdir())]
+        return [*found, "huge pages"] if self.huge_pages else found
+
+
+def settings_for(folder: Path) -> Settings:
+    """Settings whose every path lies below ``folder``."""
+    return Settings(
+        paths=Paths(prefix=folder / "prefix", state=folder / "state", run=folder / "run", hooks=folder / "hooks.d"),
+        store=Store(path=folder / "store"),
+        create=Create(),
+    )
+
+
+def tools_for(folder: Path) -> World:
+    """A machine of fakes whose every file lies below ``folder``."""
+    settings = settings_for(folder)
+    layout = Layout.of(settings)
+    layout.prepare()
+    base = folder / "base"
+    (base / "lib").mkdir(parents=True)
+    (base / "lib" / "libc.so").write_bytes(b"libc")
+    (base / "app").write_bytes(b"program")
+    journal = Journal()
+    containers = FakeContainers(folder / "podman", journal)
+    overlay = FakeOverlay(base, journal)
+    report = FakeReporter(journal)
+
+    def memory_of(pid: int) -> int:
+        assert pid == 4242, "the memory of the container's init is asked for"
+        with journal.step("measure memory"):
+            return 4096
+
+    @contextmanager
+    def huge_pages(run: Path) -> Iterator[bool]:
+        journal.note("huge pages on")
+        world.huge_pages = True
+        try:
+            yield True
+        finally:
+            journal.events.append("huge pages off")
+            world.huge_pages = False
+
+    tools = Tools(
+        settings=settings,
+        layout=layout,
+        criu=Criu(Path("/nonexistent/criu"), "4.2.1"),
+        runtime="runc",
+        containers=containers,
+        overlay=overlay,
+        huge_pages=huge_pages,
+        memory_of=memory_of,
+        report=report,
+    )
+    world = World(folder, settings, layout, journal, containers, overlay, FakeAdapter(journal), report, tools)
+    return world
+
+
+def sample_manifest(name: str = "gold", **changes: Any) -> Manifest:
+    """A manifest in which every part is filled."""
+    manifest = Manifest(
+        name=name,
+        created="2025-01-02T03:04:05+00:00",
+        gpuckpt="0.1.0",
+        workload=Workload(kind="http"),
+        launch=Launch(
+            argv=("serve",),
+            env={"HOME": "/root"},
+            workdir="/",
+            user="",
+            image=None,
+            rootfs="/",
+            mounts=(),
+            port=None,
+            ulimits=(Ulimit(name="nofile", soft=1024, hard=1024),),
+            shm_size=1 << 20,
+            seccomp_blake3="0" * 64,
+            capabilities=("CAP_CHOWN",),
+        ),
+        address=None,
+        identity=Identity(
+            kernel="6.1",
+            machine="x86_64",
+            cpu_model="a processor",
+            cpu_flags=("avx", "sse"),
+            criu="4.2.1",
+            runtime="runc",
+            base=BaseFiles(digest="1" * 64, files={"/lib/libc.so": "4:1"}),
+        ),
+        canary=Canary(request=Request(method="GET", path="/"), status=200, body_blake3="2" * 64),
+        sizes=Sizes(cpu_pages=8192, gpu=0, shared_memory=0, rootfs=13, metadata=20),
+        processes=(Process(pid=1, parent=0, name="serve", threads=1, pages_bytes=8192),),
+        sockets=("unix /run/gpuckpt/server.sock listening",),
+        files={},
+        phases=(PhaseRecord(name="dump", seconds=0.5),),
+        cold_ttft_s=1.5,
+    )
+    return manifest.model_copy(update=changes)
+
+
+def publish(layout: Layout, name: str = "gold", contents: dict[str, bytes] | None = None) -> Path:
+    """Put a sealed golden into the store; ``contents`` is what it holds besides whatever lies in its folder already."""
+    folder = layout.goldens / name
+    (folder / "images").mkdir(parents=True, exist_ok=True, mode=0o700)
+    files = {f"images/{image}": data for image, data in IMAGES.items()} if contents is None else contents
+    for relative, data in files.items():
+        path = folder / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    recorded, links = digests.record(folder)
+    sample_manifest(name, files=recorded, links=links).write(folder)
+    seal.write(folder)
+    return folder
