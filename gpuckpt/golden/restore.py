@@ -22,15 +22,17 @@ from gpuckpt.errors import (
 )
 from gpuckpt.golden import failures, identity
 from gpuckpt.golden.assembly import assemble, link_images, seccomp_digest
-from gpuckpt.golden.create import wait_healthy
+from gpuckpt.golden.create import start, wait_healthy
 from gpuckpt.golden.replica import Replica, commit, making
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host.tmpfs import available_memory
 from gpuckpt.manifest import Manifest
 from gpuckpt.store import locks, seal
+from gpuckpt.store.layout import check_name
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload import adapter as adapter_of
 from gpuckpt.workload.base import Replay
+from gpuckpt.workload.endpoint import RequestFailed
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def restore(request: RestoreRequest, tools: Tools, phases: PhaseTable) -> Restor
     BusyError (the replica runs already), IncompatibleError (another machine), VerificationError (the golden's bytes
     or the canary differ), OutOfSpaceError, RestoreError. With ``fallback`` these start the server cold instead.
     """
-    with locks.shared(tools.layout.locks, "golden", request.name):
+    with locks.shared(tools.layout.locks, "golden", check_name(request.name)):
         folder = tools.layout.golden(request.name)
         golden = manifests.read(folder)
         with making(tools, request.name, request.name) as replica:
@@ -225,6 +227,12 @@ def _answers(
         try:
             replay: Replay = workload.replay(replica.endpoint, golden.canary)
             break
+        except RequestFailed as error:
+            failure = failures.server_failure(
+                tools, replica, f"the restored server of {replica.name} fails on the canary", kind=RestoreError
+            )
+            failure.cause = f"{error.message}: {error.cause}"
+            raise failure from error
         except DaemonUnreachableError as error:
             # The socket may accept a moment before the server runs again; a dead server never will.
             alive = tools.containers.inspect(replica.container).alive
@@ -270,10 +278,8 @@ def _cold(
         for name in ("upper", "work", "socket"):
             shutil.rmtree(current.folder / name, ignore_errors=True)
         current.sockets.mkdir(mode=0o755)
-        if current.image:
-            tools.overlay.unmount_image(current.image)
         current, container = assemble(tools, current, golden.launch, tcp_established=False)
-        tools.containers.start(container)
+        start(tools, container, current, kind=RestoreError)
     with _phase(tools, phases, "cold: server start"):
         wait_healthy(
             workload, current.endpoint, tools, current, timeout=request.start_timeout, kind=RestoreError
