@@ -68,7 +68,10 @@ class PhaseTable:
         """
         for index, (label, begin, end) in enumerate(self._spans):
             if label == name and marks:
-                edges = [(name, begin), *((mark, min(max(at, begin), end)) for mark, at in sorted(marks, key=lambda m: m[1]))]
+                edges = [
+                    (name, begin),
+                    *((mark, min(max(at, begin), end)) for mark, at in sorted(marks, key=lambda m: m[1])),
+                ]
                 ends = [at for _, at in edges[1:]] + [end]
                 self._spans[index : index + 1] = [(n, b, e) for (n, b), e in zip(edges, ends, strict=True)]
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import signal
 import sys
@@ -120,6 +121,15 @@ def main(argv: list[str] | None = None) -> Any:
         # The reader of our output (head, less) went away: end quietly, as other tools do.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        from gpuckpt.cli.render import show_error
+        from gpuckpt.errors import OutOfSpaceError
+
+        full = OutOfSpaceError(f"no space left for {error.filename or 'a file'}", remedy="gpuckpt df; df -h")
+        show_error(full, as_json=_wants_json(arguments))
+        sys.exit(full.exit_code)
 
 
 def _wants_json(arguments: list[str]) -> bool:

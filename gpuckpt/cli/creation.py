@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gpuckpt.config import Settings, parse_seconds, parse_size
+from gpuckpt.config import Settings, parse_size
 from gpuckpt.errors import NotFoundError, UsageError
 from gpuckpt.golden.create import CreateRequest
 from gpuckpt.manifest import Mount, Port, Request, Volume, Workload
@@ -125,14 +125,6 @@ def _folder(text: str) -> Path:
 
 def _size(text: str) -> int:
     try:
-        return parse_size(text)
+        return int(str(parse_size(text)))
     except ValueError as error:
         raise UsageError(f"--shm-size: {error}", remedy="for example --shm-size 2GiB") from error
-
-
-def duration(text: str, option: str) -> float:
-    """Seconds in ``text`` ("30s", "5min"); raises UsageError naming ``option``."""
-    try:
-        return parse_seconds(text)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}", remedy=f"for example {option} 5min") from error

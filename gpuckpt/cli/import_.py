@@ -18,7 +18,9 @@ from gpuckpt.cli.render import format_option, print_json, size
 @click.option("--digest", metavar="HEX", help="The archive's blake3 digest, as `gpuckpt export` printed it.")
 @format_option
 @click.pass_context
-def command(ctx: click.Context, /, file: Path, name: str | None, trust: bool, digest: str | None, as_json: bool) -> None:
+def command(
+    ctx: click.Context, /, file: Path, name: str | None, trust: bool, digest: str | None, as_json: bool
+) -> None:
     """Read the golden in the archive FILE into the store, after comparing every byte with its digest."""
     from gpuckpt.cli.progress import progress
     from gpuckpt.golden.archive import import_golden

@@ -58,9 +58,7 @@ def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
         name = "  " * depth[process.pid] + process.name
         return name, str(process.pid), str(process.threads), size(process.pages_bytes)
 
-    print_table(
-        ["NAME", "PID", "THREADS", "PAGES"], map(row, golden.processes), right=["PID", "THREADS", "PAGES"]
-    )
+    print_table(["NAME", "PID", "THREADS", "PAGES"], map(row, golden.processes), right=["PID", "THREADS", "PAGES"])
     if golden.sockets:
         click.echo("\nSockets")
         for line in golden.sockets:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from gpuckpt.containers.api import Api
-from gpuckpt.errors import BusyError, NotFoundError, UsageError
+from gpuckpt.errors import BusyError, NotFoundError, PreflightError, UsageError
 from gpuckpt.manifest import Launch
 
 LABEL = "gpuckpt.replica"
+OWNER = "gpuckpt.state"  # the state folder of the gpuckpt that a container belongs to: a machine may have several
 PREFIX = "gpuckpt-"
 
 
@@ -103,11 +104,17 @@ class Podman:
             labels=data["Config"].get("Labels") or {},
         )
 
-    def list(self) -> list[dict[str, Any]]:
-        """All containers that carry our label, running or not: ``id``, ``name``, ``state``, ``labels``, ``pid``."""
+    def list(self, owner: Path) -> list[dict[str, Any]]:
+        """All containers of the gpuckpt with the state folder ``owner``, running or not.
+
+        Each has ``id``, ``name``, ``state``, ``labels``, ``pid``.
+        """
         import json
 
-        found = self.api.call("GET", "/containers/json", all=True, filters=json.dumps({"label": [LABEL]})) or []
+        found = (
+            self.api.call("GET", "/containers/json", all=True, filters=json.dumps({"label": [f"{OWNER}={owner}"]}))
+            or []
+        )
         return [
             {
                 "id": entry["Id"],
@@ -181,6 +188,19 @@ class Podman:
             raise NotFoundError(
                 f"no image {image} on this machine", cause=error.cause, remedy=f"podman pull {image}"
             ) from error
+
+    def image_layers(self, image: str) -> tuple[Path, ...]:
+        """The folders of the image's layers, the uppermost first (podman's overlay storage driver)."""
+        from urllib.parse import quote
+
+        data = self.api.call("GET", f"/images/{quote(image, safe='')}/json").get("GraphDriver", {}).get("Data") or {}
+        if "UpperDir" not in data:
+            raise PreflightError(
+                f"the layers of image {image} are not folders here",
+                cause="podman's storage driver is not overlay",
+                remedy="use the overlay driver, or --rootfs",
+            )
+        return tuple(Path(word) for word in (data["UpperDir"], *data.get("LowerDir", "").split(":")) if word)
 
     def image_config(self, image: str) -> dict[str, Any]:
         """The image's ``Config``: Env, Cmd, Entrypoint, WorkingDir, User."""

@@ -34,7 +34,9 @@ def choose_runtime(wanted: str) -> str:
         proc.run(["runc", "--version"], timeout=10)
     except GpuckptError as error:
         raise PreflightError(
-            "no OCI runtime here can checkpoint", cause="neither crun with +CRIU nor runc is installed", remedy="make setup"
+            "no OCI runtime here can checkpoint",
+            cause="neither crun with +CRIU nor runc is installed",
+            remedy="make setup",
         ) from error
     return "runc"
 
@@ -60,7 +62,10 @@ def connect(run: Path, criu: Path, *, runtime: str = "auto", timeout: float = 60
     if not Path("/run/systemd/system").is_dir():  # sd_booted(3): else systemd owns the cgroup tree
         argv += ["--cgroup-manager", "cgroupfs", "--events-backend", "file"]
     log = folder / "service.log"
-    child = proc.spawn([*argv, "system", "service", "--time", str(_IDLE_SECONDS), f"unix://{api.path}"], log=log, path=[tools])
+    child = proc.spawn(
+        [*argv, "system", "service", "--time", str(_IDLE_SECONDS), f"unix://{api.path}"], log=log, path=[tools]
+    )
+    (folder / "service.pid").write_text(f"{child.pid}\n")
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         if _answers(api):

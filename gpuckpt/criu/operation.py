@@ -58,10 +58,12 @@ class Operation:
         hooks: Path,
         tcp_established: bool,
         ghost_limit: int,
+        loopback: bool,
         copies: Sequence[tuple[Path, Path]] = (),
     ) -> None:
         """Write CRIU's options and the context of the action script, and forget an earlier operation's notes.
 
+        ``loopback``: the network namespace is the container's own and empty, and its loopback is to be up.
         ``copies`` (from, to) are made at the end of a dump, while the processes are still frozen.
         """
         check_hooks(hooks)
@@ -69,6 +71,7 @@ class Operation:
         for name in ("stages", "failed", "output"):
             (self.folder / name).unlink(missing_ok=True)
         context = [f"GOLDEN={golden}", f"REPLICA={replica}", f"HOOKS={hooks}"]
+        context += ["LOOPBACK=1"] if loopback else []
         context += [f"COPY={source}\t{target}" for source, target in copies]
         (self.folder / "context").write_text("\n".join(context) + "\n")
         script = self.folder / "action"

@@ -145,7 +145,7 @@ def _compressed(file: IO[bytes] | io.RawIOBase, zstd: bool) -> Iterator[IO[bytes
 
     compressor = zstandard.ZstdCompressor(level=3, threads=-1)
     with compressor.stream_writer(file, closefd=False) as output:  # type: ignore[arg-type]
-        yield output  # type: ignore[misc]
+        yield output
 
 
 def _tar_writer(output: IO[bytes]) -> tarfile.TarFile:
@@ -177,9 +177,10 @@ def _add_one(tar: tarfile.TarFile, folder: Path, relative: str) -> None:
         # tarfile folds a second name of a file into a link to the first; here every name carries its bytes.
         member.type, member.linkname = tarfile.REGTYPE, ""
         member.size = path.lstat().st_size
-    for attribute in os.listxattr(path, follow_symlinks=False):
-        value = os.getxattr(path, attribute, follow_symlinks=False)
-        member.pax_headers[_XATTR + attribute] = value.decode("utf-8", "surrogateescape")
+    member.pax_headers = {
+        _XATTR + attribute: os.getxattr(path, attribute, follow_symlinks=False).decode("utf-8", "surrogateescape")
+        for attribute in os.listxattr(path, follow_symlinks=False)
+    }
     if member.isreg():
         with path.open("rb") as content:
             tar.addfile(member, content)
@@ -239,7 +240,7 @@ def _decompressed(file: _Hashing) -> Iterator[IO[bytes]]:
 
     try:
         with zstandard.ZstdDecompressor().stream_reader(buffered, closefd=False) as stream:
-            yield stream  # type: ignore[misc]
+            yield stream
     except zstandard.ZstdError as error:
         raise VerificationError("the archive's compression is damaged", cause=str(error)) from error
 
@@ -279,8 +280,15 @@ def _unpack(
     staging.mkdir(mode=0o700)
     try:
         done = 0
-        for member in tar:
-            _extract(tar, member, staging, manifest)
+        while (member := tar.next()) is not None:
+            try:
+                _extract(tar, member, staging, manifest)
+            except (OSError, ValueError, OverflowError) as error:
+                if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
+                    raise
+                raise VerificationError(
+                    f"the archive's member {member.name!r} cannot be unpacked", cause=str(error)
+                ) from error
             done += member.size
             progress(done, total)
         hashing.drain()
@@ -310,8 +318,20 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, staging: Path, manif
     Parents must be folders that were unpacked before, never links, so no path can leave through one.
     """
     path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or not path.parts or path.parts[0] not in ("images", "rootfs", "volumes"):
-        raise VerificationError(f"the archive's member {member.name!r} leaves its folder", remedy="do not use this archive")
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or not path.parts
+        or path.parts[0] not in ("images", "rootfs", "volumes")
+    ):
+        raise VerificationError(
+            f"the archive's member {member.name!r} leaves its folder", remedy="do not use this archive"
+        )
+    if len(path.parts) < (3 if path.parts[0] == "volumes" else 2) and not member.isdir():
+        # These paths are handed to mount(2) and copied from on the host, where a link would be followed.
+        raise VerificationError(
+            f"the archive's member {member.name!r} is not a folder", remedy="do not use this archive"
+        )
     target = staging / path
     for parent in path.parents:
         if str(parent) != "." and not stat.S_ISDIR(_mode(staging / parent)):
@@ -326,7 +346,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, staging: Path, manif
         if expected is None or expected.size != member.size:
             raise VerificationError(f"the archive's member {member.name!r} is not in its manifest")
         content = tar.extractfile(member)
-        assert content is not None  # noqa: S101 - regular files have content
+        assert content is not None
         with open(target, "xb", opener=_private) as output:
             shutil.copyfileobj(content, output, 1 << 20)
     elif member.issym() and manifest.links.get(member.name) == member.linkname and path.parts[0] != "images":
@@ -355,9 +375,7 @@ def _restore_metadata(target: Path, member: tarfile.TarInfo) -> None:
     for key, value in member.pax_headers.items():
         if key.startswith(_XATTR):
             try:
-                os.setxattr(
-                    target, key[len(_XATTR) :], value.encode("utf-8", "surrogateescape"), follow_symlinks=False
-                )
+                os.setxattr(target, key[len(_XATTR) :], value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
             except OSError as error:
                 raise PreflightError(
                     f"the store cannot keep the attribute {key[len(_XATTR) :]}", cause=str(error)

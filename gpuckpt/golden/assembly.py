@@ -6,23 +6,13 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from gpuckpt.containers.podman import ContainerSpec
+from gpuckpt.containers.podman import OWNER, ContainerSpec
 from gpuckpt.golden.replica import Replica, publish_address
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host.seccomp import profile_path
 from gpuckpt.manifest import Address, Launch
 from gpuckpt.store.digests import digest_file
 from gpuckpt.workload.base import SOCKET_FOLDER
-
-
-def base_folder(tools: Tools, replica: Replica, launch: Launch) -> tuple[Replica, Path]:
-    """The folder that is the base of the root file system; mounts the image if there is one, and records that."""
-    if launch.image is None:
-        return replica, Path(launch.rootfs or "/")
-    folder = tools.overlay.mount_image(launch.image)
-    mounted = replace(replica, image=launch.image)
-    mounted.save()
-    return mounted, folder
 
 
 def assemble(
@@ -40,7 +30,7 @@ def assemble(
     ``golden_layer`` is the golden's frozen writable layer, ``address`` the one to take on the bridge, ``copies`` what
     a dump is to copy while the processes are frozen.
     """
-    replica, base = base_folder(tools, replica, launch)
+    base = tools.containers.image_layers(launch.image) if launch.image else (Path(launch.rootfs or "/"),)
     rootfs = tools.overlay.mount(replica.folder, base, golden_layer)
     if launch.port:
         host, port = publish_address(launch.port)
@@ -52,6 +42,7 @@ def assemble(
         hooks=tools.settings.paths.hooks,
         tcp_established=tcp_established,
         ghost_limit=tools.settings.criu.ghost_limit,
+        loopback=launch.port is None,
         copies=copies,
     )
     binds = [(mount.source, mount.destination, mount.read_only) for mount in launch.mounts]
@@ -68,6 +59,7 @@ def assemble(
         hostname=hostname(replica.golden),
         ip=address.ip if address else None,
         mac=address.mac if address else None,
+        labels={OWNER: str(tools.layout.state)},
     )
     return replica, tools.containers.create(spec)
 

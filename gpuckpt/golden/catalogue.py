@@ -49,7 +49,7 @@ def states(tools: Tools) -> dict[str, str]:
     """podman's state of every container of ours, by replica name."""
     from gpuckpt.containers.podman import LABEL
 
-    return {entry["labels"][LABEL]: entry["state"] for entry in tools.containers.list()}
+    return {entry["labels"][LABEL]: entry["state"] for entry in tools.containers.list(tools.layout.state)}
 
 
 def remove(tools: Tools, name: str, *, force: bool = False) -> None:

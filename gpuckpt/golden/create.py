@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gpuckpt import __version__
+from gpuckpt.containers.api import PodmanError
 from gpuckpt.criu import images as criu_images
 from gpuckpt.errors import BusyError, CheckpointError, DeadlineError, GpuckptError, OutOfSpaceError
 from gpuckpt.golden import failures, identity
@@ -102,7 +103,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
             replica, container = assemble(
                 tools, replica, launch, tcp_established=launch.tcp_established, copies=tuple(copies)
             )
-            tools.containers.start(container)
+            start(tools, container, replica, kind=CheckpointError)
         with _phase(tools, phases, "server start"):
             _wait_healthy(request, tools, replica)
         canary, first_token_ns = _exercise(request, tools, replica, phases)
@@ -200,6 +201,18 @@ def _phase(tools: Tools, phases: PhaseTable, name: str) -> Iterator[None]:
         yield
 
 
+def start(tools: Tools, container: str, replica: Replica, *, kind: type[GpuckptError]) -> None:
+    """Start a container; an error of ``kind`` with the runtime's reason if its program cannot be run."""
+    try:
+        tools.containers.start(container)
+    except PodmanError as error:
+        raise kind(
+            f"the server of {replica.name} could not be started",
+            cause=error.cause,
+            remedy="correct the command after `--`, or the published port, and try again",
+        ) from error
+
+
 def wait_healthy(
     adapter: Adapter, endpoint: Endpoint, tools: Tools, replica: Replica, *, timeout: float, kind: type[GpuckptError]
 ) -> None:
@@ -226,14 +239,10 @@ def wait_healthy(
 
 
 def _wait_healthy(request: CreateRequest, tools: Tools, replica: Replica) -> None:
-    wait_healthy(
-        request.adapter, replica.endpoint, tools, replica, timeout=request.start_timeout, kind=CheckpointError
-    )
+    wait_healthy(request.adapter, replica.endpoint, tools, replica, timeout=request.start_timeout, kind=CheckpointError)
 
 
-def _exercise(
-    request: CreateRequest, tools: Tools, replica: Replica, phases: PhaseTable
-) -> tuple[Canary | None, int]:
+def _exercise(request: CreateRequest, tools: Tools, replica: Replica, phases: PhaseTable) -> tuple[Canary | None, int]:
     """First token, warm-up, canary, quiet; a server that fails at it is shown with its last lines."""
     adapter, endpoint = request.adapter, replica.endpoint
     canary = None

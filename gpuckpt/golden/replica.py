@@ -24,15 +24,14 @@ from gpuckpt.workload.endpoint import Endpoint
 class Replica:
     """A container of ours and what belongs to it on the host.
 
-    ``state`` is ``making`` until the transaction that makes it ends well, then ``ready``. ``image`` is set when the
-    root file system's base is a mounted image, ``volumes`` names those that the transaction created.
+    ``state`` is ``making`` until the transaction that makes it ends well, then ``ready``. ``volumes`` names those
+    that the transaction created.
     """
 
     name: str
     golden: str
     folder: Path
     state: str = "making"
-    image: str | None = None
     host: str | None = None
     port: int | None = None
     volumes: tuple[str, ...] = ()
@@ -118,11 +117,9 @@ def discard(tools: Tools, replica: Replica) -> None:
 
     attempt(tools.containers.remove, replica.container)
     attempt(tools.overlay.unmount, replica.folder)
-    if replica.image:
-        attempt(tools.overlay.unmount_image, replica.image)
     for volume in replica.volumes:
         attempt(tools.containers.remove_volume, volume)
-    if not (replica.folder / "rootfs").is_mount():
+    if replica.folder.exists() and not (replica.folder / "rootfs").is_mount():
         # Never delete through a mount that would not go.
         attempt(shutil.rmtree, replica.folder)
     if errors:
@@ -179,4 +176,4 @@ def commit(replica: Replica, *, tier: str = "hot") -> Replica:
 
 def publish_address(port: Port) -> tuple[str, int]:
     """Where this machine reaches a published port."""
-    return ("127.0.0.1" if port.host_ip in ("", "0.0.0.0") else port.host_ip), port.host_port  # noqa: S104
+    return ("127.0.0.1" if port.host_ip in ("", "0.0.0.0") else port.host_ip), port.host_port

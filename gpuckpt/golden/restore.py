@@ -175,9 +175,7 @@ def _check(request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path
         )
 
 
-def _restore_volumes(
-    request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path, replica: Replica
-) -> None:
+def _restore_volumes(request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path, replica: Replica) -> None:
     """Fill named volumes that are not here (another machine, a removed volume); those that exist are left alone."""
     from dataclasses import replace
 
@@ -281,11 +279,7 @@ def _cold(
         current, container = assemble(tools, current, golden.launch, tcp_established=False)
         start(tools, container, current, kind=RestoreError)
     with _phase(tools, phases, "cold: server start"):
-        wait_healthy(
-            workload, current.endpoint, tools, current, timeout=request.start_timeout, kind=RestoreError
-        )
+        wait_healthy(workload, current.endpoint, tools, current, timeout=request.start_timeout, kind=RestoreError)
     with _phase(tools, phases, "cold: first token"):
         first_token_ns = workload.first_token(current.endpoint)
     return Restored(commit(current, tier="cold"), "cold", phases, first_token_ns, None, reason)
-
-

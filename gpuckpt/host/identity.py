@@ -19,7 +19,8 @@ class Machine:
 
 def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> Machine:
     """Read the identity of this machine; a processor without flags in /proc/cpuinfo gives an empty tuple."""
-    model, flags = "unknown", ()
+    model = "unknown"
+    flags: tuple[str, ...] = ()
     with cpuinfo.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             key, _, value = line.partition(":")

@@ -32,7 +32,7 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"“{name}” cannot be a name",
-            cause="a name has 1 to 40 of letters a–z, digits, “-”, “_”, “.”, and begins and ends with a letter or digit",
+            cause="1 to 40 of letters, digits, “-”, “_”, “.”, beginning and ending with a letter or digit",
             remedy="choose another, for example “qwen-0.5b”",
         )
     return name

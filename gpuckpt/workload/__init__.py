@@ -5,6 +5,8 @@ from gpuckpt.workload.base import Adapter
 from gpuckpt.workload.http import Http
 from gpuckpt.workload.vllm import Vllm
 
+__all__ = ["Adapter", "Http", "Vllm", "adapter"]
+
 
 def adapter(record: Workload) -> Adapter:
     """The adapter for what a manifest records."""

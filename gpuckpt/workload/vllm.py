@@ -80,7 +80,7 @@ class Vllm:
             mounts = (Mount(source=model, destination=model),)
             env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         argv = [str(python) if python else "python3", "-m", "vllm.entrypoints.openai.api_server"]
-        argv += ["--host", "0.0.0.0", "--port", str(port)] if port else ["--uds", SOCKET_INSIDE]  # noqa: S104
+        argv += ["--host", "0.0.0.0", "--port", str(port)] if port else ["--uds", SOCKET_INSIDE]
         argv += ["--model", model, "--enforce-eager", "--load-format", "safetensors", "--disable-uvicorn-access-log"]
         if not _option(arguments, "--served-model-name"):
             argv += ["--served-model-name", self.record.served_name or model]

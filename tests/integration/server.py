@@ -1,0 +1,103 @@
+"""A small HTTP server to freeze: memory of a known content, files, a loopback connection, a way to die.
+
+python3 server.py (SOCKET | PORT) [--megabytes N] [--crash-on PATH] [--never-healthy] [--deleted-file BYTES]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import socket
+import socketserver
+import sys
+import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler
+
+parser = argparse.ArgumentParser()
+parser.add_argument("where")
+parser.add_argument("--megabytes", type=int, default=8)
+parser.add_argument("--crash-on", default="")
+parser.add_argument("--exit-at-once", action="store_true")
+parser.add_argument("--never-healthy", action="store_true")
+parser.add_argument("--deleted-file", type=int, default=0)
+parser.add_argument("--note", default="")
+arguments = parser.parse_args()
+
+if arguments.exit_at_once:
+    print("cannot start: the moon is in the wrong phase", file=sys.stderr)
+    sys.exit(3)
+
+memory = bytearray(random.Random(1).randbytes(1 << 20)) * arguments.megabytes
+counter = 0
+
+# A connection of the server with itself, over the container's own loopback.
+listener = socket.create_server(("127.0.0.1", 0))
+near = socket.create_connection(listener.getsockname())
+far, _ = listener.accept()
+
+deleted = tempfile.TemporaryFile(dir="/var/tmp")  # noqa: SIM115 - held open for the server's life
+if arguments.deleted_file:
+    deleted.write(b"x" * arguments.deleted_file)
+    deleted.flush()
+if arguments.note:
+    with open(arguments.note, "w") as note:
+        note.write("written before the dump")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def address_string(self) -> str:
+        return "client"
+
+    def do_GET(self) -> None:
+        global counter  # noqa: PLW0603 - the state that a restore must bring back
+        if arguments.crash_on and self.path == arguments.crash_on:
+            print("fatal: asked for the forbidden path", file=sys.stderr, flush=True)
+            os._exit(7)
+        if self.path == "/health":
+            self.answer("ok" if not arguments.never_healthy else "not yet", 200 if not arguments.never_healthy else 503)
+        elif self.path == "/digest":
+            self.answer(hashlib.sha256(memory).hexdigest())
+        elif self.path == "/count":
+            counter += 1
+            self.answer(str(counter))
+        elif self.path == "/random":
+            self.answer(os.urandom(8).hex())
+        elif self.path == "/tcp":
+            near.sendall(b"ping")
+            self.answer(far.recv(4).decode())
+        elif self.path == "/hostname":
+            self.answer(socket.gethostname())
+        elif self.path.startswith("/read/"):
+            try:
+                with open(self.path[5:]) as file:
+                    self.answer(file.read())
+            except OSError as error:
+                self.answer(str(error), 404)
+        else:
+            self.answer("no such page", 404)
+
+    def answer(self, text: str, status: int = 200) -> None:
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class Unix(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+
+
+class Tcp(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+
+print("ready", threading.active_count(), flush=True)
+if arguments.where.isdigit():
+    Tcp(("0.0.0.0", int(arguments.where)), Handler).serve_forever()
+else:
+    Unix(arguments.where, Handler).serve_forever()

@@ -1,0 +1,72 @@
+"""The real thing: vLLM on the CPU with a small model, frozen, killed, restored, the same tokens and logprobs."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import HERE, PREFIX, Bench
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    script = HERE.parents[1] / "scripts" / "make_model.py"
+    subprocess.run([PREFIX / "server" / "bin" / "python", script, "--shape", "tiny", folder], check=True)
+    return folder
+
+
+@pytest.mark.vllm
+def test_vllm_comes_back_with_the_same_answer(bench: Bench, tiny_model: Path) -> None:
+    name = bench.name()
+    # The settings of an environment file, read as it is.
+    (bench.folder / ".env").write_text(f"MODEL_ID={tiny_model}   # the model\nCONT_NAME={name}\n")
+    created = bench.ok(
+        "create", "--env", "VLLM_CPU_KVCACHE_SPACE=1", "--format", "json", "--", "--max-model-len", "512"
+    ).json
+    assert created["name"] == name
+    assert bench.left() == []
+    shown = bench.ok("inspect", name, "--format", "json").json
+    assert shown["workload"] == shown["workload"] | {"kind": "vllm", "model": str(tiny_model), "served_name": name}
+    assert len(shown["canary"]["tokens"]) == len(shown["canary"]["logprobs"]) == 16
+    assert len(shown["processes"]) >= 3  # server, engine, worker
+    assert not any("io_uring" in line for line in shown["sockets"])
+
+    for _ in range(2):
+        restored = bench.ok("restore", name, "--format", "json").json
+        assert restored["canary_match"] is True
+        assert restored["ttft_s"] < created["cold_ttft_s"] / 4
+        # The server still takes other requests, and the same one gives the same tokens.
+        body = {"model": name, "prompt": "Hello", "max_tokens": 4, "temperature": 0, "stream": True, "logprobs": 1}
+        texts = [
+            "".join(
+                event["choices"][0]["text"] for _, event in bench.endpoint(name).stream("POST", "/v1/completions", body)
+            )
+            for _ in range(2)
+        ]
+        assert texts[0] == texts[1] != ""
+        bench.ok("stop", name)
+
+    # A canary that was recorded otherwise is noticed, and the replica is not left running.
+    _falsify(bench, name)
+    failed = bench.run("restore", name)
+    assert failed.code == 8
+    assert "answers the canary differently" in failed.err
+    assert bench.left() == []
+    assert "ready" in bench.ok("restore", name, "--no-canary").out
+    bench.ok("stop", name)
+
+
+def _falsify(bench: Bench, name: str) -> None:
+    from gpuckpt import manifest as manifests
+    from gpuckpt.store import seal
+
+    folder = bench.store / "goldens" / name
+    golden = manifests.read(folder)
+    assert golden.canary is not None
+    logprobs = (golden.canary.logprobs[0] + 1e-6, *golden.canary.logprobs[1:])
+    changed = golden.canary.model_copy(update={"logprobs": logprobs})
+    golden.model_copy(update={"canary": changed}).write(folder)
+    seal.write(folder)
