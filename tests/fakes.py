@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuckpt.config import Create, Paths, Settings, Store
-from gpuckpt.containers.podman import LABEL, Container, ContainerSpec
+from gpuckpt.containers.podman import LABEL, OWNER, Container, ContainerSpec
 from gpuckpt.criu.binary import Criu
 from gpuckpt.errors import BusyError, DaemonUnreachableError, GpuckptError, NotFoundError
 from gpuckpt.golden.create import CreateRequest
@@ -151,10 +151,11 @@ class FakeContainers:
             labels={LABEL: found.spec.replica},
         )
 
-    def list(self) -> list[dict[str, Any]]:
+    def list(self, owner: Path) -> list[dict[str, Any]]:
         return [
             {"id": name, "name": name, "state": one.status, "labels": {LABEL: one.spec.replica}, "pid": 0}
             for name, one in self.containers.items()
+            if one.spec.labels.get(OWNER) == str(owner)
         ]
 
     def checkpoint(self, container: str, *, leave_running: bool, tcp_established: bool) -> dict[str, int]:
@@ -217,6 +218,13 @@ class FakeContainers:
         except KeyError:
             raise NotFoundError(f"no image {image} on this machine") from None
 
+    def image_layers(self, image: str) -> tuple[Path, ...]:
+        self.image_digest(image)
+        layers = self.folder / "layers" / "upper", self.folder / "layers" / "lower"
+        for layer in layers:
+            layer.mkdir(parents=True, exist_ok=True)
+        return layers
+
     def image_config(self, image: str) -> dict[str, Any]:
         return {"Env": ["LANG=C.UTF-8"], "Entrypoint": ["/entry"], "WorkingDir": "/srv", "User": "app"}
 
@@ -238,36 +246,21 @@ class FakeContainers:
 class FakeOverlay:
     """Mounts that are only remembered."""
 
-    def __init__(self, folder: Path, journal: Journal) -> None:
-        self.folder = folder
+    def __init__(self, journal: Journal) -> None:
         self.journal = journal
-        self.mounted: dict[Path, tuple[Path, Path | None]] = {}
-        self.images: list[str] = []
+        self.mounted: dict[Path, tuple[tuple[Path, ...], Path | None]] = {}
 
-    def mount(self, folder: Path, base: Path, golden: Path | None = None) -> Path:
+    def mount(self, folder: Path, base: Sequence[Path], golden: Path | None = None) -> Path:
         with self.journal.step("mount root"):
-            assert base.is_dir() and (golden is None or golden.is_dir()), "overlayfs wants folders as layers"
+            assert all(layer.is_dir() for layer in (*base, *([golden] if golden else []))), "layers are folders"
             for name in ("upper", "work", "rootfs"):
                 (folder / name).mkdir(exist_ok=True)
-            self.mounted[folder] = (base, golden)
+            self.mounted[folder] = (tuple(base), golden)
         return folder / "rootfs"
 
     def unmount(self, folder: Path) -> None:
         with self.journal.step("unmount root"):
             self.mounted.pop(folder, None)
-
-    def mount_image(self, image: str) -> Path:
-        with self.journal.step("mount image"):
-            self.images.append(image)
-        return self.folder
-
-    def unmount_image(self, image: str) -> None:
-        with self.journal.step("unmount image"):
-            if image in self.images:  # podman says “not mounted” and leaves it at that
-                self.images.remove(image)
-
-    def copy_layer(self, upper: Path, target: Path) -> None:
-        raise AssertionError("layers are copied by the action script, while the processes are frozen")
 
 
 class FakeAdapter:
@@ -374,7 +367,6 @@ class World:
         """Everything that a transaction without a result should not have left."""
         found = [f"container {name}" for name in self.containers.containers]
         found += [f"mount {folder}" for folder in self.overlay.mounted]
-        found += [f"image {image}" for image in self.overlay.images]
         found += [f"volume {name}" for name in self.containers.volumes]
         for parent in (self.layout.replicas, self.layout.staging):
             found += [f"folder {path}" for path in sorted(parent.iterdir())]
@@ -401,7 +393,7 @@ def tools_for(folder: Path) -> World:
     (base / "app").write_bytes(b"program")
     journal = Journal()
     containers = FakeContainers(folder / "podman", journal)
-    overlay = FakeOverlay(base, journal)
+    overlay = FakeOverlay(journal)
     report = FakeReporter(journal)
 
     def memory_of(pid: int) -> int:

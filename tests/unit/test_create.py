@@ -140,7 +140,7 @@ def test_volumes_are_copied_while_the_processes_are_frozen(world: World) -> None
     assert "data" in world.containers.volumes, "a volume that was there before stays"
 
 
-def test_an_image_is_mounted_and_given_back(world: World) -> None:
+def test_an_image_s_own_settings_are_taken(world: World) -> None:
     world.containers.images["site"] = "sha256:aa"
     golden = made(world, image="site").manifest
     assert golden.launch.image == "site" and golden.launch.rootfs is None

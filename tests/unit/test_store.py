@@ -331,7 +331,7 @@ def half_made(world: World, name: str) -> None:
     folder = world.layout.replicas / name
     folder.mkdir()
     Replica(name, name, folder).save()
-    world.overlay.mount(folder, world.base)
+    world.overlay.mount(folder, [world.base])
 
 
 def test_nothing_to_sweep_needs_no_podman(world: World) -> None:
