@@ -328,7 +328,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, staging: Path, manif
             f"the archive's member {member.name!r} leaves its folder", remedy="do not use this archive"
         )
     if len(path.parts) < (3 if path.parts[0] == "volumes" else 2) and not member.isdir():
-        raise VerificationError(f"the archive's member {member.name!r} must be a folder", remedy="do not use it")
+        # These paths are handed to mount(2) and copied from on the host, where a link would be followed.
         raise VerificationError(
             f"the archive's member {member.name!r} is not a folder", remedy="do not use this archive"
         )
