@@ -1,0 +1,89 @@
+"""The one door to other programs: what they see, when they are ended, what is said when they fail."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpuckpt import proc
+from gpuckpt.errors import DeadlineError, NotFoundError
+
+
+def test_output_and_status() -> None:
+    done = proc.run(["sh", "-c", "echo out; echo err >&2; exit 3"], check=False)
+    assert (done.code, done.stdout, done.stderr) == (3, "out\n", "err\n")
+
+
+def test_a_failure_can_be_pasted_into_a_shell_and_shows_the_end_of_the_output() -> None:
+    argv = ["sh", "-c", "seq 30 >&2; exit 3", "with space"]
+    with pytest.raises(proc.CommandError, match="status 3") as caught:
+        proc.run(argv)
+    line = str(caught.value.cause).removeprefix("the command was: ")
+    assert shlex.split(line) == argv
+    assert caught.value.log == tuple(map(str, range(16, 31)))
+
+
+def test_without_an_error_output_the_other_is_shown() -> None:
+    with pytest.raises(proc.CommandError) as caught:
+        proc.run(["sh", "-c", "echo why; false"])
+    assert caught.value.log == ("why",)
+
+
+def test_a_missing_program() -> None:
+    with pytest.raises(NotFoundError, match="no such program"):
+        proc.run(["gpuckpt-does-not-exist"])
+
+
+def test_a_program_that_takes_too_long_is_killed() -> None:
+    begin = time.monotonic()
+    with pytest.raises(DeadlineError, match=r"0\.1 s") as caught:
+        proc.run([sys.executable, "-c", "print('so far', flush=True); import time; time.sleep(60)"], timeout=0.1)
+    assert time.monotonic() - begin < 10
+    assert caught.value.exit_code == 13
+
+
+def test_secrets_of_the_caller_do_not_get_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("PATH", "/home/user/bin")
+    monkeypatch.setenv("LANG", "C.UTF-8")
+    seen = dict(line.partition("=")[::2] for line in proc.run(["/usr/bin/env"], env={"EXTRA": "1"}).stdout.splitlines())
+    assert "HF_TOKEN" not in seen
+    assert seen["LANG"] == "C.UTF-8" and seen["EXTRA"] == "1"
+    assert "/home/user/bin" not in seen["PATH"] and "/usr/bin" in seen["PATH"]
+
+
+def test_a_path_before_the_standard_one(tmp_path: Path) -> None:
+    (tmp_path / "criu").write_text("#!/bin/sh\necho ours\n")
+    (tmp_path / "criu").chmod(0o755)
+    assert proc.run(["sh", "-c", "criu"], path=[tmp_path]).stdout == "ours\n"
+    assert proc.environment(path=["/a", Path("/b")])["PATH"].startswith("/a:/b:/usr/local/sbin")
+
+
+def test_standard_input_is_closed() -> None:
+    assert proc.run(["cat"]).stdout == ""
+
+
+def test_bytes_that_are_no_text_are_no_trouble() -> None:
+    assert proc.run(["printf", r"a\377b"]).stdout == "a�b"
+
+
+def test_the_working_folder(tmp_path: Path) -> None:
+    assert proc.run(["pwd"], cwd=tmp_path).stdout.strip() == str(tmp_path)
+
+
+def test_a_daemon_has_its_own_session_and_a_log(tmp_path: Path) -> None:
+    code = "import os; print(os.getsid(0) == os.getpid(), os.getcwd(), os.environ.get('A'), flush=True)"
+    child = proc.spawn([sys.executable, "-c", code], log=tmp_path / "log", env={"A": "1"})
+    assert child.wait(timeout=60) == 0
+    assert (tmp_path / "log").read_text() == "True / 1\n"
+    with pytest.raises(NotFoundError):
+        proc.spawn(["gpuckpt-does-not-exist"], log=tmp_path / "log")
+
+
+def test_tail_skips_empty_lines() -> None:
+    assert proc.tail("a\n\n  \nb\nc\n", 2) == ("b", "c")
+    assert proc.tail("") == ()
