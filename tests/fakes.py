@@ -7,9 +7,12 @@ after it was done but before anybody knows: what an interrupt does at its worst.
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -481,3 +484,74 @@ def publish(layout: Layout, name: str = "gold", contents: dict[str, bytes] | Non
     sample_manifest(name, files=recorded, links=links).write(folder)
     seal.write(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as it came over the socket."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def response(status: int, body: bytes | str | dict[str, Any] | list[Any] = b"", *, length: int | None = None) -> bytes:
+    """A whole HTTP response; with ``length`` it claims another length than it has."""
+    data = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else json.dumps(body).encode()
+    head = f"HTTP/1.1 {status} Status\r\nContent-Length: {len(data) if length is None else length}\r\n\r\n"
+    return head.encode() + data
+
+
+class UnixServer:
+    """A tiny server on a Unix socket. ``answer`` gives the raw bytes for a request, or None to stay silent."""
+
+    def __init__(self, path: Path, answer: Callable[[Asked], bytes | None]) -> None:
+        self.path = path
+        self.answer = answer
+        self.asked: list[Asked] = []
+        self._stop = threading.Event()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(str(path))
+        self._socket.listen()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def __enter__(self) -> UnixServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._socket.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while not self._stop.is_set():
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._serve, args=(connection,))
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as stream:
+            method, path, _ = stream.readline().decode().split(" ")
+            headers: dict[str, str] = {}
+            while line := stream.readline().strip():
+                key, _, value = line.decode().partition(":")
+                headers[key.lower()] = value.strip()
+            asked = Asked(method, path, headers, stream.read(int(headers.get("content-length", 0))))
+            self.asked.append(asked)
+            data = self.answer(asked)
+            if data is None:
+                self._stop.wait(10)
+            else:
+                connection.sendall(data)

@@ -1,0 +1,316 @@
+"""podman's API: what is asked for, and what its answers mean."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+from gpuckpt.containers import podman as podmans
+from gpuckpt.containers.api import Api, PodmanError
+from gpuckpt.containers.podman import LABEL, ContainerSpec, Podman, container_name
+from gpuckpt.errors import BusyError, DaemonUnreachableError, DeadlineError, GpuckptError, NotFoundError, UsageError
+from gpuckpt.manifest import Port, Ulimit, Volume
+from tests.fakes import Asked, UnixServer, response, sample_manifest
+
+Answer = Callable[[Asked], bytes | None]
+
+
+@contextmanager
+def served(tmp_path: Path, answer: bytes | Answer | None, timeout: float = 10) -> Iterator[tuple[Podman, UnixServer]]:
+    """A podman service that gives the same answer to everything, or what a function says."""
+    function: Answer = answer if callable(answer) else lambda asked: answer
+    with UnixServer(tmp_path / "podman.sock", function) as server:
+        yield Podman(Api(server.path, timeout)), server
+
+
+def spec(**changes: Any) -> ContainerSpec:
+    launch = sample_manifest().launch.model_copy(update=changes.pop("launch", {}))
+    given: dict[str, Any] = {
+        "name": "gpuckpt-gold",
+        "replica": "gold",
+        "golden": "gold",
+        "rootfs": Path("/mnt/root"),
+        "launch": launch,
+        "binds": (("/models", "/m", True), ("/sockets", "/run/gpuckpt", False)),
+        "criu_config": Path("/state/criu.conf"),
+        "seccomp": Path("/seccomp.json"),
+        "hostname": "gold",
+    }
+    return ContainerSpec(**given | changes)
+
+
+def created(tmp_path: Path, what: ContainerSpec) -> dict[str, Any]:
+    """The specification that podman would get."""
+    with served(tmp_path, response(201, {"Id": "abc"})) as (podman, server):
+        assert podman.create(what) == "abc"
+    (asked,) = server.asked
+    assert (asked.method, asked.path) == ("POST", "/v4.0.0/libpod/containers/create")
+    assert asked.headers["content-type"] == "application/json"
+    body: dict[str, Any] = asked.json
+    return body
+
+
+# --- the specification ----------------------------------------------------------------------------------------
+
+
+def test_what_every_container_is_made_of(tmp_path: Path) -> None:
+    body = created(tmp_path, spec(labels={"more": "1"}))
+    assert body["name"] == "gpuckpt-gold" and body["rootfs"] == "/mnt/root"
+    assert body["command"] == ["serve"] and body["env"] == {"HOME": "/root"} and body["work_dir"] == "/"
+    assert body["seccomp_profile_path"] == "/seccomp.json"
+    assert body["annotations"] == {"org.criu.config": "/state/criu.conf"}
+    assert body["labels"] == {LABEL: "gold", "gpuckpt.golden": "gold", "more": "1"}
+    assert body["r_limits"] == [{"type": "nofile", "soft": 1024, "hard": 1024}]
+    assert not body.get("privileged") and "cap_add" not in body
+
+
+def test_unlimited_is_a_number_that_podman_takes(tmp_path: Path) -> None:
+    body = created(tmp_path, spec(launch={"ulimits": (Ulimit(name="memlock", soft=2**64 - 1, hard=2**64 - 1),)}))
+    assert body["r_limits"] == [{"type": "memlock", "soft": 18446744073709551615, "hard": 18446744073709551615}]
+
+
+def test_shared_memory_is_the_container_s_own(tmp_path: Path) -> None:
+    body = created(tmp_path, spec(launch={"shm_size": 12345}))
+    assert body["ipcns"] == {"nsmode": "none"}
+    (shm,) = [mount for mount in body["mounts"] if mount["destination"] == "/dev/shm"]
+    assert shm["type"] == "tmpfs" and "size=12345" in shm["options"] and "mode=1777" in shm["options"]
+
+
+def test_mounts_are_read_only_unless_they_must_not_be(tmp_path: Path) -> None:
+    body = created(tmp_path, spec(launch={"volumes": (Volume(name="data", destination="/data"),)}))
+    binds = {mount["destination"]: mount for mount in body["mounts"] if mount["type"] == "bind"}
+    assert binds["/m"]["source"] == "/models" and "ro" in binds["/m"]["options"]
+    assert "rw" in binds["/run/gpuckpt"]["options"]
+    assert body["volumes"] == [{"Name": "data", "Dest": "/data"}]
+
+
+def test_without_a_port_there_is_no_network(tmp_path: Path) -> None:
+    body = created(tmp_path, spec(ip="10.88.0.7"))
+    assert body["netns"] == {"nsmode": "none"}
+    assert "portmappings" not in body and "Networks" not in body
+
+
+@pytest.mark.parametrize(
+    ("ip", "mac", "network"),
+    [
+        (None, None, None),
+        ("10.88.0.7", None, {"static_ips": ["10.88.0.7"]}),
+        (None, "02:00:00:00:00:07", {"static_mac": "02:00:00:00:00:07"}),
+        ("10.88.0.7", "02:00:00:00:00:07", {"static_ips": ["10.88.0.7"], "static_mac": "02:00:00:00:00:07"}),
+        ("", "", None),  # ignored on request
+    ],
+)
+def test_a_published_port_and_the_address_to_take(
+    tmp_path: Path, ip: str | None, mac: str | None, network: dict[str, Any] | None
+) -> None:
+    port = Port(host_ip="127.0.0.1", host_port=8000, container_port=80)
+    body = created(tmp_path, spec(launch={"port": port}, ip=ip, mac=mac))
+    assert body["netns"] == {"nsmode": "bridge"}
+    assert body["portmappings"] == [
+        {"host_ip": "127.0.0.1", "host_port": 8000, "container_port": 80, "protocol": "tcp"}
+    ]
+    assert body.get("Networks") == ({"podman": network} if network else None)
+
+
+# --- operations -----------------------------------------------------------------------------------------------
+
+
+def test_the_life_of_a_container(tmp_path: Path) -> None:
+    stats = {"criu_statistics": {"frozen_time": 5}}
+    with served(tmp_path, lambda asked: response(200, stats if "point" in asked.path else {})) as (podman, server):
+        podman.start("gpuckpt-gold")
+        assert podman.checkpoint("c", leave_running=True, tcp_established=False) == {"frozen_time": 5}
+        podman.prepare("c")
+        assert podman.restore("c", tcp_established=True) == {}
+        podman.remove("c")
+    lines = [f"{asked.method} {asked.path.removeprefix('/v4.0.0/libpod/containers')}" for asked in server.asked]
+    assert lines == [
+        "POST /gpuckpt-gold/start",
+        "POST /c/checkpoint?keep=true&printStats=true&leaveRunning=true&tcpEstablished=false",
+        "POST /c/init",
+        "POST /c/stop?timeout=0",
+        "POST /c/restore?keep=true&printStats=true&tcpEstablished=true",
+        "DELETE /c?force=true&timeout=0&v=false",
+    ]
+
+
+INSPECTED = {
+    "Id": "abc",
+    "Name": "gpuckpt-gold",
+    "StaticDir": "/bundle",
+    "State": {"Status": "running", "Pid": 42, "ExitCode": 0},
+    "NetworkSettings": {"Networks": {"podman": {"IPAddress": "10.88.0.7", "MacAddress": "02:00"}}},
+    "Config": {"Labels": {LABEL: "gold"}},
+}
+
+
+def test_inspect(tmp_path: Path) -> None:
+    with served(tmp_path, response(200, INSPECTED)) as (podman, _):
+        found = podman.inspect("gpuckpt-gold")
+    assert (found.status, found.pid, found.bundle, found.alive) == ("running", 42, Path("/bundle"), True)
+    assert (found.ip, found.mac, found.labels) == ("10.88.0.7", "02:00", {LABEL: "gold"})
+
+
+def test_inspect_of_a_dead_container_without_network(tmp_path: Path) -> None:
+    dead = INSPECTED | {"State": {"Status": "exited", "ExitCode": 137}, "NetworkSettings": {}, "Config": {}}
+    with served(tmp_path, response(200, dead)) as (podman, _):
+        found = podman.inspect("x")
+    assert (found.alive, found.pid, found.exit_code, found.ip, found.labels) == (False, 0, 137, None, {})
+
+
+def test_only_our_own_containers_are_listed(tmp_path: Path) -> None:
+    entry = {"Id": "abc", "Names": ["gpuckpt-gold"], "State": "running", "Labels": {LABEL: "gold"}, "Pid": 42}
+    with served(tmp_path, response(200, [entry])) as (podman, server):
+        (found,) = podman.list(Path("/var/lib/gpuckpt"))
+    assert found == {
+        "id": "abc",
+        "name": "gpuckpt-gold",
+        "state": "running",
+        "labels": {LABEL: "gold"},
+        "pid": 42,
+    }
+    query = parse_qs(urlsplit(server.asked[0].path).query)
+    assert query["all"] == ["true"] and "/var/lib/gpuckpt" in json.loads(query["filters"][0])["label"][0]
+
+
+def test_no_containers_are_an_empty_list(tmp_path: Path) -> None:
+    with served(tmp_path, response(200, "null")) as (podman, _):
+        assert podman.list(Path("/x")) == []
+
+
+def test_images_are_asked_for_by_their_whole_name(tmp_path: Path) -> None:
+    with served(tmp_path, response(200, {"Id": "sha256:aa", "Config": {"User": "app"}})) as (podman, server):
+        assert podman.image_digest("registry/x/y:1") == "sha256:aa"
+        assert podman.image_config("registry/x/y:1") == {"User": "app"}
+    assert {asked.path for asked in server.asked} == {"/v4.0.0/libpod/images/registry%2Fx%2Fy%3A1/json"}
+    assert "registry/x/y:1" in unquote(server.asked[0].path)
+
+
+def test_a_missing_image_names_the_remedy(tmp_path: Path) -> None:
+    with served(tmp_path, response(404, {"message": "no such image"})) as (podman, _):
+        with pytest.raises(NotFoundError) as caught:
+            podman.image_digest("site")
+        assert caught.value.remedy == "podman pull site"
+
+
+def test_volumes(tmp_path: Path) -> None:
+    with served(tmp_path, response(200, {"Mountpoint": "/v/data"})) as (podman, server):
+        assert podman.volume("data") == podman.create_volume("data") == Path("/v/data")
+    assert server.asked[1].json == {"Name": "data"}
+
+
+def test_a_volume_that_is_not_there(tmp_path: Path) -> None:
+    with served(tmp_path, response(404, {"message": "no such volume"})) as (podman, _):
+        assert podman.volume("data") is None
+
+
+def test_removing_what_is_not_there_is_fine(tmp_path: Path) -> None:
+    with served(tmp_path, response(404, {"message": "no such container"})) as (podman, _):
+        podman.remove("x")
+        podman.remove_volume("x")
+
+
+# --- logs -----------------------------------------------------------------------------------------------------
+
+
+def frame(stream: int, data: bytes) -> bytes:
+    return bytes([stream, 0, 0, 0]) + len(data).to_bytes(4, "big") + data
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", ""),
+        (frame(1, b"out\n") + frame(2, b"err\n"), "out\nerr\n"),
+        (frame(1, b"") + frame(1, b"x"), "x"),
+        (frame(1, "größe".encode()[:3]) + frame(1, "größe".encode()[3:]), "größe"),
+        (frame(1, b"\xff"), "�"),
+        (frame(1, b"whole\n") + frame(1, b"cut off")[:-3], "whole\ncut "),
+        (b"not framed", "not framed"),
+    ],
+)
+def test_logs_are_put_together(tmp_path: Path, data: bytes, text: str) -> None:
+    with served(tmp_path, response(200, data)) as (podman, server):
+        assert podman.logs("c", tail=5) == text
+    assert "tail=5" in server.asked[0].path
+
+
+# --- errors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "cause"),
+    [
+        (404, {"cause": "gone", "message": "no container: gone"}, NotFoundError, "no container: gone"),
+        (409, {"cause": "state", "message": "conflict"}, BusyError, "conflict: state"),
+        (500, {"message": "it broke"}, PodmanError, "it broke"),
+        (500, {}, PodmanError, ""),
+        (500, b"garbage \xff", PodmanError, "garbage �"),
+        (500, b"", PodmanError, ""),
+        (500, [1, 2], PodmanError, "[1, 2]"),
+        (404, "null", NotFoundError, "null"),
+    ],
+)
+def test_error_answers(tmp_path: Path, status: int, body: Any, kind: type[GpuckptError], cause: str) -> None:
+    with served(tmp_path, response(status, body)) as (podman, _):
+        with pytest.raises(kind) as caught:
+            podman.start("c")
+        assert type(caught.value) is kind
+        assert caught.value.cause == cause
+        assert "POST /containers/c/start" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort", b"\xff" * 100]
+)
+def test_what_is_no_answer(tmp_path: Path, data: bytes) -> None:
+    with served(tmp_path, data) as (podman, _):
+        with pytest.raises(DaemonUnreachableError) as caught:
+            podman.start("c")
+        assert caught.value.exit_code == 12
+
+
+def test_a_service_that_says_nothing(tmp_path: Path) -> None:
+    with served(tmp_path, None, timeout=0.05) as (podman, _), pytest.raises(DeadlineError, match=r"within 0\.05 s"):
+        podman.start("c")
+
+
+def test_no_service(tmp_path: Path) -> None:
+    with pytest.raises(DaemonUnreachableError):
+        Podman(Api(tmp_path / "absent")).start("c")
+
+
+def test_a_name_that_is_taken(tmp_path: Path) -> None:
+    body = {"cause": "container name is already in use", "message": "creating container: already in use"}
+    with served(tmp_path, response(500, body)) as (podman, _):
+        with pytest.raises(BusyError) as caught:
+            podman.create(spec())
+        assert "podman rm -f gpuckpt-gold" in str(caught.value.remedy)
+
+
+def test_a_create_that_misses_something_is_a_wrong_request(tmp_path: Path) -> None:
+    with served(tmp_path, response(404, {"message": "no such network"})) as (podman, _):
+        with pytest.raises(UsageError) as caught:
+            podman.create(spec())
+        assert caught.value.cause == "no such network"
+
+
+# --- processes ------------------------------------------------------------------------------------------------
+
+
+def test_container_names() -> None:
+    assert container_name("gold") == "gpuckpt-gold"
+
+
+def test_memory_and_children_by_proc() -> None:
+    assert os.getpid() in podmans.processes_below(os.getppid())
+    assert podmans.processes_below(os.getpid())[0] == os.getpid()
+    assert podmans.memory_of([os.getpid()]) > 1 << 20
+    assert podmans.memory_of([2**22 + 1]) == 0, "a process that ended meanwhile counts nothing"
