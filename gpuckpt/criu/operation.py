@@ -28,7 +28,6 @@ STAGES = {
     "pre-resume": "criu: resume",
     "post-resume": "runtime: hand over",
 }
-HOOK_STAGES = ("pre-dump", "post-dump", "pre-restore", "post-restore", "pre-resume", "post-resume")
 
 
 def action_script() -> Path:
@@ -116,14 +115,14 @@ class Operation:
 
 def check_hooks(hooks: Path) -> None:
     """Raise PreflightError if somebody but root may change what runs as root at CRIU's stages."""
-    for path in [hooks, *(hooks / stage for stage in HOOK_STAGES)]:
+    for path in [hooks, *hooks.glob("*"), *hooks.glob("*/*")]:
         try:
             status = path.stat()
         except FileNotFoundError:
             continue
         if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
             raise PreflightError(
-                f"the hooks folder {path} can be changed by others than root",
+                f"the hook {path} can be changed by others than root",
                 cause="its executables run as root",
                 remedy=f"chown root:root {path} && chmod 755 {path}",
             )

@@ -96,7 +96,7 @@ class Endpoint:
                     yield arrived, json.loads(data[6:])
             if not finished:
                 raise http.client.IncompleteRead(b"")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._unreachable(error) from error
         finally:
             connection.close()

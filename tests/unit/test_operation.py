@@ -80,9 +80,9 @@ def test_a_new_operation_forgets_the_earlier_one(operation: Operation, hooks: Pa
     assert operation.failed_hook() is None and operation.marks() == []
 
 
-@pytest.mark.parametrize("which", ["", "pre-dump"])
+@pytest.mark.parametrize("which", ["", "network-lock", "network-lock/a"])
 def test_hooks_that_others_may_change_are_refused(operation: Operation, hooks: Path, which: str) -> None:
-    hook(hooks, "pre-dump", "a", "true")
+    hook(hooks, "network-lock", "a", "true")
     (hooks / which).chmod(0o775)
     with pytest.raises(PreflightError, match="can be changed by others"):
         write(operation, hooks)
