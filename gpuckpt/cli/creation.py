@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,11 @@ def _port(text: str | None) -> Port | None:
     """``[IP:]HOST_PORT[:CONTAINER_PORT]``; the container's port defaults to the host's."""
     if not text:
         return None
-    words = text.rsplit(":", 2)
-    ip = words.pop(0) if len(words) == 3 or (len(words) == 2 and "." in words[0]) else "127.0.0.1"
-    try:
-        ports = [int(word) for word in words]
-    except ValueError:
-        ports = [0]
-    if not all(0 < port < 65536 for port in ports):
+    match = re.fullmatch(r"(?:\[([^]]+)\]:|(\d+(?:\.\d+)+):)?(\d+)(?::(\d+))?", text)
+    if match is None or not all(0 < int(port) < 65536 for port in match.groups()[2:] if port):
         raise UsageError(f"“{text}” is not a port to publish", remedy=f"for example --publish {_DEFAULT_PORT}")
-    return Port(host_ip=ip, host_port=ports[0], container_port=ports[-1])
+    ip = match[1] or match[2] or "127.0.0.1"
+    return Port(host_ip=ip, host_port=int(match[3]), container_port=int(match[4] or match[3]))
 
 
 def _folder(text: str) -> Path:

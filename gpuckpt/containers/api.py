@@ -61,8 +61,8 @@ class Api:
                 body=None if body is None else json.dumps(body),
                 headers={} if body is None else {"Content-Type": "application/json"},
             )
-            response = connection.getresponse()
-            data = response.read()
+            with connection.getresponse() as response:
+                data = response.read()
         except TimeoutError as error:
             raise DeadlineError(f"podman did not answer {method} {route} within {self.timeout:g} s") from error
         except (OSError, http.client.HTTPException) as error:

@@ -65,8 +65,8 @@ class Endpoint:
         """
         connection = _Connection(self, timeout)
         try:
-            response = self._send(connection, method, path, body)
-            return Answer(response.status, response.read())
+            with self._send(connection, method, path, body) as response:
+                return Answer(response.status, response.read())
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
         finally:
@@ -82,20 +82,23 @@ class Endpoint:
         """
         connection = _Connection(self, timeout)
         try:
-            response = self._send(connection, method, path, json.dumps(body))
-            if response.status != 200:
-                text = response.read(2000).decode(errors="replace")
-                raise RequestFailed(f"{method} {path} answered {response.status}", status=response.status, cause=text)
-            finished = False
-            for line in response:
-                arrived = now_ns()
-                data = line.strip()
-                if data == b"data: [DONE]":
-                    finished = True
-                elif data.startswith(b"data: "):
-                    yield arrived, json.loads(data[6:])
-            if not finished:
-                raise http.client.IncompleteRead(b"")
+            # Closing the connection does not close an answer that is left in the middle.
+            with self._send(connection, method, path, json.dumps(body)) as response:
+                if response.status != 200:
+                    text = response.read(2000).decode(errors="replace")
+                    raise RequestFailed(
+                        f"{method} {path} answered {response.status}", status=response.status, cause=text
+                    )
+                finished = False
+                for line in response:
+                    arrived = now_ns()
+                    data = line.strip()
+                    if data == b"data: [DONE]":
+                        finished = True
+                    elif data.startswith(b"data: "):
+                        yield arrived, json.loads(data[6:])
+                if not finished:
+                    raise http.client.IncompleteRead(b"")
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._unreachable(error) from error
         finally:

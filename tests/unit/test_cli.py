@@ -1,0 +1,398 @@
+"""The command line: helps, exit codes, what is said when something is wrong, and how options become a request."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from gpuckpt.cli import COMMANDS, cli, main
+from gpuckpt.cli.creation import request_from
+from gpuckpt.config import Settings
+from gpuckpt.errors import GpuckptError, NotFoundError, UsageError
+from gpuckpt.golden.create import CreateRequest
+from gpuckpt.manifest import Mount, Port, Request, Volume
+from gpuckpt.store.layout import Layout
+from tests.fakes import publish, sample_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """A machine of our own below ``tmp_path``, named in the environment; the current folder is empty."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("GPUCKPT_")]:
+        monkeypatch.delenv(name)
+    layout = Layout(tmp_path / "store", tmp_path / "state", tmp_path / "run")
+    for key, path in {"STORE__PATH": layout.store, "PATHS__STATE": layout.state, "PATHS__RUN": layout.run}.items():
+        monkeypatch.setenv(f"GPUCKPT_{key}", str(path))
+    (tmp_path / "empty.toml").touch()
+    monkeypatch.setenv("GPUCKPT_CONFIG", str(tmp_path / "empty.toml"))
+    layout.prepare()
+    return layout
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str) -> Done:
+    """Run the program as its entry point does. Wrong input ends in an exit code; a traceback would fail the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, "argv", ["gpuckpt", *arguments])
+        try:
+            with pytest.raises(SystemExit) as leaving:
+                main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    assert isinstance(leaving.value.code, int)
+    return Done(leaving.value.code, stdout.getvalue(), stderr.getvalue())
+
+
+def started(*arguments: str) -> Done:
+    """The same in a process of its own, as a user starts it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuckpt", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+# --- help -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS), ["config", "show"], ["config", "path"]])
+def test_help(words: list[str]) -> None:
+    begin = time.process_time()
+    shown = CliRunner().invoke(cli, [*words, "--help"])
+    assert shown.exit_code == 0 and shown.stderr == ""
+    assert shown.stdout.startswith("Usage: ")
+    assert time.process_time() - begin < 1
+
+
+def test_help_as_a_user_asks_for_it(machine: Layout) -> None:
+    times = []
+    for words in (["--help"], ["create", "--help"], ["restore", "-h"]):
+        before = os.times()
+        assert started(*words).returncode == 0
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(times) < 1
+
+
+def test_every_command_is_listed_with_its_help() -> None:
+    shown = CliRunner().invoke(cli, ["--help"]).stdout
+    for name, (_, text) in COMMANDS.items():
+        assert name in shown and text.split(",")[0] in shown
+
+
+def test_the_version() -> None:
+    assert CliRunner().invoke(cli, ["--version"]).stdout.startswith("gpuckpt, version ")
+
+
+# --- wrong input ----------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_command_with_a_suggestion(machine: Layout) -> None:
+    done = run("retsore", "gold")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("restore") == 1 and "Did you mean" in done.stderr
+
+
+def test_an_unknown_command_like_no_other(machine: Layout) -> None:
+    done = run("xyzzy")
+    assert done.returncode == 2 and "xyzzy" in done.stderr and "Did you mean" not in done.stderr
+
+
+def test_server_arguments_without_the_dashes(machine: Layout) -> None:
+    done = started("create", "gold", "python3", "server.py")
+    assert done.returncode == 2
+    assert "gpuckpt create gold -- python3 server.py" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["create", "--no-such-option"], 2, "--no-such-option"),
+        (["create", "gold", "--warmup", "many", "--", "x"], 2, "many"),
+        (["create", "gold", "--workload", "other", "--", "x"], 2, "other"),
+        (["create", "gold", "--start-timeout", "soon", "--", "x"], 2, "soon"),
+        (["create", "gold", "--shm-size", "big", "--", "x"], 2, "--shm-size"),
+        (["create", "gold", "--publish", "99999", "--", "x"], 2, "99999"),
+        (["create", "gold", "--env", "A", "--", "x"], 2, "NAME=VALUE"),
+        (["create", "gold", "--volume", "/tmp", "--", "x"], 2, "/tmp"),
+        (["create", "gold", "--image", "i", "--rootfs", "/", "--", "x"], 2, "exclude"),
+        (["create", "gold", "--canary", "GET", "--", "x"], 2, "GET"),
+        (["create", "a/b", "--", "x"], 2, "a/b"),
+        (["create", "gold"], 2, "no model"),
+        (["create", "--", "x"], 2, "no name"),
+        (["create", "gold", "--rootfs", "/nonexistent", "--", "x"], 6, "/nonexistent"),
+        (["inspect"], 2, "NAME"),
+        (["inspect", "absent"], 6, "no golden named absent"),
+        (["inspect", "../x"], 2, "../x"),
+        (["verify", "absent"], 6, "absent"),
+        (["verify"], 2, "NAME"),
+        (["export", "absent", "file"], 6, "absent"),
+        (["export", "gold"], 2, "FILE"),
+        (["rm"], 2, "NAME"),
+        (["stop"], 2, "REPLICA"),
+        (["logs", "gold", "--tail", "-1"], 2, "-1"),
+        (["logs", "gold", "--failed"], 6, "gold"),
+        (["completion", "tcsh"], 2, "tcsh"),
+        (["ls", "--format", "xml"], 2, "xml"),
+        (["--config", "/nonexistent.toml", "ls"], 6, "/nonexistent.toml"),
+        (["restore", "gold", "--ignore-identity", "colour"], 2, "colour"),
+    ],
+)
+def test_exit_codes_of_wrong_input(machine: Layout, words: list[str], code: int, says: str) -> None:
+    done = run(*words)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert says in done.stderr
+
+
+def test_a_wrong_environment_is_named(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUCKPT_STORE__SIZE", "big")
+    done = run("ls")
+    assert done.returncode == 2 and "GPUCKPT_STORE__SIZE" in done.stderr
+
+
+def test_an_error_says_what_why_and_what_to_do(machine: Layout) -> None:
+    publish(machine)
+    lines = run("inspect", "absent").stderr.splitlines()
+    assert lines[0] == "error: no golden named absent"
+    assert lines[1].startswith("  why:    ") and "gold" in lines[1]
+    assert lines[2] == "  remedy: gpuckpt ls"
+
+
+@pytest.mark.parametrize("format_option", [["--format", "json"], ["--format=json"]])
+def test_an_error_as_json(machine: Layout, format_option: list[str]) -> None:
+    done = run("inspect", "absent", *format_option)
+    document = json.loads(done.stdout)
+    assert done.returncode == 6 and done.stderr == ""
+    assert document["version"] == 1
+    assert document["error"]["kind"] == "NotFoundError" and document["error"]["exit_code"] == 6
+    assert set(document["error"]) == {"kind", "exit_code", "message", "cause", "remedy", "log", "log_path"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_with_130_and_what_it_had_begun(
+    machine: Layout, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    folder = machine.state / "begun"
+
+    def interrupted(self: Layout) -> list[str]:
+        folder.mkdir()
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)  # an impatient user's second one does not cut the roll-back short
+            folder.rmdir()
+        return []
+
+    monkeypatch.setattr(Layout, "names", interrupted)
+    done = run("ls")
+    assert done.returncode == 130 and "interrupted" in done.stderr
+    assert not folder.exists()
+
+
+def test_a_server_s_own_format_option_is_not_ours(machine: Layout) -> None:
+    done = run("create", "a/b", "--", "serve", "--format", "json")
+    assert done.returncode == 2 and done.stdout == "" and "a/b" in done.stderr
+
+
+# --- commands that only read ----------------------------------------------------------------------------------
+
+
+def test_ls(machine: Layout) -> None:
+    empty = run("ls")
+    assert empty.returncode == 0 and empty.stdout == "" and "no goldens yet" in empty.stderr
+    publish(machine)
+    (machine.goldens / "broken").mkdir()
+    shown = run("ls").stdout
+    assert "gold" in shown and "broken" in shown and "damaged" in shown
+    goldens = {one["name"]: one for one in json.loads(run("ls", "--format", "json").stdout)["goldens"]}
+    assert goldens["gold"]["image_bytes"] == sample_manifest().sizes.total and goldens["gold"]["trouble"] is None
+    assert goldens["broken"]["trouble"] and goldens["broken"]["image_bytes"] is None
+
+
+def test_inspect(machine: Layout) -> None:
+    folder = publish(machine)
+    assert "serve" in run("inspect", "gold").stdout
+    document = json.loads(run("inspect", "gold", "--format", "json").stdout)
+    assert document["version"] == 1 and document["name"] == "gold" and document["folder"] == str(folder)
+    assert document["processes"] == [{"pid": 1, "parent": 0, "name": "serve", "threads": 1, "pages_bytes": 8192}]
+    assert "files" not in document
+
+
+def test_a_damaged_manifest(machine: Layout) -> None:
+    (publish(machine) / "manifest.json").write_text("{")
+    assert run("inspect", "gold").returncode == 8
+
+
+def test_df(machine: Layout) -> None:
+    publish(machine)
+    document = json.loads(run("df", "--format", "json").stdout)
+    (golden,) = document["goldens"]
+    assert golden["name"] == "gold" and golden["apparent"] >= 8192
+    assert document["store"]["mounted"] is False
+    assert run("df").returncode == 0
+
+
+def test_verify_names_what_is_damaged(machine: Layout) -> None:
+    folder = publish(machine)
+    (folder / "images" / "pages-1.img").write_bytes(b"x" + bytes(8191))
+    done = run("verify", "gold")
+    assert done.returncode == 8 and "pages-1.img has changed" in done.stderr
+
+
+def test_export_writes_a_file_and_says_its_digest(machine: Layout, tmp_path: Path) -> None:
+    publish(machine)
+    document = json.loads(run("export", "gold", "gold.tar", "--format", "json").stdout)
+    assert document["bytes"] == (tmp_path / "gold.tar").stat().st_size and len(document["blake3"]) == 64
+    assert run("export", "gold", "gold.tar").returncode == 7
+
+
+def test_a_reader_that_goes_away_is_no_error(machine: Layout) -> None:
+    publish(machine)
+    line = f"{sys.executable} -m gpuckpt config show | head -n 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1
+
+
+# --- the options of create ------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, Any] = {
+    "workload": "auto",
+    "rootfs": None,
+    "env": (),
+    "volume": (),
+    "workdir": None,
+    "shm_size": "1GiB",
+    "health_path": "/health",
+    "warmup_request": (),
+    "canary": None,
+    "no_canary": False,
+    "leave_running": False,
+    "tcp_established": False,
+    "replace": False,
+}
+
+
+def parsed(
+    *arguments: str, name: str | None = "gold", create: dict[str, Any] | None = None, **options: Any
+) -> CreateRequest:
+    settings = Settings.model_validate({"create": create or {}})
+    return request_from(settings, name, arguments or ("serve",), OPTIONS | options)
+
+
+def refused(*arguments: str, **options: Any) -> GpuckptError:
+    with pytest.raises((UsageError, NotFoundError)) as caught:
+        parsed(*arguments, **options)
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_a_plain_request() -> None:
+    request = parsed("serve", "--fast")
+    assert (request.name, request.arguments, request.rootfs) == ("gold", ("serve", "--fast"), Path("/"))
+    assert request.canary and not request.replace and request.shm_size == 1 << 30
+
+
+def test_the_name_may_come_from_the_settings() -> None:
+    assert parsed(name=None, create={"name": "site"}).name == "site"
+    assert "no name" in refused(name=None).message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workload", "kind"),
+    [
+        (("serve",), "auto", "http"),
+        (("--model", "a/b"), "auto", "vllm"),
+        (("a/b",), "vllm", "vllm"),
+        (("--odd",), "http", "http"),
+    ],
+)
+def test_the_kind_of_server(arguments: tuple[str, ...], workload: str, kind: str) -> None:
+    assert parsed(*arguments, workload=workload).adapter.record.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "port"),
+    [
+        ("8000", Port(host_ip="127.0.0.1", host_port=8000, container_port=8000)),
+        ("8080:80", Port(host_ip="127.0.0.1", host_port=8080, container_port=80)),
+        ("0.0.0.0:8080", Port(host_ip="0.0.0.0", host_port=8080, container_port=8080)),
+        ("10.0.0.1:8080:80", Port(host_ip="10.0.0.1", host_port=8080, container_port=80)),
+        ("[::1]:8080:80", Port(host_ip="::1", host_port=8080, container_port=80)),
+        ("[::1]:8080", Port(host_ip="::1", host_port=8080, container_port=8080)),
+    ],
+)
+def test_ports(text: str, port: Port) -> None:
+    assert parsed(create={"publish": text}).publish == port
+
+
+def test_environment() -> None:
+    assert parsed(env=("A=1", "B=", "C=x=y")).env == {"A": "1", "B": "", "C": "x=y"}
+    for wrong in ("A", "=1", ""):
+        refused(env=(wrong,))
+
+
+def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    request = parsed(volume=(f"{tmp_path}:/a", ".:/b:rw", "data:/c", f"{tmp_path}:/d:ro"))
+    folder = str(tmp_path)
+    assert request.mounts == (
+        Mount(source=folder, destination="/a", read_only=True),
+        Mount(source=folder, destination="/b", read_only=False),
+        Mount(source=folder, destination="/d", read_only=True),
+    )
+    assert request.volumes == (Volume(name="data", destination="/c"),)
+    for wrong in ("/tmp", "/tmp:", "/tmp:relative", f"{tmp_path}:/a:rx", "a b:/c", "/nonexistent:/a", ":/a"):
+        refused(volume=(wrong,))
+
+
+def test_requests_of_the_canary_and_the_warm_up() -> None:
+    request = parsed(canary='post /ask {"a b": 1}', warmup_request=("GET /x",))
+    record = request.adapter.record
+    assert record.canary_request == Request(method="POST", path="/ask", body='{"a b": 1}')
+    assert record.warmup_requests == (Request(method="GET", path="/x"),)
+    for wrong in ("GET", "GET x", "", "/x"):
+        refused(canary=wrong or " ")
+
+
+def test_the_size_of_shared_memory() -> None:
+    assert parsed(shm_size="64M").shm_size == 64 << 20
+    assert "--shm-size" in refused(shm_size="lots").message
+
+
+def test_the_root_file_system(tmp_path: Path) -> None:
+    assert parsed(rootfs=str(tmp_path)).rootfs == tmp_path
+    refused(rootfs=str(tmp_path / "absent"))
+    refused(rootfs="/", create={"image": "site"})
