@@ -26,7 +26,9 @@ def asked(words: str, position: int, **environ: str) -> list[str]:
         "COMP_CWORD": str(position),
         **environ,
     }
-    done = subprocess.run([sys.executable, "-m", "gpuckpt"], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuckpt"], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return [line.partition(",")[2] for line in done.stdout.splitlines()]
 
@@ -78,7 +80,9 @@ def test_bash_completes_with_the_script(tmp_path: Path) -> None:
     COMP_WORDS=(gpuckpt completion ""); COMP_CWORD=2
     _gpuckpt_completion gpuckpt; echo "${COMPREPLY[@]}" """
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "--norc", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout.splitlines() == ["complete -o nosort -F _gpuckpt_completion gpuckpt", "bash zsh fish"]
 
 
