@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -90,7 +91,7 @@ class FakeContainer:
 
 
 class FakeContainers:
-    """podman without containers. Dumps and restores call the real action script at CRIU's stages."""
+    """podman without containers. At CRIU's stages the real action script is called where it has something to do."""
 
     def __init__(self, folder: Path, journal: Journal) -> None:
         self.folder = folder
@@ -101,11 +102,6 @@ class FakeContainers:
         self.log = "listening\nready\n"
         self.dies_on_start = False
         self.criu_log = ""  # what CRIU says when a dump or restore is told to fail
-        # The action script enters namespaces of CRIU's process, which does not exist: this answers instead.
-        self.programs = folder / "bin"
-        self.programs.mkdir(parents=True)
-        (self.programs / "nsenter").write_text("#!/bin/sh\nexit 0\n")
-        (self.programs / "nsenter").chmod(0o755)
 
     def _find(self, container: str) -> FakeContainer:
         try:
@@ -196,9 +192,16 @@ class FakeContainers:
         options = dict(
             line.partition(" ")[::2] for line in found.spec.criu_config.read_text().splitlines() if line.strip()
         )
+        folder = found.spec.criu_config.parent
+        hooks = next(line[6:] for line in (folder / "context").read_text().splitlines() if line.startswith("HOOKS="))
         for stage in stages:
+            if stage != "post-dump" and not Path(hooks, stage).is_dir():
+                # All that the script would do is to note the time; a process for each of a thousand takes its own.
+                with (folder / "stages").open("a") as notes:
+                    notes.write(f"{stage} {time.time():.6f}\n")
+                continue
             environment = {
-                "PATH": f"{self.programs}:{os.environ['PATH']}",
+                "PATH": os.environ["PATH"],
                 "CRTOOLS_SCRIPT_ACTION": stage,
                 "CRTOOLS_IMAGE_DIR": str(images),
                 "CRTOOLS_INIT_PID": "4242",
