@@ -1,0 +1,356 @@
+"""How long until a model server says its first word: started cold, and restored from a golden.
+
+Makes a model of the 0.5B shape where there is none, starts vLLM with it cold once (that start becomes the golden),
+restores the golden a few times, and compares every answer with that of the server that was never dumped. Writes
+demo.json and ttft.png. Whatever ends it, the replica and the golden are removed (--keep keeps the golden).
+
+    make demo                             or, when everything is set up:
+    python -m benchmarks.demo -n 10 --keep
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment, harness
+from benchmarks.harness import CommandFailed, Outcome
+from benchmarks.statistics import Summary
+from benchmarks.terminal import Terminal
+from gpuckpt.errors import (
+    BusyError,
+    GpuckptError,
+    InterruptedByUser,
+    NotFoundError,
+    PreflightError,
+    VerificationError,
+)
+
+JSON_VERSION = 1
+LEAST_RESTORES = 5
+MODEL_NAME = "qwen2-0.5b-random"
+MODEL = "Qwen2 of the 0.5B shape, random weights"
+MODEL_BYTES = 990_000_000  # for the progress line only
+# A small KV cache, and every core: vLLM sets one aside by default, which of two would be half.
+SERVER_ENVIRONMENT = ("VLLM_CPU_KVCACHE_SPACE=1", "VLLM_CPU_NUM_OF_RESERVED_CPU=0")
+# In the environment of every server of the demo: the mark by which a golden is known as one that it may remove.
+MARK = "GPUCKPT_DEMO"
+SERVER_ARGUMENTS = ("--max-model-len", "2048")
+
+
+class Demo:
+    """One run: ``name`` is the golden's and the replica's, ``output`` where the results go."""
+
+    def __init__(self, *, name: str, restores: int, keep: bool, output: Path, terminal: Terminal) -> None:
+        self.name = name
+        self.restores = restores
+        self.keep = keep
+        self.output = output
+        self.terminal = terminal
+        self.prefix = environment.prefix()
+        self.model = self.prefix / "models" / MODEL_NAME
+        self.load = os.getloadavg()  # other work on the machine at the begin is in every number
+        self.ours = False  # whether a golden of that name, if there is one, is ours to remove
+
+    def run(self) -> dict[str, Any]:
+        """Everything, in order; the result as it was written to demo.json. Leaves no replica, whatever happens."""
+        say, title = self.terminal.say, self.terminal.title
+        self._require_setup()
+        self.output.mkdir(parents=True, exist_ok=True)
+        finished = False
+        try:
+            say(self.terminal.bold(f"gpuckpt demo: vLLM started cold once, then restored {self.restores} times"))
+            title("1  The model")
+            self._make_model()
+            title("2  The cold start, once: what every start costs without gpuckpt")
+            cold = self._create()
+            title(f"3  The restore, {self.restores} times: what a start costs with it")
+            restored, equal = self._restore_all()
+            title("4  The result")
+            result = self._result(cold, restored, equal)
+            self._write(result)
+            for line in table(result):
+                say(line)
+            self._figure(result)
+            finished = True
+        finally:
+            self._clean_up(keep=self.keep and finished)
+        if not result["canary_match"]:
+            raise VerificationError("a restored server answered differently from the one that was never dumped")
+        return result
+
+    def _require_setup(self) -> None:
+        if os.geteuid() != 0:
+            raise PreflightError("must run as root", remedy="sudo make demo")
+        if not (self.prefix / "server" / "bin" / "python").exists():
+            raise PreflightError(
+                f"there is no server environment in {self.prefix}",
+                remedy="make setup-server (or make demo, which does it)",
+            )
+
+    def _make_model(self) -> None:
+        say = self.terminal.say
+        if (self.model / "made.json").exists():
+            say(f"  {self.model} is there already")
+        else:
+            say("  No download: the 0.5B shape of Qwen2 with seeded random weights. It loads and computes like the")
+            say("  published model and repeats itself exactly; what it says makes no sense.")
+        self.model.parent.mkdir(parents=True, exist_ok=True)
+        # Makes nothing if the folder holds this very model; that is its decision, not ours.
+        argv = [self.prefix / "server" / "bin" / "python", harness.ROOT / "scripts" / "make_model.py", self.model]
+        with self.terminal.waiting(self._model_progress) as tick:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                while True:
+                    try:
+                        printed, _ = process.communicate(timeout=0.2)
+                        break
+                    except subprocess.TimeoutExpired:
+                        tick()
+            except BaseException:
+                process.kill()
+                process.communicate()
+                raise
+            finally:
+                for staging in self.model.parent.glob(f".{self.model.name}.*"):
+                    shutil.rmtree(staging, ignore_errors=True)
+        if process.returncode != 0:
+            log = tuple(printed.decode(errors="replace").splitlines()[-20:])
+            raise GpuckptError("the model could not be made", log=log, remedy="is there 1 GB of space left?")
+        size = (self.model / "model.safetensors").stat().st_size
+        say(f"  {size / 1e9:.2f} GB of weights in {self.model}")
+
+    def _model_progress(self) -> str:
+        written = sum(
+            path.stat().st_size for path in self.model.parent.glob(f".{self.model.name}.*/*") if path.is_file()
+        )
+        return f"making the model: {written / 1e9:.2f} of {MODEL_BYTES / 1e9:.2f} GB written"
+
+    def _create(self) -> Outcome:
+        say = self.terminal.say
+        self._make_way()
+        arguments = ["create", self.name, "--replace"]
+        for pair in (*SERVER_ENVIRONMENT, f"{MARK}=1"):
+            arguments += ["--env", pair]
+        tail = ["--", "--model", str(self.model), *SERVER_ARGUMENTS]
+        say(f"  $ gpuckpt {' '.join([*arguments, *tail])}")
+        say("  Imports, weights, KV cache, first request. The running server is then frozen into a golden in memory.")
+        show = sys.stderr.isatty()  # then gpuckpt shows its own stages, live
+        with self.terminal.waiting(lambda: "starting vLLM, then freezing it") as tick:
+            outcome = harness.run(
+                [*arguments, "--format", "json", *tail],
+                cwd=self.output,
+                tick=(lambda: None) if show else tick,
+                show_progress=show,
+            )
+        size = outcome.document["image_bytes"] / 2**30
+        say(
+            f"  first token after {self.terminal.bold(f'{outcome.ttft_s:.2f} s')}; "
+            f"warmed up and frozen: {size:.2f} GiB, {outcome.wall_s - outcome.ttft_s:.1f} s more, paid once"
+        )
+        return outcome
+
+    def _make_way(self) -> None:
+        """Stop what an earlier run left under our name; refuse to touch a golden or replica that is not the demo's."""
+        try:
+            earlier = self._gpuckpt("inspect", self.name).document
+        except CommandFailed as failure:
+            if failure.code != NotFoundError.exit_code:
+                raise
+            earlier = None
+        if earlier is not None:
+            if MARK not in earlier["launch"]["env"]:
+                raise BusyError(
+                    f"there is a golden named {self.name} that no earlier demo made",
+                    cause="the demo would replace it, and remove it at the end",
+                    remedy=f"choose another name (python -m benchmarks.demo --name NAME), or gpuckpt rm {self.name}",
+                )
+            self.terminal.say(f"  (replaces the golden {self.name} of an earlier run)")
+            self._quietly("stop", self.name)
+        self.ours = True
+
+    def _restore_all(self) -> tuple[list[Outcome], list[bool]]:
+        say, terminal = self.terminal.say, self.terminal
+        canary = self._gpuckpt("inspect", self.name).document["canary"]
+        say(f"  $ gpuckpt restore {self.name}")
+        say("  A new container each time. The command replays a recorded question and compares tokens and logprobs;")
+        say("  then this script asks again by itself and compares with the server that was never dumped.")
+        same = f"{len(canary['tokens'])} tokens and logprobs equal, twice"
+        restored: list[Outcome] = []
+        equal: list[bool] = []
+        for number in range(1, self.restores + 1):
+            with terminal.waiting(lambda number=number: f"restore {number}") as tick:  # type: ignore[misc]
+                outcome = harness.run(["restore", self.name, "--format", "json"], cwd=self.output, tick=tick)
+            try:
+                difference = harness.differences(harness.endpoint_of(outcome.document), canary)
+            except GpuckptError as error:
+                error.log = error.log or self._last_words()
+                raise
+            restored.append(outcome)
+            equal.append(bool(outcome.document["canary_match"]) and difference is None)
+            verdict = terminal.red(difference) if difference else terminal.green(same)
+            say(f"  {number:3}  first token after {terminal.bold(f'{outcome.ttft_s:.3f} s')}   {verdict}")
+            self._gpuckpt("stop", self.name)
+        return restored, equal
+
+    def _result(self, cold: Outcome, restored: Sequence[Outcome], equal: Sequence[bool]) -> dict[str, Any]:
+        summary = Summary(tuple(outcome.ttft_s for outcome in restored))
+        return {
+            "version": JSON_VERSION,
+            "clock": "from just before the command is spawned to the first streamed token, CLOCK_MONOTONIC",
+            "model": MODEL,
+            "cold_ttft_s": round(cold.ttft_s, 6),
+            "restore_ttft_s": summary.as_dict(),
+            "speedup": round(cold.ttft_s / summary.p50, 3),
+            "canary_match": all(equal),
+            "canary_matches": list(equal),
+            "image_bytes": cold.document["image_bytes"],
+            "create_wall_s": round(cold.wall_s, 6),
+            "tier": restored[0].document["tier"],
+            "phases": {
+                "cold": cold.phases_to_first_token(),
+                "restore": harness.median_phases([each.phases_to_first_token() for each in restored], summary.p50),
+            },
+            "runs": [
+                {
+                    "ttft_s": round(each.ttft_s, 6),
+                    "wall_s": round(each.wall_s, 6),
+                    "phases": each.phases_to_first_token(),
+                }
+                for each in restored
+            ],
+            "load_average": [round(load, 2) for load in self.load],
+            "machine": environment.machine(self.prefix),
+        }
+
+    def _write(self, result: dict[str, Any]) -> None:
+        (self.output / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    def _figure(self, result: dict[str, Any]) -> None:
+        with self.terminal.waiting(lambda: "drawing"):
+            from benchmarks import figures  # matplotlib takes a second to import
+
+            figures.ttft(result, self.output / "ttft.png")
+        self.terminal.say(f"\n  {_relative(self.output / 'demo.json')}   every number")
+        self.terminal.say(f"  {_relative(self.output / 'ttft.png')}    the figure")
+
+    def _clean_up(self, *, keep: bool) -> None:
+        if not self.ours:
+            return
+        if keep:
+            self._quietly("stop", self.name)
+            self.terminal.say(f"\nThe golden is kept: gpuckpt restore {self.name}; gpuckpt rm {self.name}")
+        else:
+            with self.terminal.waiting(lambda: "cleaning up"):
+                self._quietly("stop", self.name)
+                self._quietly("rm", "--force", self.name)
+            self.terminal.say(f"\nThe golden {self.name} and its replicas are removed again (--keep keeps the golden).")
+
+    def _last_words(self) -> tuple[str, ...]:
+        """What the replica's server printed last, or why that cannot be known."""
+        try:
+            return tuple(harness.run(["logs", self.name, "--tail", "20"], cwd=self.output).stdout.splitlines())
+        except CommandFailed as failure:
+            return tuple(failure.lines())
+
+    def _gpuckpt(self, *words: str) -> Outcome:
+        return harness.run([*words, "--format", "json"], cwd=self.output)
+
+    def _quietly(self, *words: str) -> None:
+        """Run a command whose object may be gone already; anything else that goes wrong is said, not raised."""
+        try:
+            self._gpuckpt(*words)
+        except CommandFailed as failure:
+            if failure.code != NotFoundError.exit_code:
+                for line in failure.lines():
+                    self.terminal.say(line)
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The result for a terminal: the times, and the phases of both side by side."""
+    cold, restore = result["cold_ttft_s"], result["restore_ttft_s"]
+    slowest = " (the slowest)" if restore["p95"] == restore["max"] else ""
+    lines = [
+        f"  {'':<18} {'cold start':>12} {'restore p50':>12} {'restore p95':>12}",
+        f"  {'first token after':<18} {cold:10.2f} s {restore['p50']:10.3f} s {restore['p95']:10.3f} s{slowest}",
+        f"  {'':<18} {'':>12} {cold / restore['p50']:10.1f} × {cold / restore['p95']:10.1f} ×  faster",
+        "",
+        f"  Where the time goes (restore: medians of {restore['n']}). Both columns add up to the times above;",
+        "  `unaccounted` is what no phase claims, and that medians do not add up exactly",
+    ]
+    left, right = (
+        [f"{row['name']:<24} {row['seconds']:8.3f} s" for row in result["phases"][kind]] for kind in ("cold", "restore")
+    )
+    lines.append(f"  {'COLD START':<35}    RESTORE")
+    for index in range(max(len(left), len(right))):
+        here = left[index] if index < len(left) else ""
+        there = right[index] if index < len(right) else ""
+        lines.append(f"  {here:<35}    {there}".rstrip())
+    answers = "every answer was" if result["canary_match"] else "NOT every answer was"
+    lines += ["", f"  {answers} the never-dumped server's, token for token, logprob for logprob."]
+    lines.append(f"  {environment.in_words(result['machine'])}")
+    return lines
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _restores(text: str) -> int:
+    if not text.isdigit() or int(text) < LEAST_RESTORES:
+        raise argparse.ArgumentTypeError(f"a number from {LEAST_RESTORES} on: fewer say nothing about percentiles")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "-n", "--restores", type=_restores, default=LEAST_RESTORES, help="restores (at least %(default)s)"
+    )
+    made.add_argument("--name", default="demo", help="name of the golden (default: %(default)s)")
+    made.add_argument("--keep", action="store_true", help="keep the golden at the end of a good run")
+    made.add_argument("--output", type=Path, default=harness.ROOT / "build" / "demo", help="folder of the results")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status: 0, or that of the command that failed."""
+    options = parser().parse_args(argv)
+    terminal = Terminal()
+    demo = Demo(
+        name=options.name,
+        restores=options.restores,
+        keep=options.keep,
+        output=options.output.absolute(),
+        terminal=terminal,
+    )
+    try:
+        with harness.interrupts():
+            demo.run()
+    except CommandFailed as failure:
+        print(*failure.lines(), sep="\n", file=sys.stderr)
+        return failure.code if failure.code > 0 else 1
+    except InterruptedByUser as interrupted:
+        print(interrupted.message, file=sys.stderr)
+        return interrupted.exit_code
+    except GpuckptError as error:
+        from gpuckpt.cli.render import show_error
+
+        show_error(error, as_json=False)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
