@@ -13,27 +13,50 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpuckpt import proc
-from gpuckpt.errors import NotFoundError
+from gpuckpt.errors import NotFoundError, PreflightError
 
 SOURCE = "gpuckpt-rootfs"  # the mounts' recognisable name in /proc/self/mountinfo
+_MOST = 500  # the kernel's OVL_MAX_STACK
 
 
 def mount(folder: Path, base: Sequence[Path], golden: Path | None = None) -> Path:
     """Mount the overlay under ``folder`` and return the mount point, ``folder/rootfs``.
 
-    ``base`` are the base's layers, the uppermost first.
+    ``base`` are the base's layers, the uppermost first. Raises NotFoundError if one is missing, PreflightError if
+    they are more than overlayfs takes.
     ``folder`` must not lie in the file system's layer it covers other than as ``base`` = / (overlayfs refuses lower
-    layers that contain one another; the writable layer may lie inside the base).
+    layers that contain one another; the writable layer may lie inside the base). Other mounts inside the base are
+    not seen: a layer is one file system.
     """
-    for layer in base:
+    lower = [*([golden] if golden else []), *base]
+    for layer in lower:
         if not layer.is_dir():
             raise NotFoundError(f"no root file system at {layer}", remedy="correct --rootfs, or pull the image again")
-    upper, work, merged = folder / "upper", folder / "work", folder / "rootfs"
-    for path in (upper, work, merged):
+    if len(lower) > _MOST:
+        raise PreflightError(
+            f"the root file system has {len(lower)} layers",
+            cause=f"the kernel's overlayfs takes at most {_MOST}",
+            remedy="build the image with fewer layers (podman build --squash-all)",
+        )
+    upper, work, merged, layers = folder / "upper", folder / "work", folder / "rootfs", folder / "layers"
+    for path in (upper, work, merged, layers):
         path.mkdir(mode=0o755, exist_ok=True)
-    lower = ":".join(_escaped(path) for path in ([golden] if golden else []) + list(base))
-    options = f"lowerdir={lower},upperdir={_escaped(upper)},workdir={_escaped(work)}"
-    proc.run(["mount", "-t", "overlay", SOURCE, "-o", options, merged], timeout=30)
+    # The upper layer's rights are those of the container's /: a caller's umask must not hide it from the server.
+    upper.chmod(0o755)
+    # mount(2) takes one page of options, and mount(8) from util-linux 2.39 on passes them one by one through
+    # fsconfig(2), which takes 256 bytes each: an image's layers by their full paths fit into neither. So they get
+    # names of one to three digits, relative to the folder that mount(8) runs in, and mount(2) is asked for.
+    for number, layer in enumerate(lower):
+        link = layers / str(number)
+        link.unlink(missing_ok=True)
+        link.symlink_to(layer.absolute())
+    options = f"lowerdir={':'.join(map(str, range(len(lower))))},upperdir=../upper,workdir=../work"
+    proc.run(
+        ["mount", "-t", "overlay", SOURCE, "-o", options, merged.absolute()],
+        timeout=30,
+        env={"LIBMOUNT_FORCE_MOUNT2": "always"},
+        cwd=layers,
+    )
     return merged
 
 
@@ -43,8 +66,3 @@ def unmount(folder: Path) -> None:
     # A mount may be stacked or still held by a dying process: lazy unmounting detaches it at once either way.
     while os.path.ismount(merged):
         proc.run(["umount", "-l", merged], timeout=30)
-
-
-def _escaped(path: Path) -> str:
-    # Commas separate options and colons lower layers; overlayfs takes both with a backslash before them.
-    return str(path).replace("\\", "\\\\").replace(",", "\\,").replace(":", "\\:")
