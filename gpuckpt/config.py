@@ -81,7 +81,9 @@ def _published(value: object) -> object:
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, allow_inf_nan=False)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}\z")]
+NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,38}[A-Za-z0-9])?"
+"""What can name a golden or a replica: it becomes a file name, a container's name and part of a socket's path."""
+Name = Annotated[str, Field(pattern=rf"^(?:{NAME})\z")]
 Text = Annotated[str, Field(min_length=1)]
 
 

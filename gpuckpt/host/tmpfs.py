@@ -7,7 +7,6 @@ read it page by page. It holds what a server had in memory, so nobody but root m
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuckpt import proc
+from gpuckpt import paths, proc
 from gpuckpt.checks import Check
 from gpuckpt.config import Store
 from gpuckpt.errors import GpuckptError, NotFoundError, PreflightError
@@ -170,43 +169,8 @@ def check(store: Store, *, mountinfo: Path = _MOUNTINFO, thp: Path = _THP) -> Ch
 
 
 def _refuse_untrusted(path: Path) -> None:
-    """Raise if somebody who is not root decides where ``path`` leads: a symlink or a folder of theirs on the way."""
-    if not path.is_absolute():
-        raise PreflightError(f"the store's path {path} is not absolute", remedy="set store.path to an absolute path")
-    at, rest, links = Path("/"), list(reversed(path.parts[1:])), 0
-    while rest:
-        name = rest.pop()
-        at = at.parent if name == ".." else at / name
-        try:
-            state = at.lstat()
-        except FileNotFoundError:
-            return
-        if state.st_uid != 0:
-            kind = {stat.S_IFLNK: "symbolic link", stat.S_IFDIR: "folder"}.get(stat.S_IFMT(state.st_mode), "file")
-            raise PreflightError(
-                f"the store's path {path} leads through a {kind} that is not root's: {at}",
-                cause=f"user {state.st_uid} could send goldens, which hold secrets, elsewhere",
-                remedy=f"chown -h root:root {at}, or set store.path to another folder",
-            )
-        if stat.S_ISDIR(state.st_mode) and state.st_mode & 0o022 and not state.st_mode & stat.S_ISVTX:
-            # In a folder that others may write, without the sticky bit, they may rename root's entries too.
-            raise PreflightError(
-                f"the store's path {path} leads through a folder that others than root may change: {at}",
-                cause=f"its mode is {stat.S_IMODE(state.st_mode):04o}",
-                remedy=f"chmod go-w {at}",
-            )
-        if stat.S_ISLNK(state.st_mode):
-            links += 1
-            if links > 40:
-                raise PreflightError(f"the store's path {path} is a loop", cause=os.strerror(errno.ELOOP))
-            target = Path(os.readlink(at))
-            rest.extend(reversed(target.parts[1:] if target.is_absolute() else target.parts))
-            at = Path("/") if target.is_absolute() else at.parent
-        elif not stat.S_ISDIR(state.st_mode):
-            raise PreflightError(
-                f"the store's path {path} leads through {at}, which is not a folder",
-                remedy="set store.path to another folder",
-            )
+    # Whoever looks, it is root who will mount: the user's own folders do not do.
+    paths.refuse_untrusted(path, what="the store's path", owners=(0,))
 
 
 @contextlib.contextmanager

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuckpt.config import Settings
-from gpuckpt.errors import NotFoundError, PreflightError, UsageError
+from gpuckpt.config import NAME, Settings
+from gpuckpt.errors import NotFoundError, UsageError
+from gpuckpt.paths import private_folder
 
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,38}[A-Za-z0-9])?")
+_NAME = re.compile(NAME)
 
 
 def check_name(name: str) -> str:
@@ -88,38 +88,14 @@ class Layout:
             return []
 
     def prepare(self) -> None:
-        """Make all folders, or check those that exist."""
-        for folder in (self.goldens, self.staging, self.replicas, self.logs, self.locks):
+        """Make the folders of state and locks, or check those that exist."""
+        for folder in (self.replicas, self.logs, self.locks):
             private_folder(folder)
 
-
-def private_folder(path: Path) -> Path:
-    """Make ``path`` (and its parents) as a folder of root alone, or check that it is one.
-
-    Raises PreflightError if a component is a symbolic link of another user, or the folder belongs to another user.
-    """
-    for part in [*reversed(path.parents), path]:
-        try:
-            status = part.lstat()
-        except FileNotFoundError:
-            part.mkdir(mode=0o700 if part == path else 0o755, exist_ok=True)
-            continue
-        if stat.S_ISLNK(status.st_mode) and status.st_uid != 0:
-            raise PreflightError(
-                f"{part} is a symbolic link of user {status.st_uid}",
-                cause="whoever owns it could lead a root program anywhere",
-                remedy="choose another folder, or replace the link by a folder of root's",
-            )
-    status = path.stat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise PreflightError(f"{path} is not a folder", remedy="move it away, or configure another path")
-    if status.st_uid != os.geteuid():
-        raise PreflightError(
-            f"{path} belongs to user {status.st_uid}", remedy=f"chown {os.geteuid()} {path}, or configure another path"
-        )
-    if status.st_mode & 0o077:
-        path.chmod(0o700)
-    return path
+    def prepare_store(self) -> None:
+        """Make the store's folders; only once its tmpfs is mounted, or they would lie hidden below it."""
+        for folder in (self.goldens, self.staging):
+            private_folder(folder)
 
 
 def exchange(one: Path, other: Path) -> None:
