@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -32,17 +33,26 @@ class _UnixConnection(http.client.HTTPConnection):
         self._path = path
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            made.settimeout(self.timeout)
+            made.connect(str(self._path))
+        except BaseException:
+            made.close()
+            raise
+        self.sock = made
 
 
 class Api:
-    """Calls to the podman service listening on ``path``; ``timeout`` is in seconds, for each call."""
+    """Calls to the podman service listening on ``path``; ``timeout`` is in seconds, for each call.
 
-    def __init__(self, path: Path, timeout: float = 600) -> None:
+    ``reconnect`` is called once when nobody listens there any more, to start the service again.
+    """
+
+    def __init__(self, path: Path, timeout: float = 600, *, reconnect: Callable[[], None] | None = None) -> None:
         self.path = path
         self.timeout = timeout
+        self._reconnect = reconnect
 
     def call(self, method: str, route: str, body: Any = None, **query: Any) -> Any:
         """Make one call; return the decoded JSON, or the raw bytes if the answer is not JSON, or None if empty.
@@ -55,6 +65,7 @@ class Api:
         url = f"/{_VERSION}/libpod{route}" + (f"?{urlencode(words)}" if words else "")
         connection = _UnixConnection(self.path, self.timeout)
         try:
+            self._connect(connection)
             connection.request(
                 method,
                 url,
@@ -81,6 +92,16 @@ class Api:
             return json.loads(data)
         except ValueError:
             return data
+
+    def _connect(self, connection: _UnixConnection) -> None:
+        try:
+            connection.connect()
+        except (FileNotFoundError, ConnectionRefusedError):
+            # Nothing was sent, so nothing can happen twice.
+            if self._reconnect is None:
+                raise
+            self._reconnect()
+            connection.connect()
 
 
 def _error(status: int, data: bytes, message: str) -> GpuckptError:

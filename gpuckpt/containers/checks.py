@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpuckpt import proc
 from gpuckpt.checks import Check
@@ -15,7 +16,11 @@ from gpuckpt.errors import GpuckptError
 
 _OLDEST_PODMAN = (4, 0)  # the first whose API takes what a replica's container needs, and netavark
 _OLDEST_RUNC = (1, 1)
-_RUNTIMES = ("runc", "crun")
+RUNTIMES = ("runc", "crun")
+"""The runtimes that gpuckpt can drive, in the order in which it prefers them."""
+
+_CRIU_CONFIG = "org.criu.config"  # the annotation that names a container's own CRIU options
+_LIBCRIU = "libcriu.so.2"  # crun loads it when it is called
 # podman looks for its helpers here (containers.conf, helper_binaries_dir), not on PATH alone.
 _HELPERS = (
     Path("/usr/local/libexec/podman"),
@@ -43,7 +48,7 @@ def all_checks(settings: Settings) -> list[Check]:
 
 def fast_checks(settings: Settings) -> list[Check]:
     """Are the programs there at all? Executes nothing."""
-    names = _RUNTIMES if settings.podman.runtime == "auto" else (settings.podman.runtime,)
+    names = RUNTIMES if settings.podman.runtime == "auto" else (settings.podman.runtime,)
     found = [name for name in names if _which(name)]
     why = "containers are run by podman through an OCI runtime that can checkpoint"
     path = _which("podman")
@@ -80,14 +85,14 @@ def inspect_runtime(name: str) -> Runtime | None:
     try:
         text = proc.run([path, "--version"], timeout=10).stdout
         version = _version(text)
-        if name == "crun":
-            # Debian 12's crun is built without CRIU: its features line then lacks +CRIU. And no crun starts anything
-            # where cgroup v1 controllers and a v2 tree are both mounted.
-            hybrid = "refuses hybrid cgroups" if _HYBRID.exists() else None
-            return Runtime(name, path, version, hybrid if "+CRIU" in text else "built without CRIU")
-        if _numbers(version) < _OLDEST_RUNC:
+        if name == "crun" and "+CRIU" not in text:  # Debian 12's is built so, and may know no `features` either
+            return Runtime(name, path, version, "built without CRIU")
+        if name == "runc" and _numbers(version) < _OLDEST_RUNC:
             return Runtime(name, path, version, "older than 1.1")
-        annotations = json.loads(proc.run([path, "features"], timeout=10).stdout).get("annotations", {})
+        told = json.loads(proc.run([path, "features"], timeout=10).stdout)
+        if name == "crun":
+            return Runtime(name, path, version, _crun_trouble(told))
+        annotations = told.get("annotations") or {}
     except (GpuckptError, OSError, ValueError) as error:
         return Runtime(name, path, "?", f"does not run: {error}")
     # "checkpoint.enabled" says only that runc was built with it; it finds criu on PATH when it is called.
@@ -95,11 +100,27 @@ def inspect_runtime(name: str) -> Runtime | None:
     return Runtime(name, path, version, None if enabled else "built without checkpoints")
 
 
+def _crun_trouble(features: dict[str, Any]) -> str | None:
+    read = features.get("potentiallyUnsafeConfigAnnotations") or []
+    if not any(one == _CRIU_CONFIG or (one.endswith(".") and _CRIU_CONFIG.startswith(one)) for one in read):
+        # It would ignore the annotation without a word: no options, no action script, no hooks.
+        return f"too old: does not read the annotation {_CRIU_CONFIG}"
+    if _HYBRID.exists():
+        return "refuses hybrid cgroups"  # it starts nothing where v1 controllers and a v2 tree are both mounted
+    import ctypes
+
+    try:
+        ctypes.CDLL(_LIBCRIU)
+    except OSError:
+        return f"finds no {_LIBCRIU} (package criu-libs or libcriu2)"
+    return None
+
+
 def runtime(settings: Settings) -> Check:
     """Is there an OCI runtime that can checkpoint, among those the configuration allows?"""
     title, why = "OCI runtime", "checkpoint and restore are calls of the OCI runtime, which drives CRIU"
     wanted = settings.podman.runtime
-    names = _RUNTIMES if wanted == "auto" else (wanted,)
+    names = RUNTIMES if wanted == "auto" else (wanted,)
     found = [runtime for runtime in map(inspect_runtime, names) if runtime]
     text = ", ".join(f"{one.name} {one.version}" + (f": {one.trouble}" if one.trouble else "") for one in found)
     if any(one.trouble is None for one in found):

@@ -6,71 +6,89 @@ call, ends by itself when idle, and is not needed by running containers.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gpuckpt import proc
+from gpuckpt.containers import checks
 from gpuckpt.containers.api import Api
 from gpuckpt.errors import DaemonUnreachableError, GpuckptError, PreflightError
 
 _IDLE_SECONDS = 300
+_START_SECONDS = 30  # 0.1 s on an idle machine; a loaded one just after boot is slow
 
 
 def choose_runtime(wanted: str) -> str:
-    """``wanted``, or for ``auto`` the first of crun and runc that can checkpoint.
+    """``wanted``, or for ``auto`` the first of runc and crun, if it can checkpoint.
 
-    crun tells in its version line (`+CRIU`; Debian 12's is built without); every runc from 1.0 can.
+    Raises PreflightError with the reason if none can; the doctor says the same (:mod:`gpuckpt.containers.checks`).
     """
-    if wanted != "auto":
-        return wanted
-    try:
-        if "+CRIU" in proc.run(["crun", "--version"], timeout=10).stdout:
-            return "crun"
-    except GpuckptError:
-        pass
-    try:
-        proc.run(["runc", "--version"], timeout=10)
-    except GpuckptError as error:
-        raise PreflightError(
-            "no OCI runtime here can checkpoint",
-            cause="neither crun with +CRIU nor runc is installed",
-            remedy="make setup",
-        ) from error
-    return "runc"
+    troubles = []
+    for name in checks.RUNTIMES if wanted == "auto" else (wanted,):
+        found = checks.inspect_runtime(name)
+        if found and found.trouble is None:
+            return name
+        troubles.append(f"{name} {found.version}: {found.trouble}" if found else f"{name} is not installed")
+    raise PreflightError(
+        "no OCI runtime here can checkpoint" if wanted == "auto" else f"the OCI runtime {wanted} cannot checkpoint",
+        cause="; ".join(troubles),
+        remedy="make setup" if wanted == "auto" else "set podman.runtime to auto, or make setup",
+    )
 
 
 def connect(run: Path, criu: Path, *, runtime: str = "auto", timeout: float = 600) -> Api:
     """The API of a podman service that uses ``criu``; started if none answers under ``run``.
 
-    Raises DaemonUnreachableError if it cannot be started within ten seconds, with the end of its log.
+    ``runtime`` is what :func:`choose_runtime` returned, or ``auto`` to have it choose. The service ends when nobody
+    asks for some minutes, as during a long warm-up: the next call starts it again. Raises DaemonUnreachableError if
+    it cannot be started, with the end of its log.
     """
     identity = hashlib.sha256(f"{criu} {runtime}".encode()).hexdigest()[:12]
     folder = run / f"podman-{identity}"
-    api = Api(folder / "podman.sock", timeout)
-    if _answers(api):
-        return api
+    path = folder / "podman.sock"
+
+    def start() -> None:
+        _ensure(folder, path, criu, runtime)
+
+    if not _answers(path):
+        start()
+    return Api(path, timeout, reconnect=start)
+
+
+def _ensure(folder: Path, path: Path, criu: Path, runtime: str) -> None:
+    """Start the service unless another command did so while we waited for our turn."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(folder / "lock"):
+        if not _answers(path):
+            _start(folder, path, criu, choose_runtime("auto") if runtime == "auto" else runtime)
+
+
+def _start(folder: Path, path: Path, criu: Path, runtime: str) -> None:
     tools = folder / "bin"
     tools.mkdir(exist_ok=True)
     link = tools / "criu"
     if not link.is_symlink() or Path(os.readlink(link)) != criu:
         link.unlink(missing_ok=True)
         link.symlink_to(criu)
-    argv = ["podman", "--runtime", choose_runtime(runtime)]
+    argv = ["podman", "--runtime", runtime]
     if not Path("/run/systemd/system").is_dir():  # sd_booted(3): else systemd owns the cgroup tree
         argv += ["--cgroup-manager", "cgroupfs", "--events-backend", "file"]
     log = folder / "service.log"
+    # Of our descriptors it gets none but its log (proc.spawn), so neither this lock nor a golden's outlives us in it.
     child = proc.spawn(
-        [*argv, "system", "service", "--time", str(_IDLE_SECONDS), f"unix://{api.path}"], log=log, path=[tools]
+        [*argv, "system", "service", "--time", str(_IDLE_SECONDS), f"unix://{path}"], log=log, path=[tools]
     )
     (folder / "service.pid").write_text(f"{child.pid}\n")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
-        if _answers(api):
-            return api
-        if child.poll() is not None and not _answers(api):
+        if _answers(path):
+            return
+        if child.poll() is not None:
             break
         time.sleep(0.01)
     raise DaemonUnreachableError(
@@ -81,11 +99,22 @@ def connect(run: Path, criu: Path, *, runtime: str = "auto", timeout: float = 60
     )
 
 
-def _answers(api: Api) -> bool:
-    if not api.path.exists():
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for our turn; the kernel ends it when we end, however we do. The file stays."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _answers(path: Path) -> bool:
+    if not path.exists():
         return False
     try:
-        Api(api.path, timeout=5).call("GET", "/_ping")
+        Api(path, timeout=5).call("GET", "/_ping")
     except GpuckptError:
         return False
     return True

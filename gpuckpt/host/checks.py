@@ -68,6 +68,7 @@ def all_checks(settings: Settings, machine: Machine | None = None) -> list[Check
         overlay(here),
         cgroups(here),
         io_uring(here),
+        confinement(here),
         seccomp.check(),
         tmpfs.check(settings.store),
         hugepages.check(settings.paths.run),
@@ -185,6 +186,24 @@ def io_uring(machine: Machine) -> Check:
     return Check("host.io_uring", "io_uring", "ok", f"host: {text}; containers: off", why)
 
 
+def confinement(machine: Machine) -> Check:
+    """Which security module confines processes here: SELinux, AppArmor, or none."""
+    title = "SELinux, AppArmor"
+    enforcing = _text(machine.sys / "fs/selinux/enforce")
+    if enforcing == "1":
+        why = (
+            "containers run without a label of their own (label=disable): the host's files below their root carry "
+            "labels that container_t may not read. Namespaces, capabilities and seccomp confine them"
+        )
+        return Check("host.confinement", title, "ok", "SELinux, enforcing", why)
+    if enforcing is not None:
+        return Check("host.confinement", title, "ok", "SELinux, permissive", "it forbids nothing")
+    if _text(machine.sys / "module/apparmor/parameters/enabled") == "Y":
+        why = "podman's profile, if it is loaded, confines containers; CRIU restores them under the same one"
+        return Check("host.confinement", title, "ok", "AppArmor", why)
+    return Check("host.confinement", title, "ok", "none", "nothing stands between containers and the host's files")
+
+
 def swap(machine: Machine) -> Check:
     # The first row is a header; a zram device is memory, its contents never reach a disk.
     rows = [row.split() for row in (machine.read("swaps") or "").splitlines()[1:] if row.strip()]
@@ -201,6 +220,13 @@ def memory(machine: Machine) -> Check:
     found = f"{available / _GIB:.1f} of {total / _GIB:.1f} GiB available"
     why = "a golden takes as much as its server has in memory, and while it is made both exist"
     return Check("host.memory", "memory", "warn" if available < 2 * _GIB else "ok", found, why)
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(errors="replace").strip()
+    except OSError:
+        return None
 
 
 def _effective(machine: Machine) -> int:

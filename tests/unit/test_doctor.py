@@ -16,6 +16,7 @@ from gpuckpt.cli import cli
 from gpuckpt.cli.doctor import table
 from gpuckpt.config import Paths, Podman, Settings, Store
 from gpuckpt.containers import checks as containers
+from gpuckpt.containers.service import choose_runtime
 from gpuckpt.criu import binary
 from gpuckpt.criu import checks as criu
 from gpuckpt.cuda import checks as cuda
@@ -113,6 +114,22 @@ def test_a_missing_freezer_or_cgroup_fails(tmp_path: Path) -> None:
     assert host.cgroups(machine(tmp_path, {"self/mountinfo": bare})).verdict == "fail"
     cpu = bare + "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"
     assert "without the freezer" in host.cgroups(machine(tmp_path, {"self/mountinfo": cpu})).found
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, "none"),
+        ({"fs/selinux/enforce": "1"}, "SELinux, enforcing"),
+        ({"fs/selinux/enforce": "0"}, "SELinux, permissive"),
+        ({"module/apparmor/parameters/enabled": "Y\n"}, "AppArmor"),
+        ({"module/apparmor/parameters/enabled": "N\n"}, "none"),
+    ],
+)
+def test_what_confines_containers(tmp_path: Path, files: dict[str, str], found: str) -> None:
+    machine(tmp_path, files)
+    check = host.confinement(host.Machine(proc=tmp_path, sys=tmp_path))
+    assert (check.verdict, check.found) == ("ok", found)
 
 
 def test_overlay_swap_io_uring_and_memory(tmp_path: Path) -> None:
@@ -222,6 +239,7 @@ def test_a_failing_criu_check_shows_its_complaints(monkeypatch: pytest.MonkeyPat
 
 RUNC = "runc version 1.1.5+ds1\nspec: 1.0.2-dev\n"
 CAPABLE = '{"annotations": {"org.opencontainers.runc.checkpoint.enabled": "true"}}'
+READS_CONFIG = '{"potentiallyUnsafeConfigAnnotations": ["run.oci.", "org.criu.config"]}'
 CRUN = "crun version 1.8.1\n+SYSTEMD +SELINUX +CAP +SECCOMP +EBPF +YAJL\n"
 
 
@@ -253,11 +271,55 @@ def test_runtimes_that_cannot(monkeypatch: pytest.MonkeyPatch, outputs: dict[str
 
 
 def test_a_crun_with_criu_will_do_unless_cgroups_are_hybrid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    programs(monkeypatch, {"crun --version": CRUN + "+CRIU\n"})
+    programs(monkeypatch, {"crun --version": CRUN + "+CRIU\n", "crun features": READS_CONFIG})
+    monkeypatch.setattr("ctypes.CDLL", lambda name: None)
     monkeypatch.setattr(containers, "_HYBRID", tmp_path / "absent")
     assert containers.runtime(SETTINGS).verdict == "ok"
     monkeypatch.setattr(containers, "_HYBRID", tmp_path)
     assert "refuses hybrid cgroups" in containers.runtime(SETTINGS).found
+
+
+@pytest.mark.parametrize(
+    ("features", "library", "trouble"),
+    [
+        (READS_CONFIG, True, None),
+        (READS_CONFIG.replace("config", ""), True, None),  # a value that ends with a dot is a prefix
+        ("{}", True, "does not read the annotation org.criu.config"),
+        (READS_CONFIG.replace("org.criu.config", "org.other"), True, "does not read the annotation org.criu.config"),
+        (READS_CONFIG, False, "finds no libcriu"),
+    ],
+)
+def test_a_crun_must_read_our_options_and_find_libcriu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, features: str, library: bool, trouble: str | None
+) -> None:
+    def load(name: str) -> None:
+        if not library:
+            raise OSError(name)
+
+    programs(monkeypatch, {"crun --version": CRUN + "+CRIU\n", "crun features": features})
+    monkeypatch.setattr("ctypes.CDLL", load)
+    monkeypatch.setattr(containers, "_HYBRID", tmp_path / "absent")
+    found = containers.inspect_runtime("crun")
+    assert found is not None
+    assert found.trouble is None if trouble is None else trouble in str(found.trouble)
+
+
+def test_the_runtime_that_is_used_is_the_one_without_trouble(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: None)
+    monkeypatch.setattr(containers, "_HYBRID", tmp_path / "absent")
+    runc = {"runc --version": RUNC, "runc features": CAPABLE}
+    crun = {"crun --version": CRUN + "+CRIU\n", "crun features": READS_CONFIG}
+    programs(monkeypatch, runc | crun)
+    assert [choose_runtime(wanted) for wanted in ("auto", "runc", "crun")] == ["runc", "runc", "crun"]
+    programs(monkeypatch, crun | {"runc --version": "runc version 1.0.3\n"})
+    assert choose_runtime("auto") == "crun"
+    with pytest.raises(PreflightError, match="the OCI runtime runc cannot") as caught:
+        choose_runtime("runc")
+    assert caught.value.cause == "runc 1.0.3: older than 1.1"
+    programs(monkeypatch, {"crun --version": CRUN})
+    with pytest.raises(PreflightError, match="no OCI runtime") as caught:
+        choose_runtime("auto")
+    assert caught.value.cause == "runc is not installed; crun 1.8.1: built without CRIU"
 
 
 def test_podman_old_missing_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
