@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -17,7 +18,7 @@ from blake3 import blake3
 from gpuckpt import manifest as manifests
 from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, OutOfSpaceError, UsageError, VerificationError
 from gpuckpt.golden.archive import Archive, export_golden, import_golden
-from gpuckpt.manifest import FileRecord
+from gpuckpt.manifest import FileRecord, Mount, Volume
 from gpuckpt.store import digests, seal
 from gpuckpt.store.layout import Layout
 from tests.fakes import publish, sample_manifest, settings_for
@@ -30,12 +31,16 @@ class Store:
         self.settings = settings_for(folder)
         self.layout = Layout.of(self.settings)
         self.layout.prepare()
+        self.layout.prepare_store()
 
     def export(self, target: Path, *, zstd: bool = False) -> Archive:
         return export_golden(self.settings, "gold", target, zstd=zstd)
 
     def take(self, source: Path, **options: Any) -> Archive:
-        return import_golden(self.settings, source, **({"name": None, "trust": True, "digest": None} | options))
+        """Import with the digest of the file as it is, unless another is given."""
+        if "digest" not in options:
+            options["digest"] = blake3(source.read_bytes()).hexdigest() if source.is_file() else "0" * 64
+        return import_golden(self.settings, source, **({"name": None, "trust": True} | options))
 
     @property
     def empty(self) -> bool:
@@ -88,6 +93,9 @@ def furnish(folder: Path) -> None:
     (layer / "to-outside").symlink_to("/etc/passwd")
     (layer / "to-far").symlink_to("x" * 200)
     os.mkfifo(layer / "pipe")
+    os.mknod(layer / "socket", stat.S_IFSOCK | 0o660)
+    (layer / os.fsdecode(b"no utf-8 \xff")).write_bytes(b"latin")
+    (layer / os.fsdecode(b"link \xff")).symlink_to(os.fsdecode(b"no utf-8 \xff"))
     with (layer / "sparse").open("wb") as sparse:
         sparse.truncate(1 << 20)
     (layer / "srv").chmod(0o750)
@@ -109,7 +117,7 @@ def test_a_golden_comes_back_equal(ours: Store, theirs: Store, tmp_path: Path, z
     assert describe(copy) == describe(folder)
     assert manifests.read(copy) == manifests.read(folder)
     golden = manifests.read(copy)
-    assert seal.broken(copy, golden.files, golden.links) == []
+    assert seal.broken(copy, golden) == []
     assert copy.stat().st_mode & 0o077 == 0 and (copy / "manifest.json").stat().st_mode & 0o077 == 0
     assert not list(theirs.layout.staging.iterdir())
 
@@ -183,7 +191,7 @@ def test_another_name(ours: Store, theirs: Store, tmp_path: Path) -> None:
     assert theirs.layout.names() == ["silver"]
     assert manifests.read(theirs.layout.golden("silver")).name == "silver"
     golden = manifests.read(theirs.layout.golden("silver"))
-    assert seal.broken(theirs.layout.golden("silver"), golden.files, golden.links) == []
+    assert seal.broken(theirs.layout.golden("silver"), golden) == []
 
 
 # --- export that is refused -----------------------------------------------------------------------------------
@@ -203,6 +211,58 @@ def test_export_needs_a_folder_and_a_golden(ours: Store, tmp_path: Path) -> None
     put(ours)
     with pytest.raises(NotFoundError, match="no folder"):
         ours.export(tmp_path / "absent" / "gold.tar")
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(ours: Store, tmp_path: Path) -> None:
+    put(ours)
+    target = tmp_path / "gold.tar"
+
+    def appear(done: int, total: int) -> None:
+        target.write_text("precious")
+
+    with pytest.raises(BusyError):
+        export_golden(ours.settings, "gold", target, progress=appear)
+    assert target.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir() if "gold.tar" in path.name] == ["gold.tar"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_system_without_nameless_files(
+    ours: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    put(ours)
+    real = os.open
+
+    def refuse(path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "no nameless files")
+        return real(path, flags, mode, **more)
+
+    def no_links(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(os, "open", refuse)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    archive = ours.export(folder / "gold.tar")
+    assert archive.digest == blake3(archive.path.read_bytes()).hexdigest()
+    assert archive.path.stat().st_mode & 0o077 == 0
+    with pytest.raises(BusyError):
+        ours.export(folder / "gold.tar")
+    assert [path.name for path in folder.iterdir()] == ["gold.tar"]
+
+
+def test_a_killed_export_leaves_nothing(ours: Store, tmp_path: Path) -> None:
+    put(ours)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if (child := os.fork()) == 0:
+        export_golden(ours.settings, "gold", folder / "gold.tar", progress=lambda *_: os.kill(os.getpid(), 9))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 9
+    assert not list(folder.iterdir())
 
 
 def test_a_damaged_golden_is_not_exported(ours: Store, tmp_path: Path) -> None:
@@ -225,6 +285,14 @@ def test_without_trust_nothing_is_imported(theirs: Store, archive: Archive) -> N
     with pytest.raises(UsageError) as caught:
         theirs.take(archive.path, trust=False)
     assert caught.value.exit_code == 2 and "--trust" in str(caught.value.remedy)
+    assert theirs.empty
+
+
+@pytest.mark.parametrize("digest", [None, "", "none", "0" * 63, "g" * 64, "sha256:" + "0" * 64])
+def test_trust_needs_the_digest_of_what_is_trusted(theirs: Store, archive: Archive, digest: str | None) -> None:
+    with pytest.raises(UsageError) as caught:
+        theirs.take(archive.path, digest=digest)
+    assert "gpuckpt export" in str(caught.value.remedy)
     assert theirs.empty
 
 
@@ -284,7 +352,7 @@ def test_a_flipped_bit_in_the_content(ours: Store, theirs: Store, tmp_path: Path
     data[len(data) // 2 if zstd else data.index(b"inventory\0") + 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(VerificationError):
-        theirs.take(path, digest=archive.digest if zstd else None)
+        theirs.take(path, **({"digest": archive.digest} if zstd else {}))
     assert theirs.empty
 
 
@@ -451,6 +519,30 @@ def test_members_that_are_not_the_manifest_s(
     assert theirs.empty
 
 
+def launched(**changes: Any) -> bytes:
+    return manifest_for(A, launch=sample_manifest().launch.model_copy(update=changes))
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        pytest.param(launched(volumes=(Volume(name="../data", destination="/d"),)), id="volume elsewhere"),
+        pytest.param(launched(volumes=(Volume(name="a\nHOOKS=/tmp", destination="/d"),)), id="line in a volume"),
+        pytest.param(launched(volumes=(Volume(name="data", destination="d"),)), id="relative destination"),
+        pytest.param(launched(mounts=(Mount(source="etc", destination="/d"),)), id="relative source"),
+        pytest.param(launched(mounts=(Mount(source="/srv/../etc", destination="/d"),)), id="dots in a source"),
+        pytest.param(launched(mounts=(Mount(source="/srv", destination="/d/../../e"),)), id="dots in a destination"),
+        pytest.param(launched(image=None, rootfs="srv"), id="relative root"),
+        pytest.param(manifest_for(A, name="a" * 41), id="long name"),
+    ],
+)
+def test_names_that_lead_astray(theirs: Store, tmp_path: Path, manifest: bytes) -> None:
+    with pytest.raises(VerificationError, match="names what no golden") as caught:
+        theirs.take(build(tmp_path / "evil.tar", A, manifest=manifest), name="gold")
+    assert caught.value.cause
+    assert theirs.empty
+
+
 def test_the_manifest_comes_first(theirs: Store, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "evil.tar", "w") as tar:
         for info, content in [*A, member("manifest.json", manifest_for(A))]:
@@ -493,7 +585,7 @@ def test_a_member_that_claims_to_be_huge(theirs: Store, tmp_path: Path) -> None:
 def test_an_error_while_reading_leaves_nothing(
     theirs: Store, archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpuckpt.golden.archive.digests.differences", lambda *_, **__: ["something differs"])
+    monkeypatch.setattr("gpuckpt.store.digests.differences", lambda *_, **__: ["something differs"])
     with pytest.raises(GpuckptError):
         theirs.take(archive.path)
     assert theirs.empty
