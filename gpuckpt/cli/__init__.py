@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -89,18 +90,23 @@ def cli(ctx: click.Context, config_file: str | None, env_file: str | None) -> No
     ctx.obj = {"config_file": config_file, "env_file": env_file}
 
 
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    # One exception for Ctrl-C and SIGTERM: every `with` on the way out puts back what it took. A second signal during
-    # the roll-back must not cut it short.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # One exception for Ctrl-C, SIGTERM and a terminal that went away: every `with` on the way out puts back what it
+    # took. A second signal during the roll-back must not cut it short.
+    for one in _INTERRUPTS:
+        signal.signal(one, signal.SIG_IGN)
     raise InterruptedByUser("interrupted", remedy="nothing was left behind; run the command again when you like")
 
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point of the ``gpuckpt`` program; exits with the codes documented in ``gpuckpt.errors``."""
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in _INTERRUPTS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup(1) is meant
+            signal.signal(number, _interrupt)
+    _open_streams()
     arguments = sys.argv[1:] if argv is None else argv
     try:
         code = cli.main(args=arguments, prog_name="gpuckpt", standalone_mode=False)
@@ -108,28 +114,62 @@ def main(argv: list[str] | None = None) -> Any:
     except click.exceptions.Exit as leave:
         sys.exit(leave.exit_code)
     except click.ClickException as error:
-        error.show()
+        if _wants_json(arguments):
+            _report(_ours(error), arguments)
+        else:
+            error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(InterruptedByUser.exit_code)
     except (GpuckptError, InterruptedByUser) as error:
-        from gpuckpt.cli.render import show_error
-
-        show_error(error, as_json=_wants_json(arguments))
+        _report(error, arguments)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of our output (head, less) went away: end quietly, as other tools do.
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        from gpuckpt.cli.render import show_error
-        from gpuckpt.errors import OutOfSpaceError
+        told = _told(error)
+        _report(told, arguments)
+        sys.exit(told.exit_code)
 
-        full = OutOfSpaceError(f"no space left for {error.filename or 'a file'}", remedy="gpuckpt df; df -h")
-        show_error(full, as_json=_wants_json(arguments))
-        sys.exit(full.exit_code)
+
+def _told(error: OSError) -> GpuckptError:
+    """An error of the system that nothing else gave a meaning to: one line instead of a traceback."""
+    from gpuckpt.errors import OutOfSpaceError, PreflightError
+
+    if error.errno == errno.ENOSPC:
+        return OutOfSpaceError(f"no space left for {error.filename or 'a file'}", remedy="gpuckpt df; df -h")
+    what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    if error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0:
+        return PreflightError("gpuckpt must run as root", cause=what, remedy="sudo gpuckpt …")
+    return GpuckptError(what)
+
+
+def _ours(error: click.ClickException) -> GpuckptError:
+    from gpuckpt.errors import UsageError
+
+    if not isinstance(error, click.UsageError):
+        return GpuckptError(error.format_message())
+    path = error.ctx.command_path if error.ctx else "gpuckpt"
+    return UsageError(error.format_message(), remedy=f"{path} --help")
+
+
+def _report(error: GpuckptError | InterruptedByUser, arguments: list[str]) -> None:
+    from gpuckpt.cli.render import show_error
+
+    show_error(error, as_json=_wants_json(arguments))
+
+
+def _open_streams() -> None:
+    """Fill closed standard streams: the next file opened, a lock or an image, would otherwise become one of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            if getattr(sys, name) is None:
+                setattr(sys, name, os.fdopen(handle, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
 
 
 def _wants_json(arguments: list[str]) -> bool:

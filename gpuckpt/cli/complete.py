@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from gpuckpt.config import Settings
 
 
 def golden_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -13,10 +18,28 @@ def golden_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     Lists folders and opens none of them. Never raises: whatever is wrong, the command itself will say it better than
     a trace in the middle of the line being typed.
     """
+    settings = _settings(ctx)
+    return _folders(settings.store.path / "goldens", incomplete) if settings else []
+
+
+def replica_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The same for replicas."""
+    settings = _settings(ctx)
+    return _folders(settings.paths.state / "replicas", incomplete) if settings else []
+
+
+def _settings(ctx: click.Context) -> Settings | None:
     try:
         from gpuckpt.cli.context import settings_from
 
-        with os.scandir(settings_from(ctx).store.path / "goldens") as entries:
+        return settings_from(ctx)
+    except Exception:
+        return None
+
+
+def _folders(parent: Path, incomplete: str) -> list[str]:
+    try:
+        with os.scandir(parent) as entries:
             # What begins with a dot is being made or removed.
             return sorted(
                 entry.name
@@ -25,5 +48,5 @@ def golden_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
                 and not entry.name.startswith(".")
                 and entry.is_dir(follow_symlinks=False)
             )
-    except Exception:
+    except OSError:
         return []

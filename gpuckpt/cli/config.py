@@ -30,13 +30,11 @@ def show(ctx: click.Context, origin: bool, as_json: bool) -> None:
     if as_json:
         print_json({"settings": loaded.settings.model_dump(mode="json"), "origins": loaded.origins})
         return
-    from rich.markup import escape
-
     rows = []
     for key, source in loaded.origins.items():
         table, _, name = key.partition(".")
-        row = [key, escape(_shown(getattr(getattr(loaded.settings, table), name)))]
-        rows.append([*row, escape(source)] if origin else row)
+        row = [key, _shown(getattr(getattr(loaded.settings, table), name))]
+        rows.append([*row, source] if origin else row)
     print_table(["SETTING", "VALUE", "ORIGIN"] if origin else ["SETTING", "VALUE"], rows)
 
 

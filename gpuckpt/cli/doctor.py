@@ -47,10 +47,8 @@ def command(ctx: click.Context, fix: bool, as_json: bool) -> None:
         render.print_json({**document, "fixed": fixed} if fix else document)
     else:
         width = shutil.get_terminal_size((100, 24)).columns
-        # NO_COLOR (no-color.org): click looks only at whether stdout is a terminal.
-        color = False if os.environ.get("NO_COLOR") else None
         for line in table(checks, width):
-            click.echo(line, color=color)
+            click.echo(line, color=render.color())
         render.say(_summary(checks, fixed, fix))
     if failed:
         ctx.exit(PreflightError.exit_code)

@@ -12,7 +12,7 @@ from gpuckpt.cli.render import format_option, print_json, print_table, say, size
 @format_option
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool) -> None:
-    """List goldens, newest last, and the replicas restored from them."""
+    """List goldens, newest last, and the replicas restored from them, also those whose golden is gone."""
     from gpuckpt.golden import catalogue
     from gpuckpt.golden import replica as replicas
     from gpuckpt.golden.tools import tools
@@ -23,6 +23,8 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
     made = replicas.all_of(layout.replicas)
     # podman is only asked when there is something to ask about.
     states = catalogue.states(tools(settings)) if made else {}
+    names = set(layout.names())
+    orphans = [one for one in made if one.golden not in names]
     found = sorted(catalogue.entries(layout, states), key=lambda one: one.manifest.created if one.manifest else "")
     if as_json:
         print_json(
@@ -40,11 +42,14 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
                         "replicas": [{"name": name, "state": state} for name, state in one.replicas],
                     }
                     for one in found
-                ]
+                ],
+                "replicas_without_golden": [
+                    {"name": one.name, "golden": one.golden, "state": states.get(one.name, "gone")} for one in orphans
+                ],
             }
         )
         return
-    if not found:
+    if not found and not orphans:
         say("no goldens yet; make one: gpuckpt create NAME -- --model /path/to/model")
         return
     rows = []
@@ -58,4 +63,7 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
         rows.append(
             (one.name, what, created, size(one.manifest.sizes.total), f"{one.manifest.cold_ttft_s:.1f} s", running)
         )
+    for golden in sorted({one.golden for one in orphans}):
+        left = [f"{one.name} ({states.get(one.name, 'gone')})" for one in orphans if one.golden == golden]
+        rows.append((golden, "gone", "", "", "", ", ".join(left)))
     print_table(["NAME", "SERVES", "CREATED (UTC)", "SIZE", "COLD TTFT", "REPLICAS"], rows, right=["SIZE", "COLD TTFT"])

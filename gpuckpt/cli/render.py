@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -42,22 +43,35 @@ def print_json(value: Mapping[str, Any]) -> None:
     click.echo(json.dumps({"version": JSON_VERSION, **value}, indent=2, default=str))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Print a plain table on stdout; columns named in ``right`` are right-aligned. Cells may hold rich markup."""
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), bold_last: bool = False
+) -> None:
+    """Print a plain table on stdout; columns named in ``right`` are right-aligned, ``bold_last`` is for a sum.
+
+    Cells are text, never markup: what stands in them comes from archives and servers, too.
+    """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
+    if bold_last and table.rows:
+        table.rows[-1].style = "bold"
     Console(soft_wrap=False, width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def say(message: str) -> None:
     """Tell a human something on stderr."""
-    click.echo(message, err=True)
+    click.echo(message, err=True, color=color())
+
+
+def color() -> bool | None:
+    """What click.echo is told about colours: none if NO_COLOR (no-color.org) is set, else by what it writes to."""
+    return False if os.environ.get("NO_COLOR") else None
 
 
 def show_error(error: GpuckptError | InterruptedByUser, *, as_json: bool) -> None:

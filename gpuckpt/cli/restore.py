@@ -12,11 +12,10 @@ from gpuckpt.cli.complete import golden_names
 from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.render import format_option, print_json, print_table, say, seconds
 from gpuckpt.errors import UsageError
+from gpuckpt.golden.identity import FIELDS
 
 if TYPE_CHECKING:
     from gpuckpt.golden.restore import Restored
-
-_IDENTITY = ("kernel", "machine", "cpu", "criu", "runtime", "base", "driver", "gpus")
 
 
 @click.command()
@@ -32,14 +31,14 @@ _IDENTITY = ("kernel", "machine", "cpu", "criu", "runtime", "base", "driver", "g
 @click.option(
     "--ignore-identity",
     multiple=True,
-    type=click.Choice(_IDENTITY),
+    type=click.Choice(FIELDS),
     help="Restore although this field of the machine differs; repeatable, at your own risk.",
 )
 @click.option("--no-huge-pages", is_flag=True, help="Do not switch transparent huge pages on for the restore.")
 @click.option("--fallback", type=click.Choice(["cold"]), help="Start the server cold if it cannot be restored.")
 @click.option("--import", "archive", metavar="FILE", help="Import the golden from this archive first.")
 @click.option("--trust", is_flag=True, help="With --import: trust the archive's processes to run as root.")
-@click.option("--digest", metavar="HEX", help="With --import: the archive's blake3 digest.")
+@click.option("--digest", metavar="HEX", help="With --import: the blake3 digest that `gpuckpt export` printed.")
 @format_option
 @click.pass_context
 def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: Any) -> None:
@@ -48,9 +47,11 @@ def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: A
     from gpuckpt.golden.doctor import require
     from gpuckpt.golden.restore import RestoreRequest, restore
     from gpuckpt.golden.sweep import sweep
-    from gpuckpt.golden.tools import tools
+    from gpuckpt.golden.tools import open_store, tools
     from gpuckpt.timing import PhaseTable, now_ns, process_started_ns
 
+    if not options["archive"] and (options["trust"] or options["digest"] is not None):
+        raise UsageError("--trust and --digest are about an archive", remedy="add --import FILE, or leave them out")
     phases = PhaseTable(started_ns=process_started_ns())
     settings = settings_from(ctx, criu__path=options["criu_path"])
     phases.add("start-up", phases.started_ns, now_ns())
@@ -63,6 +64,7 @@ def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: A
             from gpuckpt.golden.archive import import_golden
 
             with phases.phase("import"):
+                open_store(settings)
                 name = import_golden(
                     settings, Path(options["archive"]), name=name, trust=options["trust"], digest=options["digest"]
                 ).name
@@ -98,7 +100,8 @@ def _document(restored: Restored) -> dict[str, Any]:
         "replica": restored.replica.name,
         "golden": restored.replica.golden,
         "container": restored.replica.container,
-        "tier": restored.tier,
+        "tier": restored.replica.tier,
+        "memory": restored.replica.memory,
         "socket": str(endpoint.socket) if endpoint.socket else None,
         "url": None if endpoint.socket else str(endpoint),
         "ttft_s": restored.ttft_s,
@@ -112,14 +115,15 @@ def _document(restored: Restored) -> dict[str, Any]:
 
 def _show(restored: Restored) -> None:
     rows = [(row.name, seconds(row.seconds)) for row in restored.phases.rows()]
-    rows.append(("[bold]wall time[/bold]", f"[bold]{seconds(restored.phases.wall_seconds)}[/bold]"))
-    print_table(["PHASE", "TIME"], rows, right=["TIME"])
+    rows.append(("wall time", seconds(restored.phases.wall_seconds)))
+    print_table(["PHASE", "TIME"], rows, right=["TIME"], bold_last=True)
     click.echo()
     if restored.fallback_reason:
         say(f"started cold, because: {restored.fallback_reason.message}")
     ttft = f", first token after {restored.ttft_s:.3f} s" if restored.ttft_s is not None else ""
+    how = "started cold" if restored.replica.tier == "cold" else f"memory by {restored.replica.memory}"
     canary = {True: ", canary equal", None: ""}[restored.canary_match or None]
-    click.echo(f"replica {restored.replica.name} is ready ({restored.tier}{ttft}{canary})")
+    click.echo(f"replica {restored.replica.name} is ready ({how}{ttft}{canary})")
     endpoint = restored.replica.endpoint
     hint = f"curl --unix-socket {endpoint.socket} http://localhost/…" if endpoint.socket else f"curl {endpoint}/…"
     click.echo(f"ask it:  {hint}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from gpuckpt.cli.complete import replica_names
 from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.render import format_option, print_json
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="REPLICA…")
+@click.argument("names", nargs=-1, required=True, metavar="REPLICA…", shell_complete=replica_names)
 @format_option
 @click.pass_context
 def command(ctx: click.Context, /, names: tuple[str, ...], as_json: bool) -> None:
@@ -18,10 +19,11 @@ def command(ctx: click.Context, /, names: tuple[str, ...], as_json: bool) -> Non
     from gpuckpt.golden.tools import tools
 
     work = tools(settings_from(ctx))
-    found = [replica.by_name(work, name) for name in names]
-    for entry in found:
-        replica.stop(work, entry)
+    for name in names:
+        replica.by_name(work, name)  # all must exist before the first is stopped
+    for name in dict.fromkeys(names):
+        replica.stop(work, name)
         if not as_json:
-            click.echo(f"stopped {entry.name}")
+            click.echo(f"stopped {name}")
     if as_json:
-        print_json({"stopped": [entry.name for entry in found]})
+        print_json({"stopped": list(dict.fromkeys(names))})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -12,16 +13,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from gpuckpt.cli import COMMANDS, cli, main
+from gpuckpt.cli import COMMANDS, cli, main, render
 from gpuckpt.cli.creation import request_from
 from gpuckpt.config import Settings
 from gpuckpt.errors import GpuckptError, NotFoundError, UsageError
 from gpuckpt.golden.create import CreateRequest
+from gpuckpt.golden.replica import Replica
 from gpuckpt.manifest import Mount, Port, Request, Volume
 from gpuckpt.store.layout import Layout
 from tests.fakes import publish, sample_manifest
@@ -55,7 +58,7 @@ class Done:
 
 def run(*arguments: str) -> Done:
     """Run the program as its entry point does. Wrong input ends in an exit code; a traceback would fail the test."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     stdout, stderr = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["gpuckpt", *arguments])
@@ -168,6 +171,12 @@ def test_server_arguments_without_the_dashes(machine: Layout) -> None:
         (["ls", "--format", "xml"], 2, "xml"),
         (["--config", "/nonexistent.toml", "ls"], 6, "/nonexistent.toml"),
         (["restore", "gold", "--ignore-identity", "colour"], 2, "colour"),
+        (["restore", "gold", "--trust"], 2, "--import"),
+        (["restore", "gold", "--digest", "0" * 64], 2, "--import"),
+        (["import", "file"], 2, "--trust"),
+        (["import", "file", "--trust"], 2, "--digest"),
+        (["import", "file", "--trust", "--digest", "none"], 2, "none"),
+        (["logs", "gold", "--follow", "--failed"], 2, "exclude"),
     ],
 )
 def test_exit_codes_of_wrong_input(machine: Layout, words: list[str], code: int, says: str) -> None:
@@ -201,7 +210,7 @@ def test_an_error_as_json(machine: Layout, format_option: list[str]) -> None:
     assert set(document["error"]) == {"kind", "exit_code", "message", "cause", "remedy", "log", "log_path"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_with_130_and_what_it_had_begun(
     machine: Layout, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -222,6 +231,91 @@ def test_a_signal_ends_a_command_with_130_and_what_it_had_begun(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["ls", "--format", "json", "--no-such-option"], "--no-such-option"),
+        (["inspect", "--format=json"], "NAME"),
+        (["xyzzy", "--format", "json"], "xyzzy"),
+        (["logs", "gold", "--follow", "--format", "json"], "exclude"),
+    ],
+)
+def test_wrong_words_as_json(machine: Layout, words: list[str], says: str) -> None:
+    done = run(*words)
+    document = json.loads(done.stdout)
+    assert done.returncode == 2 and done.stderr == ""
+    assert document["error"]["kind"] == "UsageError" and says in document["error"]["message"]
+
+
+def test_a_hangup_that_is_to_be_ignored_stays_ignored(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hung_up(self: Layout) -> list[str]:
+        signal.raise_signal(signal.SIGHUP)
+        return []
+
+    monkeypatch.setattr(Layout, "names", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("ls").returncode == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "uid", "code", "says"),
+    [
+        (errno.EACCES, 1000, 4, "must run as root"),
+        (errno.EPERM, 1000, 4, "/some/file: Operation not permitted"),
+        (errno.EACCES, 0, 1, "error: /some/file: Permission denied"),
+        (errno.EIO, 0, 1, "error: /some/file: Input/output error"),
+        (errno.ENOSPC, 0, 11, "no space left for /some/file"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(
+    machine: Layout, monkeypatch: pytest.MonkeyPatch, number: int, uid: int, code: int, says: str
+) -> None:
+    def fail(self: Layout) -> list[str]:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr(Layout, "names", fail)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    done = run("ls")
+    assert done.returncode == code and says in done.stderr and done.stdout == ""
+    assert len(done.stderr.splitlines()) <= 3
+    document = json.loads(run("ls", "--format", "json").stdout)
+    assert document["error"]["exit_code"] == code
+
+
+def test_closed_streams_are_no_files_of_ours(machine: Layout, tmp_path: Path) -> None:
+    publish(machine)
+    code = (
+        "import os, sys; os.close(0); os.close(1); os.close(2)\n"
+        "sys.stdin = sys.stdout = sys.stderr = None\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from gpuckpt.cli import main\n"
+        "try: main(['ls'])\n"
+        f"finally: open({str(tmp_path / 'names')!r}, 'w').write(' '.join(map(os.readlink, ('/proc/self/fd/0', "
+        "'/proc/self/fd/1', '/proc/self/fd/2'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "names").read_text() == "/dev/null /dev/null /dev/null"
+
+
+def test_colours_are_for_terminals_and_not_for_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr("click.echo", lambda *_, **options: shown.append(options.get("color")))
+    for value in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", value)
+        render.show_error(UsageError("wrong", cause="because", remedy="do"), as_json=False)
+    assert shown == [None] * 3 + [False] * 3
+
+
+def test_cells_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    render.print_table(["A", "B"], [("[bold]x[/bold]", "[/]"), ("sum", "[red]")], bold_last=True)
+    assert "[bold]x[/bold]" in (out := capsys.readouterr().out)
+    assert "[/]" in out and "[red]" in out
+
+
 def test_a_server_s_own_format_option_is_not_ours(machine: Layout) -> None:
     done = run("create", "a/b", "--", "serve", "--format", "json")
     assert done.returncode == 2 and done.stdout == "" and "a/b" in done.stderr
@@ -240,6 +334,80 @@ def test_ls(machine: Layout) -> None:
     goldens = {one["name"]: one for one in json.loads(run("ls", "--format", "json").stdout)["goldens"]}
     assert goldens["gold"]["image_bytes"] == sample_manifest().sizes.total and goldens["gold"]["trouble"] is None
     assert goldens["broken"]["trouble"] and goldens["broken"]["image_bytes"] is None
+
+
+@dataclass
+class Logs:
+    """Containers whose logs grow from one look to the next, and that end with the last."""
+
+    texts: list[str]
+    shown: int = 0
+
+    def logs(self, container: str, *, tail: int | None = None) -> str:
+        self.shown += 1
+        return self.texts[min(self.shown, len(self.texts)) - 1]
+
+
+def replica_of(machine: Layout, name: str, golden: str) -> Replica:
+    folder = machine.replicas / name
+    folder.mkdir()
+    made = Replica(name, golden, folder, state="ready")
+    made.save()
+    return made
+
+
+def with_logs(monkeypatch: pytest.MonkeyPatch, layout: Layout, *texts: str) -> None:
+    containers = Logs(list(texts))
+    work = SimpleNamespace(layout=layout, containers=containers)
+    monkeypatch.setattr("gpuckpt.golden.tools.tools", lambda settings, **_: work)
+    monkeypatch.setattr("gpuckpt.cli.logs._PAUSE", 0)
+    monkeypatch.setattr(
+        "gpuckpt.golden.replica.status", lambda *_: "running" if containers.shown < len(texts) - 1 else "exited"
+    )
+
+
+def test_logs_lose_nothing_between_two_looks(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica_of(machine, "one", "gold")
+    with_logs(monkeypatch, machine, "a\nb\n", "a\nb\nc", "a\nb\ncd\n", "a\nb\ncd\nlast words\n")
+    done = run("logs", "one", "--follow", "--tail", "1")
+    assert (done.returncode, done.stdout) == (0, "b\ncd\nlast words\n")
+
+
+def test_logs_that_begin_anew_are_shown_as_a_whole(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica_of(machine, "one", "gold")
+    with_logs(monkeypatch, machine, "old, and long\n", "new\n", "new\n")
+    assert run("logs", "one", "-f").stdout == "old, and long\nnew\n"
+
+
+@pytest.mark.parametrize(
+    ("tail", "lines"), [([], ["a", "b"]), (["-n", "1"], ["b"]), (["-n", "0"], []), (["-n", "9"], ["a", "b"])]
+)
+def test_logs_as_json(machine: Layout, monkeypatch: pytest.MonkeyPatch, tail: list[str], lines: list[str]) -> None:
+    replica_of(machine, "one", "gold")
+    with_logs(monkeypatch, machine, "a\nb\n")
+    document = json.loads(run("logs", "one", "--format", "json", *tail).stdout)
+    assert document == {"version": 1, "replica": "one", "lines": lines}
+
+
+def test_kept_logs_are_those_of_exactly_that_name(machine: Layout) -> None:
+    for name in ("a-server", "a-b-server", "b-a-server", "a-server-restore", "a-checkpoint"):
+        (machine.logs / f"20260101-000000-{name}.log").write_text(f"{name} 1\n{name} 2\n")
+    document = json.loads(run("logs", "a", "--failed", "--format", "json", "--tail", "1").stdout)
+    assert [one["lines"] for one in document["failed"]] == [["a-server 2"], ["a-checkpoint 2"]]
+    assert run("logs", "a-b", "--failed").stdout == "a-b-server 1\na-b-server 2\n"
+    assert run("logs", "a", "--failed", "--tail", "0").stdout == ""
+    assert run("logs", "a.*", "--failed").returncode == 6
+
+
+def test_ls_shows_replicas_whose_golden_is_gone(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica_of(machine, "orphan", "lost")
+    monkeypatch.setattr("gpuckpt.golden.tools.tools", lambda settings, **_: None)
+    monkeypatch.setattr("gpuckpt.golden.catalogue.states", lambda tools: {"orphan": "running"})
+    done = run("ls")
+    assert done.returncode == 0 and "orphan (running)" in done.stdout and "lost" in done.stdout
+    document = json.loads(run("ls", "--format", "json").stdout)
+    assert document["goldens"] == []
+    assert document["replicas_without_golden"] == [{"name": "orphan", "golden": "lost", "state": "running"}]
 
 
 def test_inspect(machine: Layout) -> None:

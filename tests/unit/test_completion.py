@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from gpuckpt.cli import cli
-from gpuckpt.cli.complete import golden_names
+from gpuckpt.cli.complete import golden_names, replica_names
 from gpuckpt.errors import UsageError
 
 
@@ -33,10 +34,13 @@ def asked(words: str, position: int, **environ: str) -> list[str]:
     return [line.partition(",")[2] for line in done.stdout.splitlines()]
 
 
-def names(root: list[str], incomplete: str) -> list[str]:
+Names = Callable[[click.Context, click.Parameter, str], list[str]]
+
+
+def names(root: list[str], incomplete: str, of: Names = golden_names) -> list[str]:
     # As click does it: the group's callback is not called, so there is no ctx.obj.
     with cli.make_context("gpuckpt", [*root, "rm"], resilient_parsing=True) as ctx:
-        return golden_names(ctx, click.Argument(["name"]), incomplete)
+        return of(ctx, click.Argument(["name"]), incomplete)
 
 
 @pytest.fixture
@@ -89,6 +93,17 @@ def test_bash_completes_with_the_script(tmp_path: Path) -> None:
 def test_golden_names_are_folders_that_are_finished(store: Path) -> None:
     assert names([], "") == ["llama", "llama-2", "qwen"]
     assert names([], "ll") == ["llama", "llama-2"]
+
+
+def test_replica_names_are_those_of_stop_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPUCKPT_PATHS__STATE", str(tmp_path / "state"))
+    assert names([], "", replica_names) == []
+    for name in ("one", "other", ".making"):
+        (tmp_path / "state/replicas" / name).mkdir(parents=True)
+    assert names([], "", replica_names) == ["one", "other"]
+    for command in ("stop", "logs"):
+        assert asked(f"gpuckpt {command} ot", 2) == ["other"]
 
 
 def test_golden_names_heed_the_root_options(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
