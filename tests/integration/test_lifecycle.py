@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from tests.integration.conftest import PREFIX, THP, Bench
 
@@ -189,7 +190,10 @@ def test_export_and_import(bench: Bench) -> None:
     content = bytearray((bench.folder / "golden0.tar").read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    refused = bench.run("import", str(damaged), "--name", other, "--trust")
+    assert bench.run("import", str(damaged), "--name", other, "--trust").code == 2, "trust needs a digest"
+    # Even with the right digest of the wrong file: the manifest's digests are compared, too.
+    digest = blake3(content).hexdigest()
+    refused = bench.run("import", str(damaged), "--name", other, "--trust", "--digest", digest)
     assert refused.code == 8
     restored = bench.ok("restore", "--import", str(bench.folder / "golden0.tar"), "--trust", other)
     assert other in restored.out
