@@ -195,7 +195,8 @@ def test_export_and_import(bench: Bench) -> None:
     digest = blake3(content).hexdigest()
     refused = bench.run("import", str(damaged), "--name", other, "--trust", "--digest", digest)
     assert refused.code == 8
-    restored = bench.ok("restore", "--import", str(bench.folder / "golden0.tar"), "--trust", other)
+    digest = blake3((bench.folder / "golden0.tar").read_bytes()).hexdigest()
+    restored = bench.ok("restore", "--import", str(bench.folder / "golden0.tar"), "--trust", "--digest", digest, other)
     assert other in restored.out
     assert bench.get(other, "/health") == "ok"
 
