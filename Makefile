@@ -44,7 +44,7 @@ imports: $(python)
 	@$(call timed,imports,$(PREFIX)/venv/bin/lint-imports)
 
 unit: $(python)
-	@$(call timed,unit,$(python) -m pytest -q $(fast))
+	@$(call timed,unit,$(python) -m pytest -q -n 2 $(fast))
 
 test: ## set up everything, check, then all tests with real containers (as root)
 	@$(MAKE) setup-server

@@ -32,7 +32,7 @@ _OTHER = "everything else"
 _SAID = {
     "server start": "server start (imports, weights, KV cache)",
     "restore": "podman, runc",
-    "criu: mounts": "CRIU: processes and their memory",
+    "criu: processes and memory": "CRIU: processes and their memory",
 }
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the figure is the same on every machine

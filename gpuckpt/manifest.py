@@ -132,7 +132,6 @@ class Identity(_Record):
     runtime: str
     base: BaseFiles
     driver: str | None = None
-    gpus: tuple[str, ...] = ()
 
 
 class Process(_Record):
@@ -189,7 +188,8 @@ class Manifest(_Record):
     processes: tuple[Process, ...]
     sockets: tuple[str, ...] = Field(description="listening and connected sockets, one line each")
     files: dict[str, FileRecord] = Field(description="every file of the golden but the manifest, by relative path")
-    links: dict[str, str] = Field(default={}, description="symbolic links in the writable layer and their targets")
+    links: dict[str, str] = Field(default={}, description="symbolic links in the written layers and their targets")
+    attributes_blake3: str = Field(default="", description="digest of the written layers' owners, modes and marks")
     phases: tuple[PhaseRecord, ...]
     cold_ttft_s: float = Field(description="seconds from the command to the first streamed token of the cold start")
 

@@ -23,6 +23,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "1.5b": {"hidden": 1536, "layers": 28, "heads": 12, "kv": 2, "intermediate": 8960, "vocabulary": 151936},
 }
 SEED = 20261120
+TOKENS = 8000  # of the tokenizer
 
 
 def corpus() -> list[Path]:
@@ -40,7 +41,7 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=8000,
+        vocab_size=TOKENS,
         special_tokens=special,
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -74,7 +75,11 @@ def save_weights(folder: Path, shape: dict[str, int], seed: int) -> None:
         bos_token_id=0,
     )
     torch.set_default_dtype(torch.bfloat16)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        # The rows that the tokenizer has no word for are zero, as padding rows are: what is generated can be read.
+        model.get_input_embeddings().weight[TOKENS:] = 0
+    model.save_pretrained(folder)
 
 
 def main() -> None:
@@ -84,7 +89,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     arguments = parser.parse_args()
     folder: Path = arguments.folder
-    wanted = {"shape": SHAPES[arguments.shape], "seed": arguments.seed}
+    wanted = {"shape": SHAPES[arguments.shape], "seed": arguments.seed, "tokens": TOKENS}
     mark = folder / "made.json"
     if mark.exists() and json.loads(mark.read_text()) == wanted:
         return

@@ -89,6 +89,10 @@ class FakeContainer:
     status: str = "created"
     exit_code: int = 0
 
+    @property
+    def labels(self) -> dict[str, str]:
+        return {LABEL: self.spec.replica, **self.spec.labels}
+
 
 class FakeContainers:
     """podman without containers. At CRIU's stages the real action script is called where it has something to do."""
@@ -101,6 +105,7 @@ class FakeContainers:
         self.images: dict[str, str] = {}
         self.log = "listening\nready\n"
         self.dies_on_start = False
+        self.ignores_options = False  # a runtime that does not know the annotation with CRIU's options
         self.criu_log = ""  # what CRIU says when a dump or restore is told to fail
 
     def _find(self, container: str) -> FakeContainer:
@@ -108,6 +113,24 @@ class FakeContainers:
             return self.containers[container]
         except KeyError:
             raise NotFoundError(f"no such container {container}") from None
+
+    def foreign(self, name: str, *, replica: str = "gold") -> FakeContainer:
+        """A running container of another gpuckpt on this machine."""
+        launch = sample_manifest().launch
+        spec = ContainerSpec(
+            name=name,
+            replica=replica,
+            golden=replica,
+            rootfs=self.folder,
+            launch=launch,
+            binds=(),
+            criu_config=self.folder,
+            seccomp=self.folder,
+            hostname=replica,
+            labels={OWNER: "/var/lib/another"},
+        )
+        self.containers[name] = FakeContainer(spec, self.folder / "foreign", "running")
+        return self.containers[name]
 
     def create(self, spec: ContainerSpec) -> str:
         with self.journal.step("create container"):
@@ -147,14 +170,14 @@ class FakeContainers:
             bundle=found.bundle,
             ip="10.88.0.7" if port else None,
             mac="02:00:00:00:00:07" if port else None,
-            labels={LABEL: found.spec.replica},
+            labels=found.labels,
         )
 
     def list(self, owner: Path) -> list[dict[str, Any]]:
         return [
-            {"id": name, "name": name, "state": one.status, "labels": {LABEL: one.spec.replica}, "pid": 0}
+            {"id": name, "name": name, "state": one.status, "labels": one.labels, "pid": 0}
             for name, one in self.containers.items()
-            if one.spec.labels.get(OWNER) == str(owner)
+            if one.labels.get(OWNER) == str(owner)
         ]
 
     def checkpoint(self, container: str, *, leave_running: bool, tcp_established: bool) -> dict[str, int]:
@@ -189,6 +212,8 @@ class FakeContainers:
 
     def _stages(self, found: FakeContainer, stages: Sequence[str], images: Path) -> None:
         """What CRIU does at each stage: call the script that its configuration names."""
+        if self.ignores_options:
+            return
         options = dict(
             line.partition(" ")[::2] for line in found.spec.criu_config.read_text().splitlines() if line.strip()
         )
@@ -210,9 +235,11 @@ class FakeContainers:
             if done.returncode != 0:
                 raise GpuckptError("CRIU failed", cause=f"the script of {stage} failed")
 
-    def remove(self, container: str) -> None:
+    def remove(self, container: str, owner: Path) -> None:
         with self.journal.step("remove container"):
-            self.containers.pop(container, None)
+            found = self.containers.get(container)
+            if found is not None and found.labels.get(OWNER) == str(owner):
+                del self.containers[container]
 
     def logs(self, container: str, *, tail: int | None = None) -> str:
         self._find(container)
@@ -371,7 +398,7 @@ class World:
 
     def left_over(self) -> list[str]:
         """Everything that a transaction without a result should not have left."""
-        found = [f"container {name}" for name in self.containers.containers]
+        found = [f"container {one['name']}" for one in self.containers.list(self.layout.state)]
         found += [f"mount {folder}" for folder in self.overlay.mounted]
         found += [f"volume {name}" for name in self.containers.volumes]
         for parent in (self.layout.replicas, self.layout.staging):
@@ -393,6 +420,7 @@ def tools_for(folder: Path) -> World:
     settings = settings_for(folder)
     layout = Layout.of(settings)
     layout.prepare()
+    layout.prepare_store()
     base = folder / "base"
     (base / "lib").mkdir(parents=True)
     (base / "lib" / "libc.so").write_bytes(b"libc")
@@ -483,8 +511,8 @@ def publish(layout: Layout, name: str = "gold", contents: dict[str, bytes] | Non
         path = folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    recorded, links = digests.record(folder)
-    sample_manifest(name, files=recorded, links=links).write(folder)
+    found = digests.record(folder)
+    sample_manifest(name, files=found.files, links=found.links, attributes_blake3=found.attributes).write(folder)
     seal.write(folder)
     return folder
 

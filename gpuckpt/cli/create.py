@@ -11,8 +11,20 @@ from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.render import format_option, print_json, print_table, seconds, size
 
 
-@click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": True})
-@click.argument("words", nargs=-1, metavar="[NAME] [-- SERVER ARGS…]", type=click.UNPROCESSED)
+class _Command(click.Command):
+    """Takes what follows `--` as the server's arguments, untouched; click itself would drop the mark."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        mark = args.index("--") if "--" in args else len(args)
+        ctx.meta[_SERVER] = tuple(args[mark + 1 :])
+        return super().parse_args(ctx, args[:mark])
+
+
+_SERVER = "gpuckpt.server_arguments"
+
+
+@click.command(cls=_Command)
+@click.argument("words", nargs=-1, metavar="[NAME] [-- SERVER ARGS…]")
 @click.option("--image", metavar="IMAGE", help="Container image to run (it must be on this machine).")
 @click.option("--rootfs", metavar="PATH", help="Folder to use as root file system, unchanged.  [default: /]")
 @click.option(
@@ -59,8 +71,7 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
     from gpuckpt.golden.create import create
     from gpuckpt.golden.doctor import require
     from gpuckpt.golden.sweep import sweep
-    from gpuckpt.golden.tools import tools
-    from gpuckpt.host.tmpfs import ensure
+    from gpuckpt.golden.tools import open_store, tools
     from gpuckpt.timing import PhaseTable, now_ns, process_started_ns
 
     phases = PhaseTable(started_ns=process_started_ns())
@@ -74,13 +85,17 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
         create__start_timeout=options["start_timeout"],
         criu__path=options["criu_path"],
     )
-    name, arguments = _split(words)
-    request = request_from(settings, name, arguments, options)
+    if len(words) > 1:
+        raise click.UsageError(
+            f"“{words[1]}” is one word too many: the server's arguments come after `--`: "
+            f"gpuckpt create {words[0]} -- {' '.join(words[1:])} …"
+        )
+    request = request_from(settings, words[0] if words else None, ctx.meta[_SERVER], options)
     phases.add("start-up", phases.started_ns, now_ns())
     with progress(quiet=as_json and not sys.stderr.isatty()) as report:
         with phases.phase("checks"):
             require(settings, "create")
-            if ensure(settings.store):
+            if open_store(settings):
                 report.note(f"mounted a tmpfs for goldens at {settings.store.path}")
             for line in sweep(settings, lambda: tools(settings)):
                 report.note(line)
@@ -108,16 +123,3 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
         click.echo(f"the server keeps running on {created.replica.endpoint}")
     else:
         click.echo(f"restore it with: gpuckpt restore {manifest.name}")
-
-
-def _split(words: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
-    """NAME and SERVER ARGS; click drops the `--`, so it is found again in the program's own arguments."""
-    marker = sys.argv.index("--") if "--" in sys.argv else None
-    after = len(sys.argv) - marker - 1 if marker is not None else 0
-    before = words[: len(words) - after]
-    if len(before) > 1:
-        raise click.UsageError(
-            f"“{before[1]}” is one word too many: the server's arguments come after `--`: "
-            f"gpuckpt create {before[0]} -- {' '.join(before[1:])} …"
-        )
-    return (before[0] if before else None), words[len(words) - after :]

@@ -38,7 +38,7 @@ def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
         ("listens on", f"port {launch.port.host_port}" if launch.port else "a Unix socket"),
         ("base", f"{base}, {len(identity.base.files) or ''} files held, {identity.base.digest[:19]}"),
         ("made on", f"kernel {identity.kernel}, CRIU {identity.criu}, {identity.runtime}, {identity.cpu_model}"),
-        ("GPU", ", ".join(identity.gpus) or "none"),
+        ("GPU", f"driver {identity.driver}" if identity.driver else "none"),
         ("capabilities", " ".join(launch.capabilities)),
         ("canary", f"{len(golden.canary.tokens)} tokens with logprobs" if golden.canary and golden.canary.tokens
          else "an answer" if golden.canary else "none"),

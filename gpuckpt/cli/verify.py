@@ -26,12 +26,15 @@ def command(ctx: click.Context, /, names: tuple[str, ...], as_json: bool) -> Non
     layout = Layout.of(settings_from(ctx))
     verified = []
     for name in names:
-        folder = layout.golden(name)
+        layout.golden(name)
         layout.prepare()
         began = time.monotonic()
-        with progress(quiet=as_json or not sys.stderr.isatty()) as report, locks.shared(layout.locks, "golden", name):
+        with (
+            progress(quiet=as_json or not sys.stderr.isatty()) as report,
+            locks.shared(layout.golden_locks, "golden", name),
+        ):
             report.stage(f"verify {name}")
-            manifest = verify(folder, lambda done, report=report: report.bytes(done, 0))  # type: ignore[misc]
+            manifest = verify(layout.golden(name), lambda done, report=report: report.bytes(done, 0))  # type: ignore[misc]
         total = sum(record.size for record in manifest.files.values())
         took = time.monotonic() - began
         verified.append({"name": name, "ok": True, "files": len(manifest.files), "bytes": total, "seconds": took})

@@ -16,6 +16,7 @@ from gpuckpt.manifest import Launch
 LABEL = "gpuckpt.replica"
 OWNER = "gpuckpt.state"  # the state folder of the gpuckpt that a container belongs to: a machine may have several
 PREFIX = "gpuckpt-"
+ALIVE = ("running", "paused")  # states in which a container has processes
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Container:
 
     @property
     def alive(self) -> bool:
-        return self.status in ("running", "paused")
+        return self.status in ALIVE
 
 
 class Podman:
@@ -152,9 +153,14 @@ class Podman:
         )
         return dict(answer.get("criu_statistics") or {}) if isinstance(answer, dict) else {}
 
-    def remove(self, container: str) -> None:
-        """Kill and remove the container; none of that name is fine too."""
+    def remove(self, container: str, owner: Path) -> None:
+        """Kill and remove the container of the gpuckpt with the state folder ``owner``.
+
+        None of that name is fine too, and one of somebody else's, whose name it may have by chance, is left alone.
+        """
         with contextlib.suppress(NotFoundError):
+            if self.inspect(container).labels.get(OWNER) != str(owner):
+                return
             self.api.call("DELETE", f"/containers/{container}", force=True, timeout=0, v=False)
 
     def logs(self, container: str, *, tail: int | None = None) -> str:
@@ -174,9 +180,9 @@ class Podman:
         return Path(self.api.call("POST", "/volumes/create", body={"Name": name})["Mountpoint"])
 
     def remove_volume(self, name: str) -> None:
-        """Remove a named volume; none of that name is fine too."""
+        """Remove a named volume; none of that name is fine too. BusyError if a container uses it."""
         with contextlib.suppress(NotFoundError):
-            self.api.call("DELETE", f"/volumes/{name}", force=True)
+            self.api.call("DELETE", f"/volumes/{name}")
 
     def image_digest(self, image: str) -> str:
         """The id of a local image; raises NotFoundError with the remedy if podman does not have it."""
@@ -222,6 +228,9 @@ def _specification(spec: ContainerSpec) -> dict[str, Any]:
         "labels": {LABEL: spec.replica, "gpuckpt.golden": spec.golden, **spec.labels},
         "annotations": {"org.criu.config": str(spec.criu_config)},
         "seccomp_profile_path": str(spec.seccomp),
+        # The host's own files, seen through the overlay and the mounts, carry labels that a confined container may not
+        # read; what confines it here are namespaces, capabilities and seccomp.
+        "selinux_opts": ["disable"],
         "r_limits": [{"type": limit.name, "soft": limit.soft, "hard": limit.hard} for limit in launch.ulimits],
         # podman's own /dev/shm is a mount outside the container and no part of a dump; without an IPC namespace of
         # podman's making, a tmpfs of the container's own takes its place, and CRIU carries it.

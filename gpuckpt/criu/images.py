@@ -109,12 +109,13 @@ def shared_memory_bytes(images: Path) -> tuple[int, int]:
 
 
 def capabilities(images: Path) -> tuple[str, ...]:
-    """Effective capabilities of the container's init, as names (``CAP_CHOWN``) or numbers where they have none."""
-    root = int(load(images / "pstree.img")["entries"][0]["pid"])
-    core = load(images / f"core-{root}.img")["entries"][0]
-    words = core["thread_core"]["creds"]["cap_eff"]
-    bits = sum(int(word) << (32 * index) for index, word in enumerate(words))
-    return tuple(_CAPABILITIES.get(bit, f"CAP_{bit}") for bit in range(64) if bits >> bit & 1)
+    """Capabilities that any process of the dump holds (permitted or inheritable), as names (``CAP_CHOWN``), sorted."""
+    bits = 0
+    for path in images.glob("core-*.img"):
+        creds = load(path)["entries"][0]["thread_core"]["creds"]
+        for kind in ("cap_prm", "cap_eff", "cap_inh"):
+            bits |= sum(int(word) << (32 * index) for index, word in enumerate(creds[kind]))
+    return tuple(sorted(_CAPABILITIES.get(bit, f"CAP_{bit}") for bit in range(64) if bits >> bit & 1))
 
 
 def regular_files(images: Path) -> set[str]:

@@ -22,8 +22,8 @@ STAGES = {
     "post-dump": "copy written files",
     "network-unlock": "criu: thaw or kill",
     "pre-restore": "criu: read images",
-    "setup-namespaces": "criu: namespaces",
-    "post-setup-namespaces": "criu: mounts",
+    "setup-namespaces": "criu: namespaces and mounts",
+    "post-setup-namespaces": "criu: processes and memory",
     "post-restore": "criu: finish processes",
     "pre-resume": "criu: resume",
     "post-resume": "runtime: hand over",
@@ -37,6 +37,15 @@ def action_script() -> Path:
         if candidate.is_file():
             return candidate
     raise PreflightError("the CRIU action script is missing", remedy="reinstall gpuckpt: make setup")
+
+
+@dataclass(frozen=True)
+class FailedStep:
+    """A step of the action script that failed, the end of its output, and whether it is the user's executable."""
+
+    name: str
+    output: tuple[str, ...]
+    users: bool
 
 
 @dataclass(frozen=True)
@@ -100,8 +109,22 @@ class Operation:
                 found.append((STAGES[stage], round(float(at) * 1e9) - offset))
         return found
 
-    def failed_hook(self) -> tuple[str, tuple[str, ...]] | None:
-        """What failed in the action script and its output, or None."""
+    def require_marks(self, *copies: Path) -> None:
+        """Raise PreflightError if the action script did not run, or ``copies`` that a dump makes are not there.
+
+        A runtime that does not know the annotation ``org.criu.config`` ignores it without a word: no option of ours
+        was in force then, no hook ran, and written files were not kept.
+        """
+        missing = [str(path) for path in copies if not path.exists()]
+        if not self.marks() or missing:
+            raise PreflightError(
+                "the container runtime did not pass our options to CRIU",
+                cause=f"{' and '.join(missing)} was not made" if missing else "the action script was not called",
+                remedy="use runc 1.1 or later, or crun with support for org.criu.config: podman.runtime",
+            )
+
+    def failed_step(self) -> FailedStep | None:
+        """What failed in the action script, or None."""
         try:
             what = (self.folder / "failed").read_text().strip()
         except FileNotFoundError:
@@ -110,7 +133,8 @@ class Operation:
             output = (self.folder / "output").read_text(errors="replace").splitlines()
         except FileNotFoundError:
             output = []
-        return what, tuple(output[-15:])
+        origin, _, step = what.partition(": ")
+        return FailedStep(step, tuple(output[-15:]), users=origin == "hook")
 
 
 def check_hooks(hooks: Path) -> None:

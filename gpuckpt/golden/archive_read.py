@@ -112,7 +112,7 @@ def import_golden(
             with _decompressed(hashing) as stream, tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:
                 manifest = _first(tar, source)
                 chosen = check_name(name or manifest.name)
-                with locks.exclusive(layout.locks, "golden", chosen):
+                with locks.exclusive(layout.golden_locks, "golden", chosen):
                     _unpack(layout, tar, manifest, chosen, hashing, wanted, progress)
         except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
             raise VerificationError(

@@ -36,7 +36,7 @@ def export_golden(
         raise _exists(target)
     if not target.parent.is_dir():
         raise NotFoundError(f"there is no folder {target.parent}", remedy="create it, or choose another")
-    with locks.shared(layout.locks, "golden", name):
+    with locks.shared(layout.golden_locks, "golden", name):
         manifest = manifests.read(folder)
         if found := seal.broken(folder, manifest):
             raise VerificationError(f"golden {name} is damaged and was not exported", cause="; ".join(found[:5]))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpuckpt import manifest as manifests
-from gpuckpt.errors import BusyError, GpuckptError, NothingToDo
+from gpuckpt.config import Settings
+from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, NothingToDo
 from gpuckpt.golden import replica as replicas
+from gpuckpt.golden import sweep as sweeping
 from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host import tmpfs
@@ -57,49 +61,59 @@ def remove(tools: Tools, name: str, *, force: bool = False) -> None:
 
     Raises NotFoundError, or BusyError if it is being made or restored, or has running replicas.
     """
-    folder = tools.layout.golden(name)
-    with locks.exclusive(tools.layout.locks, "golden", name):
+    tools.layout.golden(name)
+    with locks.exclusive(tools.layout.golden_locks, "golden", name):
+        folder = tools.layout.golden(name)
         mine = [one for one in replicas.all_of(tools.layout.replicas) if one.golden == name]
-        running = [one.name for one in mine if replicas.status(tools, one) in ("running", "paused")]
+        running = [one.name for one in mine if replicas.alive(tools, one)]
         if running and not force:
             raise BusyError(
                 f"golden {name} has running replicas: {', '.join(running)}",
                 remedy=f"stop them first (gpuckpt stop {' '.join(running)}), or add --force",
             )
         for one in mine:
-            replicas.stop(tools, one)
+            replicas.stop(tools, one.name)
         # Gone for every reader in one step; what a kill in between leaves is swept from the staging side.
         doomed = tools.layout.staging / name
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(doomed)
 
 
-def dead_replicas(tools: Tools) -> list[Replica]:
-    """Replicas that were ready and whose container runs no more (a crash, a reboot, `podman rm`)."""
-    return [
-        one
-        for one in replicas.all_of(tools.layout.replicas)
-        if one.state == "ready" and replicas.status(tools, one) not in ("running", "paused")
-    ]
+def prune(settings: Settings, tools: Callable[[], Tools], *, dry_run: bool) -> list[str]:
+    """Remove half-made goldens and replicas, dead replicas and stray containers; a sentence for each.
 
-
-def prune(tools: Tools, swept: list[str], *, dry_run: bool) -> list[str]:
-    """Remove dead replicas and stray containers and mounts of ours; returns a sentence for each.
-
-    ``swept`` is what a sweep has removed before. Raises NothingToDo if nothing was there to remove.
+    A replica is dead that was ready and whose container runs no more (a crash, a reboot, `podman rm`). ``dry_run``
+    changes nothing. Raises NothingToDo if nothing was there to remove.
     """
-    done = list(swept)
-    for one in dead_replicas(tools):
-        done.append(f"{'would remove' if dry_run else 'removed'} the dead replica {one.name}")
+    layout = Layout.of(settings)
+    layout.prepare()
+    if dry_run:
+        staged, made = sweeping.orphans(layout)
+        done = [f"would remove the half-made golden {folder.name}" for folder in staged]
+        done += [f"would remove the half-made replica {folder.name}" for folder in made]
+    else:
+        done = sweeping.sweep(settings, tools)
+    work = tools()
+    for one in replicas.all_of(layout.replicas):
+        if one.state != "ready" or replicas.alive(work, one):
+            continue
+        if dry_run:
+            done.append(f"would remove the dead replica {one.name}")
+            continue
+        with contextlib.suppress(BusyError, NotFoundError):  # somebody works on it: then it is not dead
+            if replicas.stop(work, one.name, only_dead=True):
+                done.append(f"removed the dead replica {one.name}")
+    known = {path.name for path in layout.replicas.iterdir()}
+    for name in states(work):
+        if name in known or not locks.is_free(layout.replica_locks, "replica", name):
+            continue
         if not dry_run:
-            replicas.stop(tools, one)
-    known = {one.name for one in replicas.all_of(tools.layout.replicas)}
-    for name, _ in states(tools).items():
-        if name not in known and locks.is_free(tools.layout.locks, "replica", name):
-            done.append(f"{'would remove' if dry_run else 'removed'} the stray container of {name}")
-            if not dry_run:
-                replicas.discard(tools, Replica(name, name, tools.layout.replicas / name))
+            with locks.exclusive(layout.replica_locks, "replica", name):
+                if (layout.replicas / name).exists():
+                    continue  # made since we looked
+                replicas.discard(work, Replica(name, name, layout.replicas / name))
+        done.append(f"{'would remove' if dry_run else 'removed'} the stray container of {name}")
     if not done:
         raise NothingToDo("nothing to prune")
     return done
@@ -107,7 +121,7 @@ def prune(tools: Tools, swept: list[str], *, dry_run: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes that one golden takes in the store; ``shared`` with others is counted once in the store's total."""
+    """Bytes that one golden takes in the store: allocated, and apparent (holes counted)."""
 
     name: str
     allocated: int

@@ -7,30 +7,33 @@ import os
 import shutil
 import stat
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gpuckpt import __version__
-from gpuckpt.containers.api import PodmanError
-from gpuckpt.criu import images as criu_images
-from gpuckpt.errors import BusyError, CheckpointError, DeadlineError, GpuckptError, OutOfSpaceError
-from gpuckpt.golden import failures, identity
+from gpuckpt.errors import (
+    BusyError,
+    CheckpointError,
+    DaemonUnreachableError,
+    DeadlineError,
+    GpuckptError,
+    OutOfSpaceError,
+)
+from gpuckpt.golden import failures
 from gpuckpt.golden.assembly import assemble, link_images, seccomp_digest
-from gpuckpt.golden.replica import Replica, commit, making
-from gpuckpt.golden.tools import Tools
+from gpuckpt.golden.describe import describe
+from gpuckpt.golden.replica import Replica, commit, discard, making
+from gpuckpt.golden.serving import container_trouble, wait_healthy
+from gpuckpt.golden.tools import Tools, phase
 from gpuckpt.host.limits import container_ulimits
+from gpuckpt.host.tmpfs import available_memory
 from gpuckpt.manifest import (
     Address,
     Canary,
     Launch,
     Manifest,
     Mount,
-    PhaseRecord,
     Port,
-    Sizes,
     Ulimit,
     Volume,
 )
@@ -38,9 +41,6 @@ from gpuckpt.store import digests, locks, seal
 from gpuckpt.store.layout import check_name, exchange
 from gpuckpt.timing import PhaseTable
 from gpuckpt.workload.base import Adapter
-from gpuckpt.workload.endpoint import Endpoint
-
-_POLL = 0.05  # seconds between health checks of a starting server
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
     """
     name = check_name(request.name)
     layout, report = tools.layout, tools.report
-    with locks.exclusive(layout.locks, "golden", name), contextlib.ExitStack() as stack:
+    with locks.exclusive(layout.golden_locks, "golden", name), contextlib.ExitStack() as stack:
         if (layout.goldens / name).exists() and not request.replace:
             raise BusyError(
                 f"a golden named {name} exists already",
@@ -97,41 +97,57 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
         staging = stack.enter_context(_staging(layout.staging / name))
         replica = stack.enter_context(making(tools, name, name))
 
-        with _phase(tools, phases, "container"):
-            copies = [(replica.folder / "upper", staging / "rootfs")]
-            copies += [(_volume(tools, volume.name), staging / "volumes" / volume.name) for volume in launch.volumes]
-            replica, container = assemble(
-                tools, replica, launch, tcp_established=launch.tcp_established, copies=tuple(copies)
-            )
-            start(tools, container, replica, kind=CheckpointError)
-        with _phase(tools, phases, "server start"):
-            _wait_healthy(request, tools, replica)
+        with phase(tools, phases, "container"):
+            replica, volumes = _volumes(tools, replica, launch)
+            written = {replica.folder / "upper": staging / "rootfs"}
+            written |= {folder: staging / "volumes" / name for name, folder in volumes.items()}
+            with container_trouble(replica, kind=CheckpointError):
+                replica, container = assemble(
+                    tools, replica, launch, tcp_established=launch.tcp_established, copies=tuple(written.items())
+                )
+                tools.containers.start(container)
+        with phase(tools, phases, "server start"):
+            wait_healthy(request.adapter, tools, replica, timeout=request.start_timeout, kind=CheckpointError)
         canary, first_token_ns = _exercise(request, tools, replica, phases)
 
         present = tools.containers.inspect(container)
-        _require_space(tools, present.pid)
-        with _phase(tools, phases, "dump"), _watching(tools, staging, tools.memory_of(present.pid)):
+        expected = tools.memory_of(present.pid) + sum(map(_size_of, written))
+        _require_space(tools, expected)
+        with phase(tools, phases, "dump"), _watching(tools, staging, expected):
             link_images(present.bundle, staging / "images")
             _dump(request, tools, replica, container, present.bundle)
+        replica.operation.require_marks(*written.values())
         phases.split("dump", replica.operation.marks())
         address = Address(ip=present.ip, mac=present.mac) if present.ip and present.mac else None
 
-        with _phase(tools, phases, "digests"):
+        with phase(tools, phases, "digests"):
             _make_private(staging)
-            files, links = digests.record(staging, lambda done: report.bytes(done, 0))
-        with _phase(tools, phases, "publish"):
-            manifest = _describe(request, tools, staging, launch, address, canary).model_copy(
-                update={
-                    "files": files,
-                    "links": links,
-                    "phases": tuple(PhaseRecord(name=row.name, seconds=row.seconds) for row in phases.rows()),
-                    "cold_ttft_s": (first_token_ns - phases.started_ns) / 1e9,
-                }
+            contents = digests.record(staging, lambda done: report.bytes(done, 0))
+        with phase(tools, phases, "publish"):
+            manifest = describe(
+                tools,
+                staging,
+                name=name,
+                workload=request.adapter.record,
+                launch=launch,
+                address=address,
+                canary=canary,
+                phases=phases,
+                cold_ttft_s=(first_token_ns - phases.started_ns) / 1e9,
+                contents=contents,
             )
             manifest.write(staging)
             seal.write(staging)
-            folder = _publish(staging, layout.goldens / name)
-        left = commit(replica) if request.leave_running else None
+            # Publishing is last: after it nothing can fail that would leave more, or less, than the golden.
+            left = commit(replica, tier="cold") if request.leave_running else None
+            if left is None:
+                discard(tools, replica)
+            try:
+                folder = _publish(staging, layout.goldens / name)
+            except BaseException:
+                if left is not None:
+                    replica.save()  # not ready after all: the roll-back takes its volumes too
+                raise
     phases.stop()
     return Created(manifest, folder, phases, first_token_ns, left)
 
@@ -178,8 +194,17 @@ def _words(value: object) -> list[object]:
     return list(value) if isinstance(value, list | tuple) else []
 
 
-def _volume(tools: Tools, name: str) -> Path:
-    return tools.containers.volume(name) or tools.containers.create_volume(name)
+def _volumes(tools: Tools, replica: Replica, launch: Launch) -> tuple[Replica, dict[str, Path]]:
+    """Where the named volumes lie; those that are not there yet are made, and recorded as the transaction's own."""
+    found = {}
+    for volume in launch.volumes:
+        folder = tools.containers.volume(volume.name)
+        if folder is None:
+            replica = replace(replica, volumes=(*replica.volumes, volume.name))
+            replica.save()
+            folder = tools.containers.create_volume(volume.name)
+        found[volume.name] = folder
+    return replica, found
 
 
 @contextlib.contextmanager
@@ -194,67 +219,19 @@ def _staging(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _phase(tools: Tools, phases: PhaseTable, name: str) -> Iterator[None]:
-    tools.report.stage(name)
-    with phases.phase(name):
-        yield
-
-
-def start(tools: Tools, container: str, replica: Replica, *, kind: type[GpuckptError]) -> None:
-    """Start a container; an error of ``kind`` with the runtime's reason if its program cannot be run."""
-    try:
-        tools.containers.start(container)
-    except PodmanError as error:
-        raise kind(
-            f"the server of {replica.name} could not be started",
-            cause=error.cause,
-            remedy="correct the command after `--`, or the published port, and try again",
-        ) from error
-
-
-def wait_healthy(
-    adapter: Adapter, endpoint: Endpoint, tools: Tools, replica: Replica, *, timeout: float, kind: type[GpuckptError]
-) -> None:
-    """Wait until the server answers its health check; an error of ``kind`` with its last words if it dies.
-
-    Raises DeadlineError, with the server's last words, after ``timeout`` seconds.
-    """
-    deadline = time.monotonic() + timeout
-    next_look = 0.0
-    while not adapter.healthy(endpoint):
-        now = time.monotonic()
-        if now >= next_look:
-            next_look = now + 0.5
-            if not tools.containers.inspect(replica.container).alive:
-                raise failures.server_failure(tools, replica, f"the server of {replica.name} ended", kind=kind)
-        if now > deadline:
-            raise failures.server_failure(
-                tools,
-                replica,
-                f"the server of {replica.name} was not healthy within {timeout:g} s",
-                kind=DeadlineError,
-            )
-        time.sleep(_POLL)
-
-
-def _wait_healthy(request: CreateRequest, tools: Tools, replica: Replica) -> None:
-    wait_healthy(request.adapter, replica.endpoint, tools, replica, timeout=request.start_timeout, kind=CheckpointError)
-
-
 def _exercise(request: CreateRequest, tools: Tools, replica: Replica, phases: PhaseTable) -> tuple[Canary | None, int]:
     """First token, warm-up, canary, quiet; a server that fails at it is shown with its last lines."""
     adapter, endpoint = request.adapter, replica.endpoint
     canary = None
     try:
-        with _phase(tools, phases, "first token"):
+        with phase(tools, phases, "first token"):
             first_token_ns = adapter.first_token(endpoint)
-        with _phase(tools, phases, "warm-up"):
+        with phase(tools, phases, "warm-up"):
             adapter.warm_up(endpoint, request.warmup, request.prompts)
         if request.canary:
-            with _phase(tools, phases, "canary"):
+            with phase(tools, phases, "canary"):
                 canary = adapter.record_canary(endpoint)
-        with _phase(tools, phases, "quiesce"):
+        with phase(tools, phases, "quiesce"):
             adapter.quiesce(endpoint, timeout=30)
     except GpuckptError as error:
         if error.exit_code in (8, 13):  # the server works; its answers or its clients are the trouble
@@ -267,11 +244,15 @@ def _exercise(request: CreateRequest, tools: Tools, replica: Replica, phases: Ph
     return canary, first_token_ns
 
 
-def _require_space(tools: Tools, pid: int) -> None:
-    """Refuse a dump that cannot fit, before it takes the last memory of the machine."""
-    needed = tools.memory_of(pid)
+def _size_of(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(status.st_size for _, status in digests.walk(folder))
+
+
+def _require_space(tools: Tools, needed: int) -> None:
+    """Refuse a dump of ``needed`` bytes that cannot fit, before it takes the last memory of the machine."""
     free = shutil.disk_usage(tools.layout.store).free
-    available = _available_memory()
+    available = available_memory()
     if needed > free:
         raise OutOfSpaceError(
             f"the golden needs about {needed >> 20} MiB, the store has {free >> 20} MiB free",
@@ -285,12 +266,6 @@ def _require_space(tools: Tools, pid: int) -> None:
         )
 
 
-def _available_memory() -> int:
-    from gpuckpt.host.tmpfs import available_memory
-
-    return available_memory()
-
-
 @contextlib.contextmanager
 def _watching(tools: Tools, staging: Path, expected: int) -> Iterator[None]:
     """Report the growth of the images while the body runs."""
@@ -298,7 +273,7 @@ def _watching(tools: Tools, staging: Path, expected: int) -> Iterator[None]:
 
     def watch() -> None:
         while not done.wait(0.25):
-            written = sum(entry.stat().st_size for entry in os.scandir(staging / "images") if entry.is_file())
+            written = _written(staging / "images")
             tools.report.bytes(written, max(expected, written))
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -310,14 +285,24 @@ def _watching(tools: Tools, staging: Path, expected: int) -> Iterator[None]:
         thread.join()
 
 
+def _written(folder: Path) -> int:
+    total = 0
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # CRIU removes images of its own again
+            total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
 def _dump(request: CreateRequest, tools: Tools, replica: Replica, container: str, bundle: Path) -> None:
     try:
         tools.containers.checkpoint(
             container, leave_running=request.leave_running, tcp_established=request.tcp_established
         )
+    except (DeadlineError, DaemonUnreachableError):
+        raise
     except GpuckptError as error:
         raise failures.dump_failure(tools, replica, bundle, error) from error
-    if failed := failures.hook_failure(replica, "checkpoint", CheckpointError):
+    if failed := failures.step_failure(replica, "checkpoint", CheckpointError):
         raise failed
 
 
@@ -327,56 +312,6 @@ def _make_private(staging: Path) -> None:
     for entry in os.scandir(staging / "images"):
         if stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
             os.chmod(entry.path, 0o600)
-
-
-def _describe(
-    request: CreateRequest,
-    tools: Tools,
-    staging: Path,
-    launch: Launch,
-    address: Address | None,
-    canary: Canary | None,
-) -> Manifest:
-    images = staging / "images"
-    if launch.image:
-        base = identity.base_of_image(tools.containers.image_digest(launch.image))
-    else:
-        base = identity.base_of_folder(
-            Path(launch.rootfs or "/"), criu_images.regular_files(images), launch, staging / "rootfs"
-        )
-    processes = criu_images.processes(images)
-    return Manifest(
-        name=request.name,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        gpuckpt=__version__,
-        workload=request.adapter.record,
-        launch=launch.model_copy(update={"capabilities": criu_images.capabilities(images)}),
-        address=address,
-        identity=identity.record(tools.criu, tools.runtime, base),
-        canary=canary,
-        sizes=_sizes(staging),
-        processes=processes,
-        sockets=criu_images.sockets(images),
-        files={},
-        phases=(),
-        cold_ttft_s=0.0,
-    )
-
-
-def _sizes(staging: Path) -> Sizes:
-    images = staging / "images"
-    pages = sum(path.stat().st_size for path in images.glob("pages-*.img"))
-    shared_pages, shared_files = criu_images.shared_memory_bytes(images)
-    gpu = sum(path.stat().st_size for pattern in ("gpu-*", "amdgpu-*") for path in images.glob(pattern))
-    everything = sum(path.stat().st_size for path in images.iterdir())
-    layer = sum(status.st_size for relative, status in digests.walk(staging) if not relative.startswith("images/"))
-    return Sizes(
-        cpu_pages=pages - shared_pages,
-        gpu=gpu,
-        shared_memory=shared_pages + shared_files,
-        rootfs=layer,
-        metadata=everything - pages - shared_files - gpu,
-    )
 
 
 def _publish(staging: Path, target: Path) -> Path:

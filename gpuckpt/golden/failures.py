@@ -19,7 +19,7 @@ def keep_log(tools: Tools, label: str, text: str | Path) -> Path | None:
     """Keep a log under STATE/logs, because the container's own folder is about to go; returns where, if it exists."""
     target = tools.layout.logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}.log"
     if isinstance(text, Path):
-        if not text.is_file():
+        if not text.is_file() or text.stat().st_size == 0:
             return None
         shutil.copyfile(text, target)
     else:
@@ -45,6 +45,8 @@ def server_failure(tools: Tools, replica: Replica, message: str, *, kind: type[G
             state = f"the container ended with exit code {container.exit_code}"
     except NotFoundError:
         state = "the container is gone"
+    except GpuckptError as error:
+        state = error.message
     return kind(
         message,
         cause=state or None,
@@ -69,14 +71,8 @@ def _criu_failure(
 ) -> GpuckptError:
     kept = keep_log(tools, f"{replica.name}-{what}", log)
     path = str(kept) if kept else None
-    if failed := replica.operation.failed_hook():
-        name, output = failed
-        return kind(
-            f"the {what} of {replica.name} was stopped by its own script: {name}",
-            remedy="mend or remove that executable; its output is below",
-            log=output,
-            log_path=path,
-        )
+    if failed := step_failure(replica, what, kind, path):
+        return failed
     found = diagnose(log)
     if found.no_space:
         return OutOfSpaceError(
@@ -95,13 +91,25 @@ def _criu_failure(
     )
 
 
-def hook_failure(replica: Replica, what: str, kind: type[GpuckptError]) -> GpuckptError | None:
-    """The error of a hook that failed at a stage whose status CRIU does not look at, or None."""
-    failed = replica.operation.failed_hook()
+def step_failure(
+    replica: Replica, what: str, kind: type[GpuckptError], log_path: str | None = None
+) -> GpuckptError | None:
+    """The error of a step of the action script, or None. CRIU does not look at every stage's status: ask always."""
+    failed = replica.operation.failed_step()
     if failed is None:
         return None
-    return kind(
-        f"the {what} of {replica.name} was stopped by its own script: {failed[0]}",
-        remedy="mend or remove that executable; its output is below",
-        log=failed[1],
+    if failed.users:
+        return kind(
+            f"the {what} of {replica.name} was stopped by a hook: {failed.name}",
+            remedy="mend or remove that executable; its output is below",
+            log=failed.output,
+            log_path=log_path,
+        )
+    full = any("No space left" in line for line in failed.output)
+    return (OutOfSpaceError if full else kind)(
+        f"the {what} of {replica.name} failed at {failed.name}",
+        cause="the store is full" if full else None,
+        remedy="gpuckpt df; enlarge store.size" if full else "the output below says why",
+        log=failed.output,
+        log_path=log_path,
     )

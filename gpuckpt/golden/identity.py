@@ -6,22 +6,36 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gpuckpt.criu.binary import Criu
+from gpuckpt.cuda.checks import driver_version
 from gpuckpt.errors import IncompatibleError
 from gpuckpt.host import identity as host
+from gpuckpt.host.limits import container_ulimits
+from gpuckpt.host.seccomp import profile_path
 from gpuckpt.manifest import BaseFiles, Identity, Launch
-from gpuckpt.store.digests import digest_bytes
+from gpuckpt.store.digests import digest_bytes, digest_file
 from gpuckpt.workload.base import SOCKET_FOLDER
 
 # Kernel file systems and podman's own mounts inside a container: not part of the base.
 _OUTSIDE = ("/dev/", "/proc/", "/sys/", f"{SOCKET_FOLDER}/")
 
-FIELDS = ("kernel", "machine", "cpu", "criu", "runtime", "base", "driver", "gpus")
+# What podman gives a container (containers.conf(5), default_capabilities) and Docker's three beside it. A restored
+# process keeps the golden's capabilities whatever its new container may have, so more is never taken unasked.
+DEFAULT_CAPABILITIES = frozenset(
+    f"CAP_{name}"
+    for name in (
+        "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "NET_RAW",
+        "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
+    )
+)  # fmt: skip
+
+FIELDS = ("kernel", "machine", "cpu", "criu", "runtime", "base", "driver", "seccomp", "limits", "capabilities")
 
 
 def record(criu: Criu, runtime: str, base: BaseFiles) -> Identity:
     """The identity of this machine with ``base`` as the container's root file system."""
     here = host.machine()
     return Identity(
+        driver=driver_version(),
         kernel=here.kernel,
         machine=here.machine,
         cpu_model=here.cpu_model,
@@ -113,6 +127,16 @@ def _differences(
     ):
         if was != present:
             yield field, f"{field} is {present}, the golden's is {was}"
+    if recorded.driver and recorded.driver != (driver := driver_version()):
+        yield "driver", f"the NVIDIA driver is {driver or 'absent'}, the golden's is {recorded.driver}"
+    if launch.seccomp_blake3 != digest_file(profile_path()):
+        yield "seccomp", "the seccomp profile differs from the one that the golden's processes are under"
+    allowed = {str(limit["Name"]): int(limit["Hard"]) for limit in container_ulimits()}
+    for limit in launch.ulimits:
+        if limit.hard > allowed.get(limit.name, limit.hard):
+            yield "limits", f"{limit.name} may be {allowed[limit.name]} here, the golden's processes have {limit.hard}"
+    if extra := sorted(set(launch.capabilities) - DEFAULT_CAPABILITIES):
+        yield "capabilities", f"the golden's processes hold more than a container does by default: {' '.join(extra)}"
     if missing := sorted(set(recorded.cpu_flags) - set(here.cpu_flags)):
         yield "cpu", f"the processor lacks {' '.join(missing[:8])} of the golden's {recorded.cpu_model}"
     if launch.image:

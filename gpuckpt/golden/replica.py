@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gpuckpt.containers.podman import container_name
+from gpuckpt.containers.podman import ALIVE, OWNER, container_name
 from gpuckpt.criu.operation import Operation
 from gpuckpt.errors import BusyError, GpuckptError, InterruptedByUser, NotFoundError
 from gpuckpt.golden.tools import Tools
@@ -24,8 +24,9 @@ from gpuckpt.workload.endpoint import Endpoint
 class Replica:
     """A container of ours and what belongs to it on the host.
 
-    ``state`` is ``making`` until the transaction that makes it ends well, then ``ready``. ``volumes`` names those
-    that the transaction created.
+    ``state`` is ``making`` until the transaction that makes it ends well, then ``ready``, and ``removing`` from the
+    moment it is taken apart. ``volumes`` names those that the transaction created. ``tier`` says what it was started
+    from, ``memory`` how its memory came back.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Replica:
     port: int | None = None
     volumes: tuple[str, ...] = ()
     tier: str = "hot"
+    memory: str = "copy"
 
     @property
     def container(self) -> str:
@@ -92,44 +94,62 @@ def by_name(tools: Tools, name: str) -> Replica:
 
 
 def status(tools: Tools, replica: Replica) -> str:
-    """podman's word for the state of the replica's container, or ``gone``."""
+    """podman's word for the state of the replica's container, or ``gone`` (also if the name is somebody else's now)."""
     try:
-        return tools.containers.inspect(replica.container).status
+        found = tools.containers.inspect(replica.container)
     except NotFoundError:
         return "gone"
+    return found.status if found.labels.get(OWNER) == str(tools.layout.state) else "gone"
+
+
+def alive(tools: Tools, replica: Replica) -> bool:
+    """Whether the replica's container runs or is frozen."""
+    return status(tools, replica) in ALIVE
 
 
 def discard(tools: Tools, replica: Replica) -> None:
     """Remove everything that belongs to a replica: container, mounts, volumes it brought, folder.
 
-    Goes on after a failing step, so that one stuck part does not keep the rest; the first error is raised at the end.
+    The caller holds the replica's lock. Goes on after a failing step, so that one stuck part does not keep the rest;
+    the first error is raised at the end, and the record stays for the next sweep.
     """
     errors: list[GpuckptError | OSError | InterruptedByUser] = []
 
-    def attempt(step: object, *arguments: object) -> None:
+    def attempt(step: Callable[..., object], *arguments: object) -> None:
         try:
-            step(*arguments)  # type: ignore[operator]
+            step(*arguments)
         except (GpuckptError, OSError) as error:
             errors.append(error)
         except InterruptedByUser as error:  # comes once; what it cut short is done again
             errors.append(error)
             attempt(step, *arguments)
 
-    attempt(tools.containers.remove, replica.container)
+    if replica.folder.exists():
+        # Killed from here on, it is swept: only what is ready is left alone.
+        attempt(replace(replica, state="removing").save)
+    attempt(tools.containers.remove, replica.container, tools.layout.state)
     attempt(tools.overlay.unmount, replica.folder)
     for volume in replica.volumes:
         attempt(tools.containers.remove_volume, volume)
-    if replica.folder.exists() and not (replica.folder / "rootfs").is_mount():
-        # Never delete through a mount that would not go.
+    if replica.folder.exists() and all(isinstance(error, InterruptedByUser) for error in errors):
         attempt(shutil.rmtree, replica.folder)
     if errors:
         raise errors[0]
 
 
-def stop(tools: Tools, replica: Replica) -> None:
-    """Stop a replica and remove it; BusyError while another command is making it."""
-    with locks.exclusive(tools.layout.locks, "replica", replica.name):
+def stop(tools: Tools, name: str, *, only_dead: bool = False) -> bool:
+    """Stop the replica ``name`` and remove it; True if it was removed.
+
+    ``only_dead``: one whose container is alive is left alone. Raises NotFoundError, or BusyError while another command
+    is working on it.
+    """
+    by_name(tools, name)
+    with locks.exclusive(tools.layout.replica_locks, "replica", name):
+        replica = by_name(tools, name)
+        if only_dead and alive(tools, replica):
+            return False
         discard(tools, replica)
+        return True
 
 
 @contextlib.contextmanager
@@ -139,14 +159,13 @@ def making(tools: Tools, name: str, golden: str) -> Iterator[Replica]:
     The body must call :func:`commit` on the replica for it to stay. Raises BusyError if it is being made by another
     process or is already there and alive; what a dead one left is removed first.
     """
-    with locks.exclusive(tools.layout.locks, "replica", check_name(name)):
+    with locks.exclusive(tools.layout.replica_locks, "replica", check_name(name)):
         folder = tools.layout.replicas / name
         if folder.exists():
             earlier = load(folder) or Replica(name, golden, folder)
-            state = status(tools, earlier)
-            if earlier.state == "ready" and state in ("running", "paused"):
+            if earlier.state == "ready" and alive(tools, earlier):
                 raise BusyError(
-                    f"replica {name} is already {state}",
+                    f"replica {name} is already {status(tools, earlier)}",
                     cause=f"it was made from golden {earlier.golden} and listens on {earlier.endpoint}",
                     remedy=f"use it, or stop it first: gpuckpt stop {name}",
                 )
@@ -155,11 +174,14 @@ def making(tools: Tools, name: str, golden: str) -> Iterator[Replica]:
         replica = Replica(name, golden, folder)
         try:
             replica.save()
-            replica.sockets.mkdir(mode=0o755)
+            replica.sockets.mkdir()
+            replica.sockets.chmod(0o777)  # the server's user makes its socket there; the parent is root's alone
             yield replica
         except BaseException:
-            with contextlib.suppress(GpuckptError, OSError):
+            try:
                 discard(tools, load(folder) or replica)
+            except (GpuckptError, OSError) as error:
+                tools.report.note(f"could not remove all of replica {name} ({error}); the next command tries again")
             raise
         else:
             kept = load(folder)
@@ -167,9 +189,9 @@ def making(tools: Tools, name: str, golden: str) -> Iterator[Replica]:
                 discard(tools, kept)
 
 
-def commit(replica: Replica, *, tier: str = "hot") -> Replica:
-    """Mark the replica as ready: from now on it outlives the transaction."""
-    ready = replace(replica, state="ready", tier=tier)
+def commit(replica: Replica, *, memory: str = "copy", tier: str = "hot") -> Replica:
+    """Mark the replica as ready: from now on it outlives the transaction, and so do the volumes it brought."""
+    ready = replace(replica, state="ready", volumes=(), tier=tier, memory=memory)
     ready.save()
     return ready
 

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,20 +15,18 @@ from gpuckpt.errors import (
     DaemonUnreachableError,
     GpuckptError,
     OutOfSpaceError,
-    PreflightError,
     RestoreError,
     UsageError,
     VerificationError,
 )
 from gpuckpt.golden import failures, identity
-from gpuckpt.golden.assembly import assemble, link_images, seccomp_digest
-from gpuckpt.golden.create import start, wait_healthy
-from gpuckpt.golden.replica import Replica, commit, making
-from gpuckpt.golden.tools import Tools
+from gpuckpt.golden.assembly import assemble, link_images
+from gpuckpt.golden.replica import Replica, alive, commit, load, making
+from gpuckpt.golden.serving import container_trouble, wait_healthy
+from gpuckpt.golden.tools import Tools, phase
 from gpuckpt.host.tmpfs import available_memory
-from gpuckpt.manifest import Manifest
+from gpuckpt.manifest import Address, Manifest
 from gpuckpt.store import locks, seal
-from gpuckpt.store.layout import check_name
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload import adapter as adapter_of
 from gpuckpt.workload.base import Replay
@@ -62,7 +60,6 @@ class Restored:
     """
 
     replica: Replica
-    tier: str
     phases: PhaseTable
     first_token_ns: int | None
     canary_match: bool | None
@@ -81,14 +78,15 @@ def restore(request: RestoreRequest, tools: Tools, phases: PhaseTable) -> Restor
     BusyError (the replica runs already), IncompatibleError (another machine), VerificationError (the golden's bytes
     or the canary differ), OutOfSpaceError, RestoreError. With ``fallback`` these start the server cold instead.
     """
-    with locks.shared(tools.layout.locks, "golden", check_name(request.name)):
+    tools.layout.golden(request.name)  # NotFoundError before anything else
+    with locks.shared(tools.layout.golden_locks, "golden", request.name):
         folder = tools.layout.golden(request.name)
         golden = manifests.read(folder)
         with making(tools, request.name, request.name) as replica:
             try:
                 restored = _from_golden(request, tools, phases, golden, folder, replica)
             except GpuckptError as error:
-                if request.fallback != "cold":
+                if request.fallback != "cold" or isinstance(error, UsageError):
                     raise
                 tools.report.note(f"the restore failed ({error.message}); starting cold")
                 restored = _cold(request, tools, phases, golden, replica, error)
@@ -99,49 +97,52 @@ def restore(request: RestoreRequest, tools: Tools, phases: PhaseTable) -> Restor
 def _from_golden(
     request: RestoreRequest, tools: Tools, phases: PhaseTable, golden: Manifest, folder: Path, replica: Replica
 ) -> Restored:
-    with _phase(tools, phases, "checks"):
+    with phase(tools, phases, "checks"):
         _check(request, tools, golden, folder)
-    with _phase(tools, phases, "container"):
-        _restore_volumes(request, tools, golden, folder, replica)
-        address = golden.address
-        if address and request.ignore_static_ip:
-            address = address.model_copy(update={"ip": ""})
-        if address and request.ignore_static_mac:
-            address = address.model_copy(update={"mac": ""})
-        layer = None if request.ignore_rootfs else folder / "rootfs"
-        replica, container = assemble(
-            tools,
-            _reload(replica),
-            golden.launch,
-            golden_layer=layer,
-            address=address,
-            tcp_established=request.tcp_established,
-        )
-        tools.containers.prepare(container)
+    with phase(tools, phases, "container"):
+        replica = _restore_volumes(request, tools, golden, folder, replica)
+        address = _address(request, golden)
+        with container_trouble(replica, kind=RestoreError, address=address):
+            replica, container = assemble(
+                tools,
+                replica,
+                golden.launch,
+                golden_layer=None if request.ignore_rootfs else folder / "rootfs",
+                address=address,
+                tcp_established=request.tcp_established,
+            )
+            tools.containers.prepare(container)
         bundle = tools.containers.inspect(container).bundle
         link_images(bundle, folder / "images")
-    with _phase(tools, phases, "restore"), _huge_pages(request, tools):
+    with phase(tools, phases, "restore"), _huge_pages(request, tools):
         try:
             tools.containers.restore(container, tcp_established=request.tcp_established)
         except GpuckptError as error:
             raise failures.restore_failure(tools, replica, bundle, error) from error
+    replica.operation.require_marks()
     phases.split("restore", replica.operation.marks())
-    if failed := failures.hook_failure(replica, "restore", RestoreError):
+    if failed := failures.step_failure(replica, "restore", RestoreError):
         raise failed
     first_token_ns, match = _answers(request, tools, phases, golden, replica)
     if request.keep:
         _keep_work_files(bundle, replica)
-    return Restored(commit(replica, tier="copy"), "copy", phases, first_token_ns, match)
+    return Restored(commit(replica, tier="tmpfs"), phases, first_token_ns, match)
 
 
-def _reload(replica: Replica) -> Replica:
-    from gpuckpt.golden.replica import load
-
-    return load(replica.folder) or replica
+def _address(request: RestoreRequest, golden: Manifest) -> Address | None:
+    """The golden's address on the bridge, without the parts that are to be ignored."""
+    if golden.address is None:
+        return None
+    changes: dict[str, str] = {}
+    if request.ignore_static_ip:
+        changes["ip"] = ""
+    if request.ignore_static_mac:
+        changes["mac"] = ""
+    return golden.address.model_copy(update=changes)
 
 
 def _check(request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path) -> None:
-    if golden.launch.tcp_established != request.tcp_established and request.tcp_established:
+    if request.tcp_established and not golden.launch.tcp_established:
         raise UsageError(
             f"golden {golden.name} has no open TCP connections to restore",
             cause="it was created without --tcp-established, which closed them",
@@ -155,13 +156,7 @@ def _check(request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path
         image_digest=tools.containers.image_digest,
         ignore=request.ignore_identity,
     )
-    if golden.launch.seccomp_blake3 != seccomp_digest():
-        raise PreflightError(
-            "the seccomp profile differs from the one the golden was made under",
-            cause="restored processes keep the filter of the golden, new ones would get another",
-            remedy="put the profile back, or create the golden anew",
-        )
-    if found := seal.broken(folder, golden.files, golden.links):
+    if found := seal.broken(folder, golden):
         raise VerificationError(
             f"golden {golden.name} is damaged and was not restored",
             cause="; ".join(found[:5]),
@@ -175,27 +170,21 @@ def _check(request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path
         )
 
 
-def _restore_volumes(request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path, replica: Replica) -> None:
+def _restore_volumes(
+    request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path, replica: Replica
+) -> Replica:
     """Fill named volumes that are not here (another machine, a removed volume); those that exist are left alone."""
-    from dataclasses import replace
-
     for volume in golden.launch.volumes:
         if tools.containers.volume(volume.name) is not None:
             continue
-        target = tools.containers.create_volume(volume.name)
-        # Recorded first, so that a failed restore takes the volume it brought away again.
+        # Recorded first, so that a failed or killed restore takes the volume it brought away again.
         replica = replace(replica, volumes=(*replica.volumes, volume.name))
         replica.save()
+        target = tools.containers.create_volume(volume.name)
         source = folder / "volumes" / volume.name
         if not request.ignore_volumes and source.is_dir():
             shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
-
-
-@contextlib.contextmanager
-def _phase(tools: Tools, phases: PhaseTable, name: str) -> Iterator[None]:
-    tools.report.stage(name)
-    with phases.phase(name):
-        yield
+    return replica
 
 
 @contextlib.contextmanager
@@ -213,10 +202,8 @@ def _answers(
     """Replay the canary, or without one wait for health; what the server answers decides whether it is ready."""
     workload = adapter_of(golden.workload)
     if not request.canary or golden.canary is None:
-        with _phase(tools, phases, "health"):
-            wait_healthy(
-                workload, replica.endpoint, tools, replica, timeout=min(60.0, request.start_timeout), kind=RestoreError
-            )
+        with phase(tools, phases, "health"):
+            wait_healthy(workload, tools, replica, timeout=min(60.0, request.start_timeout), kind=RestoreError)
         return None, None
     begin = now_ns()
     tools.report.stage("first token")
@@ -233,8 +220,7 @@ def _answers(
             raise failure from error
         except DaemonUnreachableError as error:
             # The socket may accept a moment before the server runs again; a dead server never will.
-            alive = tools.containers.inspect(replica.container).alive
-            if not alive or time.monotonic() > deadline:
+            if not alive(tools, replica) or time.monotonic() > deadline:
                 failure = failures.server_failure(
                     tools, replica, f"the restored server of {replica.name} does not answer", kind=RestoreError
                 )
@@ -269,17 +255,19 @@ def _cold(
 ) -> Restored:
     """Start the golden's server the long way: same launch line, no image of it needed."""
     workload = adapter_of(golden.workload)
-    with _phase(tools, phases, "cold: container"):
-        current = _reload(replica)
-        tools.containers.remove(current.container)
+    with phase(tools, phases, "cold: container"):
+        current = load(replica.folder) or replica
+        tools.containers.remove(current.container, tools.layout.state)
         tools.overlay.unmount(current.folder)
         for name in ("upper", "work", "socket"):
             shutil.rmtree(current.folder / name, ignore_errors=True)
-        current.sockets.mkdir(mode=0o755)
-        current, container = assemble(tools, current, golden.launch, tcp_established=False)
-        start(tools, container, current, kind=RestoreError)
-    with _phase(tools, phases, "cold: server start"):
-        wait_healthy(workload, current.endpoint, tools, current, timeout=request.start_timeout, kind=RestoreError)
-    with _phase(tools, phases, "cold: first token"):
+        current.sockets.mkdir()
+        current.sockets.chmod(0o777)
+        with container_trouble(current, kind=RestoreError):
+            current, container = assemble(tools, current, golden.launch, tcp_established=False)
+            tools.containers.start(container)
+    with phase(tools, phases, "cold: server start"):
+        wait_healthy(workload, tools, current, timeout=request.start_timeout, kind=RestoreError)
+    with phase(tools, phases, "cold: first token"):
         first_token_ns = workload.first_token(current.endpoint)
-    return Restored(commit(current, tier="cold"), "cold", phases, first_token_ns, None, reason)
+    return Restored(commit(current, tier="cold"), phases, first_token_ns, None, reason)

@@ -7,13 +7,13 @@ whose lock is free belongs to nobody.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gpuckpt.config import Settings
-from gpuckpt.errors import GpuckptError
+from gpuckpt.errors import BusyError, GpuckptError
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host import hugepages
@@ -23,18 +23,18 @@ from gpuckpt.store.layout import Layout
 
 def orphans(layout: Layout) -> tuple[list[Path], list[Path]]:
     """Folders of half-made goldens and half-made replicas that belong to no living process."""
-    staged = [path for path in _folders(layout.staging) if locks.is_free(layout.locks, "golden", path.name)]
+    staged = [path for path in _folders(layout.staging) if locks.is_free(layout.golden_locks, "golden", path.name)]
     made = [
         path
         for path in _folders(layout.replicas)
         if ((found := replicas.load(path)) is None or found.state != "ready")
-        and locks.is_free(layout.locks, "replica", path.name)
+        and locks.is_free(layout.replica_locks, "replica", path.name)
     ]
     return staged, made
 
 
 def sweep(settings: Settings, tools: Callable[[], Tools]) -> list[str]:
-    """Remove what killed transactions left; returns one sentence for each thing removed.
+    """Remove what killed transactions left; returns one sentence for each thing removed, or that would not go.
 
     ``tools`` is only called (and podman only started) if there is something to remove.
     """
@@ -42,20 +42,40 @@ def sweep(settings: Settings, tools: Callable[[], Tools]) -> list[str]:
     layout = Layout.of(settings)
     if hugepages.sweep(layout.run):
         done.append("put the kernel's huge page mode back")
-    if not layout.locks.is_dir():
-        layout.prepare()
+    layout.prepare()
     staged, made = orphans(layout)
     for folder in made:
-        with contextlib.suppress(GpuckptError), locks.exclusive(layout.locks, "replica", folder.name):
-            found = replicas.load(folder) or replicas.Replica(folder.name, folder.name, folder)
-            if found.state != "ready":
-                replicas.discard(tools(), found)
-                done.append(f"removed the half-made replica {folder.name}")
+        done += _guarded(f"the half-made replica {folder.name}", partial(_remove_replica, layout, folder, tools))
     for folder in staged:
-        with contextlib.suppress(GpuckptError), locks.exclusive(layout.locks, "golden", folder.name):
-            shutil.rmtree(folder, ignore_errors=True)
-            done.append(f"removed the half-made golden {folder.name}")
+        done += _guarded(f"the half-made golden {folder.name}", partial(_remove_golden, layout, folder))
     return done
+
+
+def _guarded(what: str, remove: Callable[[], bool]) -> list[str]:
+    # A thing that would not go must not keep every later command from its work.
+    try:
+        return [f"removed {what}"] if remove() else []
+    except BusyError:
+        return []  # somebody took the name in the meantime
+    except (GpuckptError, OSError) as error:
+        return [f"could not remove {what}: {error}"]
+
+
+def _remove_replica(layout: Layout, folder: Path, tools: Callable[[], Tools]) -> bool:
+    with locks.exclusive(layout.replica_locks, "replica", folder.name):
+        found = replicas.load(folder) or replicas.Replica(folder.name, folder.name, folder)
+        if not folder.exists() or found.state == "ready":
+            return False
+        replicas.discard(tools(), found)
+        return True
+
+
+def _remove_golden(layout: Layout, folder: Path) -> bool:
+    with locks.exclusive(layout.golden_locks, "golden", folder.name):
+        if not folder.exists():
+            return False
+        shutil.rmtree(folder)
+        return True
 
 
 def _folders(parent: Path) -> list[Path]:

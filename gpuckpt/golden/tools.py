@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +13,9 @@ from gpuckpt.containers import podman as containers
 from gpuckpt.containers import rootfs, service
 from gpuckpt.containers.podman import Container, ContainerSpec, Podman
 from gpuckpt.criu.binary import Criu, find
-from gpuckpt.host import hugepages
+from gpuckpt.host import hugepages, tmpfs
 from gpuckpt.store.layout import Layout
+from gpuckpt.timing import PhaseTable
 
 
 class Reporter(Protocol):
@@ -56,7 +57,7 @@ class Containers(Protocol):
     def list(self, owner: Path) -> list[dict[str, Any]]: ...
     def checkpoint(self, container: str, *, leave_running: bool, tcp_established: bool) -> dict[str, int]: ...
     def restore(self, container: str, *, tcp_established: bool) -> dict[str, int]: ...
-    def remove(self, container: str) -> None: ...
+    def remove(self, container: str, owner: Path) -> None: ...
     def logs(self, container: str, *, tail: int | None = None) -> str: ...
     def image_digest(self, image: str) -> str: ...
     def image_layers(self, image: str) -> tuple[Path, ...]: ...
@@ -91,6 +92,21 @@ class Tools:
 def memory_below(pid: int) -> int:
     """Bytes that a dump of ``pid`` and its descendants would carry."""
     return containers.memory_of(containers.processes_below(pid))
+
+
+@contextmanager
+def phase(tools: Tools, phases: PhaseTable, name: str) -> Iterator[None]:
+    """One phase of an operation: announced to the user and timed."""
+    tools.report.stage(name)
+    with phases.phase(name):
+        yield
+
+
+def open_store(settings: Settings) -> bool:
+    """Mount the store's tmpfs unless it is there, and make its folders; True if it was mounted now."""
+    mounted = tmpfs.ensure(settings.store)
+    Layout.of(settings).prepare_store()
+    return mounted
 
 
 def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | None = None) -> Tools:

@@ -23,7 +23,14 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
         raise VerificationError(
             f"the golden in {folder} says that its name is {manifest.name}", remedy="it was moved by hand; move it back"
         )
-    found = digests.differences(folder, manifest.files, manifest.links, contents=True, progress=progress)
+    found = digests.differences(
+        folder,
+        manifest.files,
+        manifest.links,
+        contents=True,
+        attributes_blake3=manifest.attributes_blake3,
+        progress=progress,
+    )
     found += criu_images.undecodable(folder / "images")
     if found:
         raise VerificationError(

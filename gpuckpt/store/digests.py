@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -43,32 +44,83 @@ def walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
                 yield relative, path.lstat()
 
 
-def record(
-    folder: Path, progress: Callable[[int], None] = lambda done: None
-) -> tuple[dict[str, FileRecord], dict[str, str]]:
-    """Digest every regular file below ``folder`` and read every link; ``progress`` gets the bytes done so far.
+@dataclass(frozen=True)
+class Contents:
+    """A golden's content as its manifest records it: files with digests, links with targets, and one digest of all
+    else that makes up the written layers (folders, devices, owners, modes, extended attributes)."""
 
-    Other kinds (overlay whiteouts are character devices 0:0) carry no bytes and are not recorded.
+    files: dict[str, FileRecord]
+    links: dict[str, str]
+    attributes: str
+
+
+def key(relative: str) -> str:
+    """A path, or a link's target, as text that JSON can hold: bytes that are no UTF-8 are written ``\\xNN``.
+
+    A backslash is written twice, so that two names never become one.
+    """
+    return os.fsencode(relative).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
+
+
+def record(
+    folder: Path,
+    progress: Callable[[int], None] = lambda done: None,
+    *,
+    known: Mapping[str, str] | None = None,
+) -> Contents:
+    """Digest everything below ``folder``; ``progress`` gets the bytes done so far.
+
+    ``known`` are digests, by path, that were made while files were written; these files are not read again.
     """
     files: dict[str, FileRecord] = {}
     links: dict[str, str] = {}
     done = 0
     for relative, status in walk(folder):
         if stat.S_ISLNK(status.st_mode):
-            links[relative] = os.readlink(folder / relative)
+            links[key(relative)] = key(os.readlink(folder / relative))
         elif stat.S_ISREG(status.st_mode):
-            files[relative] = FileRecord(size=status.st_size, blake3=digest_file(folder / relative))
+            digest = (known or {}).get(relative) or digest_file(folder / relative)
+            files[key(relative)] = FileRecord(size=status.st_size, blake3=digest)
             done += status.st_size
             progress(done)
-    return files, links
+    return Contents(files, links, attributes(folder))
+
+
+def attributes(folder: Path) -> str:
+    """One digest of what the written layers (all but ``images`` and ``memory``) are besides the bytes of their files.
+
+    Overlayfs marks a deleted file by a character device 0:0 and a replaced folder by an extended attribute: a layer
+    without its marks would show the base's files again.
+    """
+    hasher = blake3()
+    for layer in ("rootfs", "volumes"):
+        for root, folders, files in os.walk(folder / layer):
+            folders.sort()
+            for name in ("", *folders, *sorted(files)):
+                path = os.path.join(root, name) if name else root
+                status = os.lstat(path)
+                if stat.S_ISSOCK(status.st_mode):
+                    continue  # its server makes it again, and archives do not carry it
+                words = [
+                    os.path.relpath(path, folder),
+                    f"{status.st_mode:o}",
+                    status.st_uid,
+                    status.st_gid,
+                    status.st_rdev,
+                ]
+                for attribute in sorted(os.listxattr(path, follow_symlinks=False)):
+                    words += [attribute, os.getxattr(path, attribute, follow_symlinks=False).hex()]
+                hasher.update(os.fsencode("\0".join(map(str, words)) + "\n"))
+    return hasher.hexdigest()
 
 
 def differences(
     folder: Path,
-    files: dict[str, FileRecord],
-    links: dict[str, str],
+    files: Mapping[str, FileRecord],
+    links: Mapping[str, str],
     *,
     contents: bool,
+    attributes_blake3: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """What differs between ``folder`` and its record, one sentence each; empty when nothing does.
@@ -76,25 +128,27 @@ def differences(
     Without ``contents`` only presence and sizes are compared (microseconds a file), with it every byte is read.
     """
     found: list[str] = []
-    seen = dict(walk(folder))
+    seen = {key(relative): (folder / relative, status) for relative, status in walk(folder)}
     done = 0
-    for relative, expected in files.items():
-        status = seen.pop(relative, None)
+    for name, expected in files.items():
+        path, status = seen.pop(name, (folder, None))
         if status is None or not stat.S_ISREG(status.st_mode):
-            found.append(f"{relative} is missing")
+            found.append(f"{name} is missing")
         elif status.st_size != expected.size:
-            found.append(f"{relative} has {status.st_size} bytes, {expected.size} were recorded")
-        elif contents and digest_file(folder / relative) != expected.blake3:
-            found.append(f"{relative} has changed: its digest differs from the recorded one")
+            found.append(f"{name} has {status.st_size} bytes, {expected.size} were recorded")
+        elif contents and digest_file(path) != expected.blake3:
+            found.append(f"{name} has changed: its digest differs from the recorded one")
         done += expected.size
         progress(done)
-    for relative, target in links.items():
-        status = seen.pop(relative, None)
-        if status is None or not stat.S_ISLNK(status.st_mode) or os.readlink(folder / relative) != target:
-            found.append(f"the link {relative} is missing or points elsewhere")
+    for name, target in links.items():
+        path, status = seen.pop(name, (folder, None))
+        if status is None or not stat.S_ISLNK(status.st_mode) or key(os.readlink(path)) != target:
+            found.append(f"the link {name} is missing or points elsewhere")
     found.extend(
-        f"{relative} was not there when the golden was made"
-        for relative, status in seen.items()
+        f"{name} was not there when the golden was made"
+        for name, (_, status) in seen.items()
         if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
     )
+    if attributes_blake3 is not None and attributes(folder) != attributes_blake3:
+        found.append("owners, modes or marks of the written files (rootfs, volumes) have changed")
     return found

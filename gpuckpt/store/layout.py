@@ -4,7 +4,7 @@
     STORE/staging/NAME/    one that is being made; becomes a golden by one rename
     STATE/replicas/NAME/   a replica's writable layer, socket and record (never in the tmpfs)
     STATE/logs/            what failed operations left for reading
-    RUN/locks/             one flock'd file per name; the kernel lets go when the holder dies
+    STORE/locks/, STATE/locks/   one flock'd file per name; the kernel lets go when the holder dies
 
 Goldens hold whatever was in a server's memory: every folder is root's alone, and no component of a path may be a
 symbolic link that somebody else made.
@@ -67,8 +67,14 @@ class Layout:
         return self.state / "logs"
 
     @property
-    def locks(self) -> Path:
-        return self.run / "locks"
+    def golden_locks(self) -> Path:
+        """One flock'd file per golden's name; in the store, which several installations may share."""
+        return self.store / "locks"
+
+    @property
+    def replica_locks(self) -> Path:
+        """The same for the names of replicas."""
+        return self.state / "locks"
 
     def golden(self, name: str) -> Path:
         """The folder of the published golden ``name``; raises NotFoundError if there is none."""
@@ -89,12 +95,12 @@ class Layout:
 
     def prepare(self) -> None:
         """Make the folders of state and locks, or check those that exist."""
-        for folder in (self.replicas, self.logs, self.locks):
+        for folder in (self.replicas, self.logs, self.replica_locks):
             private_folder(folder)
 
     def prepare_store(self) -> None:
         """Make the store's folders; only once its tmpfs is mounted, or they would lie hidden below it."""
-        for folder in (self.goldens, self.staging):
+        for folder in (self.goldens, self.staging, self.golden_locks):
             private_folder(folder)
 
 

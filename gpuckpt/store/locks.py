@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,18 @@ Kind = Literal["golden", "replica", "service"]
 
 
 def _open(locks: Path, kind: Kind, name: str) -> int:
+    locks.mkdir(mode=0o700, exist_ok=True)
     return os.open(locks / f"{kind}-{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _acquire(handle: int) -> None:
+    """Take the lock for ourselves alone; a moment's patience for those who only ask whether it is free."""
+    for _ in range(5):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
@@ -27,7 +39,7 @@ def exclusive(locks: Path, kind: Kind, name: str) -> Iterator[None]:
     handle = _open(locks, kind, name)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _acquire(handle)
         except BlockingIOError:
             holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
             raise BusyError(
@@ -59,9 +71,12 @@ def shared(locks: Path, kind: Kind, name: str) -> Iterator[None]:
 
 
 def is_free(locks: Path, kind: Kind, name: str) -> bool:
-    """Whether nobody holds the name: what a transaction left behind then belongs to nobody."""
+    """Whether nobody holds the name for himself alone: what a transaction left behind then belongs to nobody.
+
+    Asks with a shared lock, and only for a moment: two who ask do not disturb each other.
+    """
     try:
-        with exclusive(locks, kind, name):
+        with shared(locks, kind, name):
             return True
     except BusyError:
         return False

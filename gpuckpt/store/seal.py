@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from gpuckpt.manifest import FileRecord
-from gpuckpt.store.digests import OWN, differences, digest_bytes, digest_file, walk
+from gpuckpt.manifest import Manifest
+from gpuckpt.store.digests import OWN, differences, digest_bytes, digest_file, key, walk
 
 _SEAL = "seal.json"
 assert _SEAL in OWN
@@ -25,7 +25,7 @@ def _note(status: os.stat_result) -> list[int]:
 
 def write(folder: Path) -> None:
     """Seal a golden whose files were just digested or verified."""
-    notes = {relative: _note(status) for relative, status in walk(folder)}
+    notes = {key(relative): _note(status) for relative, status in walk(folder)}
     manifest = folder / "manifest.json"
     seal = {"files": notes, "manifest": digest_bytes(manifest.read_bytes())}
     path = folder / _SEAL
@@ -33,12 +33,7 @@ def write(folder: Path) -> None:
     path.write_text(json.dumps(seal))
 
 
-def broken(
-    folder: Path,
-    files: dict[str, FileRecord],
-    links: dict[str, str],
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[str]:
+def broken(folder: Path, golden: Manifest, progress: Callable[[int], None] = lambda done: None) -> list[str]:
     """What has changed in a golden since it was sealed, one sentence each; empty if nothing has.
 
     Files whose notes differ are read and compared with their digests; if these are right the seal is renewed.
@@ -50,11 +45,11 @@ def broken(
         notes, sealed = {}, ""
     if sealed and digest_bytes((folder / "manifest.json").read_bytes()) != sealed:
         return ["manifest.json has changed since the golden was sealed"]
-    found = differences(folder, files, links, contents=False)
-    stale = [relative for relative, status in walk(folder) if notes.get(relative) != _note(status)]
+    found = differences(folder, golden.files, golden.links, contents=False, attributes_blake3=golden.attributes_blake3)
+    stale = [relative for relative, status in walk(folder) if notes.get(key(relative)) != _note(status)]
     done = 0
     for relative in stale:
-        expected = files.get(relative)
+        expected = golden.files.get(key(relative))
         if expected and digest_file(folder / relative) != expected.blake3:
             found.append(f"{relative} has changed: its digest differs from the recorded one")
         done += expected.size if expected else 0

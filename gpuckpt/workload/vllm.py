@@ -130,6 +130,8 @@ class Vllm:
             "logprobs": 1,
             "ignore_eos": True,
             "stream": True,
+            # As numbers: two tokens that a tokenizer cannot write out would read alike.
+            "return_tokens_as_token_ids": True,
         }
         request = Request(method="POST", path=_COMPLETIONS, body=json.dumps(body))
         # The first answers may still fill caches; what repeats is what a restored server must repeat.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from gpuckpt import manifest as manifests
+from gpuckpt.containers.api import PodmanError
 from gpuckpt.containers.podman import container_name
 from gpuckpt.criu import images as criu_images
 from gpuckpt.errors import (
@@ -18,10 +20,12 @@ from gpuckpt.errors import (
     InterruptedByUser,
     NotFoundError,
     OutOfSpaceError,
+    PreflightError,
     VerificationError,
 )
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.create import Created, create
+from gpuckpt.golden.sweep import sweep
 from gpuckpt.manifest import Port, Process, Volume
 from gpuckpt.store import layout, locks, seal
 from gpuckpt.timing import PhaseTable
@@ -45,14 +49,12 @@ WHOLE_ORDER = [
     "inspect container",
     "measure memory",
     "stage: dump",
-    "measure memory",
     "dump",
     "stage: digests",
     "stage: publish",
     "remove container",
     "unmount root",
 ]
-BEFORE_PUBLISHING = list(dict.fromkeys(WHOLE_ORDER[: WHOLE_ORDER.index("remove container")]))
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def test_the_golden_is_whole_sealed_and_private(world: World) -> None:
     golden = manifests.read(folder)
     assert {f"images/{name}" for name in IMAGES} | {"rootfs/srv/written"} == set(golden.files)
     assert (folder / "rootfs/srv/written").read_text() == "by the server"
-    assert seal.broken(folder, golden.files, golden.links) == []
+    assert seal.broken(folder, golden) == []
     assert folder.stat().st_mode & 0o077 == 0
     assert all((folder / "images" / name).stat().st_mode & 0o077 == 0 for name in IMAGES)
     assert (folder / "manifest.json").stat().st_mode & 0o077 == 0
@@ -140,6 +142,31 @@ def test_volumes_are_copied_while_the_processes_are_frozen(world: World) -> None
     assert "data" in world.containers.volumes, "a volume that was there before stays"
 
 
+@pytest.mark.parametrize("leave_running", [False, True])
+def test_volumes_that_are_not_there_are_made_for_the_server(
+    world: World, monkeypatch: pytest.MonkeyPatch, leave_running: bool
+) -> None:
+    recorded: list[tuple[str, ...]] = []
+    really = world.containers.create_volume
+
+    def watched(name: str) -> Path:
+        record = replicas.load(world.layout.replicas / "gold")
+        assert record is not None
+        recorded.append(record.volumes)
+        return really(name)
+
+    monkeypatch.setattr(world.containers, "create_volume", watched)
+    volumes = (Volume(name="data", destination="/data"), Volume(name="cache", destination="/cache"))
+    result = made(world, volumes=volumes, leave_running=leave_running)
+    assert recorded == [("data",), ("data", "cache")], "killed at any moment, the next sweep knows of them"
+    assert (result.folder / "volumes" / "data").is_dir() and (result.folder / "volumes" / "cache").is_dir()
+    if result.replica is None:
+        assert world.left_over() == []
+    else:
+        replicas.stop(world.tools, "gold")
+        assert world.left_over() == ["volume data", "volume cache"], "what a server left running wrote outlives it"
+
+
 def test_an_image_s_own_settings_are_taken(world: World) -> None:
     world.containers.images["site"] = "sha256:aa"
     golden = made(world, image="site").manifest
@@ -163,13 +190,8 @@ def test_leave_running_keeps_the_server_as_a_ready_replica(world: World) -> None
 
 @pytest.mark.parametrize(
     ("event", "kind", "late"),
-    [(event, InterruptedByUser, late) for event in BEFORE_PUBLISHING for late in (False, True)]
-    + [
-        (event, kind, False)
-        for event in BEFORE_PUBLISHING
-        for kind in (GpuckptError, RuntimeError)
-        if "stage" not in event
-    ],
+    [(event, InterruptedByUser, late) for event in WHOLE_ORDER for late in (False, True)]
+    + [(event, kind, False) for event in WHOLE_ORDER for kind in (GpuckptError, RuntimeError) if "stage" not in event],
 )
 def test_nothing_is_left_when_a_step_fails(world: World, event: str, kind: type[BaseException], late: bool) -> None:
     error = kind("it failed")
@@ -180,28 +202,83 @@ def test_nothing_is_left_when_a_step_fails(world: World, event: str, kind: type[
     assert not world.journal.trouble, "the step never came"
     assert world.left_over() == []
     assert world.layout.names() == []
-    assert locks.is_free(world.layout.locks, "golden", "gold") and locks.is_free(world.layout.locks, "replica", "gold")
+    assert locks.is_free(world.layout.golden_locks, "golden", "gold") and locks.is_free(
+        world.layout.replica_locks, "replica", "gold"
+    )
     if kind is InterruptedByUser:
         assert caught.value is error, "an interrupt must not turn into another failure"
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("event", ["remove container", "unmount root"])
-def test_an_interrupt_while_the_server_is_removed_does_not_keep_it(world: World, event: str, late: bool) -> None:
-    world.journal.trouble[event] = InterruptedByUser("interrupted")
-    world.journal.late = late
-    with pytest.raises(InterruptedByUser):
-        made(world)
+@pytest.mark.parametrize("leave_running", [False, True])
+def test_publishing_is_last(world: World, monkeypatch: pytest.MonkeyPatch, leave_running: bool) -> None:
+    """When the golden gets its name, its server is removed, or ready for good: nothing that may fail comes after."""
+
+    def fails(staging: Path, target: Path) -> Path:
+        assert staging.is_dir() and not target.exists()
+        kept = replicas.load(world.layout.replicas / "gold")
+        assert (kept is not None and kept.state == "ready") if leave_running else kept is None
+        raise OSError("no")
+
+    monkeypatch.setattr("gpuckpt.golden.create._publish", fails)
+    with pytest.raises(OSError, match="no"):
+        made(world, leave_running=leave_running, volumes=(Volume(name="data", destination="/data"),))
     assert world.left_over() == []
-    manifests.read(world.layout.golden("gold"))  # it was published before, whole
+    assert world.layout.names() == []
 
 
-def test_a_failing_step_of_the_roll_back_does_not_keep_the_rest(world: World) -> None:
-    world.journal.trouble |= {"warm up": GpuckptError("first"), "remove container": GpuckptError("podman is stuck")}
+@pytest.mark.parametrize("event", ["remove container", "unmount root"])
+def test_a_stuck_removal_keeps_the_record_and_the_next_sweep_finishes_it(world: World, event: str) -> None:
+    """The first error is the one to know; what the roll-back could not do is said beside it, and done later."""
+    world.journal.trouble |= {"warm up": GpuckptError("first"), event: GpuckptError("podman is stuck")}
+    with pytest.raises(CheckpointError) as caught:
+        made(world, volumes=(Volume(name="data", destination="/data"),))
+    assert "first" in str(caught.value.cause)
+    assert any("podman is stuck" in note and "replica gold" in note for note in world.report.notes)
+    stuck = {
+        "remove container": f"container {container_name('gold')}",
+        "unmount root": f"mount {world.layout.replicas / 'gold'}",
+    }
+    assert world.left_over() == [stuck[event], f"folder {world.layout.replicas / 'gold'}"]
+    record = replicas.load(world.layout.replicas / "gold")
+    assert record is not None and record.state == "removing" and record.volumes == ("data",)
+    assert sweep(world.settings, lambda: world.tools) == ["removed the half-made replica gold"]
+    assert world.left_over() == []
+
+
+def test_a_server_that_cannot_be_removed_publishes_nothing(world: World) -> None:
+    world.journal.trouble["remove container"] = GpuckptError("podman is stuck")
+    with pytest.raises(GpuckptError, match="podman is stuck"):
+        made(world)
+    assert world.layout.names() == []
+    assert world.left_over() == [], "the roll-back tried once more"
+
+
+def test_a_runtime_that_ignores_our_options(world: World) -> None:
+    """Its dump may look well, but the written files are not in it, and no hook ran."""
+    world.containers.ignores_options = True
+    with pytest.raises(PreflightError) as caught:
+        made(world)
+    assert caught.value.exit_code == 4 and "org.criu.config" in str(caught.value.remedy)
+    assert "dump" in world.journal.events
+    assert world.left_over() == []
+    assert world.layout.names() == []
+
+
+def test_a_container_of_another_gpuckpt_is_in_the_way(world: World) -> None:
+    foreign = world.containers.foreign(container_name("gold"))
+    with pytest.raises(BusyError) as caught:
+        made(world)
+    assert caught.value.exit_code == 7
+    assert world.left_over() == []
+    assert world.containers.containers == {container_name("gold"): foreign} and foreign.status == "running"
+
+
+def test_what_podman_refuses_at_the_start(world: World) -> None:
+    world.journal.trouble["start container"] = PodmanError("refused", status=500, cause="address in use")
     with pytest.raises(CheckpointError) as caught:
         made(world)
-    assert "first" in str(caught.value.cause), "the first error is the one to know"
-    assert world.left_over() == [f"container {container_name('gold')}"]
+    assert caught.value.cause == "address in use" and "could not be started" in caught.value.message
+    assert world.left_over() == []
 
 
 def test_a_server_that_dies_is_shown_with_its_last_lines(world: World) -> None:
@@ -220,7 +297,7 @@ def test_a_server_that_dies_is_shown_with_its_last_lines(world: World) -> None:
 
 
 def test_a_server_that_never_gets_healthy(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuckpt.golden.create._POLL", 0.001)
+    monkeypatch.setattr("gpuckpt.golden.serving._POLL", 0.001)
     world.adapter.unhealthy = NEVER
     with pytest.raises(DeadlineError) as caught:
         made(world, start_timeout=0.02)
@@ -229,7 +306,7 @@ def test_a_server_that_never_gets_healthy(world: World, monkeypatch: pytest.Monk
 
 
 def test_a_server_may_take_its_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuckpt.golden.create._POLL", 0.001)
+    monkeypatch.setattr("gpuckpt.golden.serving._POLL", 0.001)
     world.adapter.unhealthy = 3
     made(world)
     assert world.journal.events.count("health") == 4
@@ -252,6 +329,18 @@ def test_what_is_not_the_server_s_fault_keeps_its_class(world: World, event: str
         made(world)
     assert caught.value is error
     assert world.left_over() == []
+
+
+@pytest.mark.parametrize("event", ["create volume", "start container", "dump", "stage: publish"])
+@pytest.mark.parametrize("late", [False, True])
+def test_volumes_of_a_failed_creation_go_and_those_before_it_stay(world: World, event: str, late: bool) -> None:
+    (world.containers.create_volume("old") / "rows").write_text("1")
+    world.journal.trouble[event] = GpuckptError("it failed")
+    world.journal.late = late
+    with pytest.raises(GpuckptError):
+        made(world, volumes=(Volume(name="old", destination="/old"), Volume(name="new", destination="/new")))
+    assert world.left_over() == ["volume old"]
+    assert (world.containers.volumes["old"] / "rows").read_text() == "1"
 
 
 def test_a_failed_dump_shows_criu_s_own_words(world: World) -> None:
@@ -279,7 +368,22 @@ def test_a_failing_hook_stops_the_dump_and_its_output_is_shown(world: World, sta
     with pytest.raises(CheckpointError) as caught:
         made(world)
     assert str(hook) in caught.value.message and "status 3" in caught.value.message
+    assert "stopped by a hook" in caught.value.message
     assert caught.value.log == ("not now",)
+    assert world.left_over() == []
+
+
+def test_a_copy_that_fills_the_store(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy of written files runs in the action script; CRIU only knows that the script failed."""
+    programs = world.folder / "bin"
+    programs.mkdir()
+    (programs / "cp").write_text("#!/bin/sh\necho cp: error writing x: No space left on device >&2\nexit 1\n")
+    (programs / "cp").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    with pytest.raises(OutOfSpaceError) as caught:
+        made(world)
+    assert caught.value.exit_code == 11 and "copying the written files" in caught.value.message
+    assert "No space left" in caught.value.log[0]
     assert world.left_over() == []
 
 
@@ -289,7 +393,7 @@ def test_no_space_is_noticed_before_the_dump(world: World, monkeypatch: pytest.M
         usage = shutil.disk_usage(world.folder)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4095))
     else:
-        monkeypatch.setattr("gpuckpt.golden.create._available_memory", lambda: 4095)
+        monkeypatch.setattr("gpuckpt.golden.create.available_memory", lambda: 4095)
     with pytest.raises(OutOfSpaceError) as caught:
         made(world)
     assert caught.value.exit_code == 11
@@ -317,7 +421,7 @@ def test_a_name_that_is_taken(world: World) -> None:
 
 
 def test_a_name_that_another_command_is_making(world: World) -> None:
-    with locks.exclusive(world.layout.locks, "golden", "gold"), pytest.raises(BusyError):
+    with locks.exclusive(world.layout.golden_locks, "golden", "gold"), pytest.raises(BusyError):
         made(world)
     assert world.journal.events == []
 
@@ -364,7 +468,7 @@ def test_replace_keeps_the_old_golden_when_the_new_one_fails(world: World, event
     folder = world.layout.golden("gold")
     golden = manifests.read(folder)
     assert golden == old
-    assert seal.broken(folder, golden.files, golden.links) == []
+    assert seal.broken(folder, golden) == []
     assert world.left_over() == []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpuckpt.criu.operation import STAGES, Operation, action_script, check_hooks
+from gpuckpt.criu.operation import STAGES, FailedStep, Operation, action_script, check_hooks
 from gpuckpt.errors import PreflightError
 
 
@@ -75,9 +75,9 @@ def test_a_new_operation_forgets_the_earlier_one(operation: Operation, hooks: Pa
     hook(hooks, "pre-dump", "a", "echo no; exit 1")
     write(operation, hooks)
     assert call(operation, "pre-dump").returncode != 0
-    assert operation.failed_hook() and operation.marks()
+    assert operation.failed_step() and operation.marks()
     write(operation, hooks)
-    assert operation.failed_hook() is None and operation.marks() == []
+    assert operation.failed_step() is None and operation.marks() == []
 
 
 @pytest.mark.parametrize("which", ["", "network-lock", "network-lock/a"])
@@ -103,7 +103,23 @@ def test_hooks_of_another_user_are_refused(hooks: Path, monkeypatch: pytest.Monk
 
 def test_without_a_script_called_there_are_no_marks(operation: Operation) -> None:
     assert operation.marks() == []
-    assert operation.failed_hook() is None
+    assert operation.failed_step() is None
+
+
+def test_a_runtime_that_did_not_call_the_script(operation: Operation, hooks: Path, tmp_path: Path) -> None:
+    write(operation, hooks)
+    with pytest.raises(PreflightError) as caught:
+        operation.require_marks()
+    assert caught.value.exit_code == 4 and caught.value.cause == "the action script was not called"
+    call(operation, "orphan-pts-master")
+    with pytest.raises(PreflightError):
+        operation.require_marks()
+    call(operation, "post-dump")
+    operation.require_marks()
+    operation.require_marks(tmp_path)
+    with pytest.raises(PreflightError) as caught:
+        operation.require_marks(tmp_path, tmp_path / "absent")
+    assert caught.value.cause == f"{tmp_path / 'absent'} was not made"
 
 
 def test_stages_are_noted_in_order_on_the_monotonic_clock(operation: Operation, hooks: Path) -> None:
@@ -159,7 +175,7 @@ def test_a_failing_hook_stops_the_operation(operation: Operation, hooks: Path, t
     hook(hooks, "pre-dump", "b", f"touch {tmp_path}/ran")
     write(operation, hooks)
     assert call(operation, "pre-dump").returncode != 0
-    assert operation.failed_hook() == (f"{first} ended with status 7", ("out", "err"))
+    assert operation.failed_step() == FailedStep(f"{first} ended with status 7", ("out", "err"), users=True)
     assert not (tmp_path / "ran").exists()
 
 
@@ -168,15 +184,15 @@ def test_a_hook_that_cannot_be_executed_fails(operation: Operation, hooks: Path)
     path.write_text("#!/nonexistent\n")
     write(operation, hooks)
     assert call(operation, "pre-dump").returncode != 0
-    assert operation.failed_hook() is not None
+    assert operation.failed_step() is not None
 
 
 def test_the_output_of_a_hook_is_cut(operation: Operation, hooks: Path) -> None:
     hook(hooks, "pre-dump", "a", "seq 100; exit 1")
     write(operation, hooks)
     call(operation, "pre-dump")
-    failed = operation.failed_hook()
-    assert failed is not None and failed[1] == tuple(map(str, range(86, 101)))
+    failed = operation.failed_step()
+    assert failed is not None and failed.output == tuple(map(str, range(86, 101)))
 
 
 def test_a_hook_does_not_wait_for_input(operation: Operation, hooks: Path) -> None:
@@ -215,9 +231,9 @@ def test_files_are_copied_at_the_end_of_the_dump_only(operation: Operation, hook
 def test_a_copy_that_fails_stops_the_dump(operation: Operation, hooks: Path, tmp_path: Path) -> None:
     write(operation, hooks, copies=[(tmp_path / "absent", tmp_path / "target")])
     assert call(operation, "post-dump").returncode != 0
-    failed = operation.failed_hook()
-    assert failed is not None and failed[0] == "copying the written files"
-    assert "absent" in " ".join(failed[1])
+    failed = operation.failed_step()
+    assert failed is not None and failed.name == "copying the written files" and not failed.users
+    assert "absent" in " ".join(failed.output)
 
 
 def test_the_user_s_hooks_see_the_copies(operation: Operation, hooks: Path, tmp_path: Path) -> None:
@@ -243,5 +259,16 @@ def test_the_loopback_of_an_empty_network_is_switched_on(
     write(operation, hooks, loopback=loopback)
     assert call(operation, stage, PATH=f"{programs}:{os.environ['PATH']}").returncode == 0
     called = (tmp_path / "called").read_text() if (tmp_path / "called").exists() else ""
+    assert operation.failed_step() is None
     expected = "--target 99999999 --net ip link set lo up\n" if loopback and stage == "setup-namespaces" else ""
     assert called == expected
+
+
+def test_a_loopback_that_stays_down_stops_the_restore(operation: Operation, hooks: Path, tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "nsenter").write_text("#!/bin/sh\necho not permitted >&2\nexit 1\n")
+    (programs / "nsenter").chmod(0o755)
+    write(operation, hooks, loopback=True)
+    assert call(operation, "setup-namespaces", PATH=f"{programs}:{os.environ['PATH']}").returncode != 0
+    assert operation.failed_step() == FailedStep("setting the loopback interface up", ("not permitted",), users=False)

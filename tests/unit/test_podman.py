@@ -14,8 +14,16 @@ import pytest
 
 from gpuckpt.containers import podman as podmans
 from gpuckpt.containers.api import Api, PodmanError
-from gpuckpt.containers.podman import LABEL, ContainerSpec, Podman, container_name
-from gpuckpt.errors import BusyError, DaemonUnreachableError, DeadlineError, GpuckptError, NotFoundError, UsageError
+from gpuckpt.containers.podman import LABEL, OWNER, ContainerSpec, Podman, container_name
+from gpuckpt.errors import (
+    BusyError,
+    DaemonUnreachableError,
+    DeadlineError,
+    GpuckptError,
+    NotFoundError,
+    PreflightError,
+    UsageError,
+)
 from gpuckpt.manifest import Port, Ulimit, Volume
 from tests.fakes import Asked, UnixServer, response, sample_manifest
 
@@ -122,14 +130,22 @@ def test_a_published_port_and_the_address_to_take(
 # --- operations -----------------------------------------------------------------------------------------------
 
 
+OURS = Path("/var/lib/gpuckpt")
+
+
+def life(asked: Asked) -> dict[str, Any]:
+    if "point" in asked.path:
+        return {"criu_statistics": {"frozen_time": 5}}
+    return INSPECTED if asked.method == "GET" else {}
+
+
 def test_the_life_of_a_container(tmp_path: Path) -> None:
-    stats = {"criu_statistics": {"frozen_time": 5}}
-    with served(tmp_path, lambda asked: response(200, stats if "point" in asked.path else {})) as (podman, server):
+    with served(tmp_path, lambda asked: response(200, life(asked))) as (podman, server):
         podman.start("gpuckpt-gold")
         assert podman.checkpoint("c", leave_running=True, tcp_established=False) == {"frozen_time": 5}
         podman.prepare("c")
         assert podman.restore("c", tcp_established=True) == {}
-        podman.remove("c")
+        podman.remove("c", OURS)
     lines = [f"{asked.method} {asked.path.removeprefix('/v4.0.0/libpod/containers')}" for asked in server.asked]
     assert lines == [
         "POST /gpuckpt-gold/start",
@@ -137,25 +153,42 @@ def test_the_life_of_a_container(tmp_path: Path) -> None:
         "POST /c/init",
         "POST /c/stop?timeout=0",
         "POST /c/restore?keep=true&printStats=true&tcpEstablished=true",
+        "GET /c/json",
         "DELETE /c?force=true&timeout=0&v=false",
     ]
 
 
-INSPECTED = {
+INSPECTED: dict[str, Any] = {
     "Id": "abc",
     "Name": "gpuckpt-gold",
     "StaticDir": "/bundle",
     "State": {"Status": "running", "Pid": 42, "ExitCode": 0},
     "NetworkSettings": {"Networks": {"podman": {"IPAddress": "10.88.0.7", "MacAddress": "02:00"}}},
-    "Config": {"Labels": {LABEL: "gold"}},
+    "Config": {"Labels": {LABEL: "gold", OWNER: "/var/lib/gpuckpt"}},
 }
+
+
+@pytest.mark.parametrize("labels", [None, {}, {LABEL: "gold"}, {LABEL: "gold", OWNER: "/var/lib/another"}])
+def test_somebody_else_s_container_is_not_removed(tmp_path: Path, labels: dict[str, str] | None) -> None:
+    with served(tmp_path, response(200, INSPECTED | {"Config": {"Labels": labels}})) as (podman, server):
+        podman.remove("gpuckpt-gold", OURS)
+    assert [asked.method for asked in server.asked] == ["GET"]
+
+
+def test_a_container_that_goes_between_two_looks(tmp_path: Path) -> None:
+    def answer(asked: Asked) -> bytes:
+        return response(200, INSPECTED) if asked.method == "GET" else response(404, {"message": "no such container"})
+
+    with served(tmp_path, answer) as (podman, server):
+        podman.remove("gpuckpt-gold", OURS)
+    assert [asked.method for asked in server.asked] == ["GET", "DELETE"]
 
 
 def test_inspect(tmp_path: Path) -> None:
     with served(tmp_path, response(200, INSPECTED)) as (podman, _):
         found = podman.inspect("gpuckpt-gold")
     assert (found.status, found.pid, found.bundle, found.alive) == ("running", 42, Path("/bundle"), True)
-    assert (found.ip, found.mac, found.labels) == ("10.88.0.7", "02:00", {LABEL: "gold"})
+    assert (found.ip, found.mac, found.labels) == ("10.88.0.7", "02:00", INSPECTED["Config"]["Labels"])
 
 
 def test_inspect_of_a_dead_container_without_network(tmp_path: Path) -> None:
@@ -200,6 +233,24 @@ def test_a_missing_image_names_the_remedy(tmp_path: Path) -> None:
         assert caught.value.remedy == "podman pull site"
 
 
+def test_an_image_s_layers(tmp_path: Path) -> None:
+    data = {"UpperDir": "/s/top/diff", "LowerDir": "/s/mid/diff:/s/base/diff", "WorkDir": "/s/top/work"}
+    with served(tmp_path, response(200, {"GraphDriver": {"Name": "overlay", "Data": data}})) as (podman, _):
+        assert podman.image_layers("site") == (Path("/s/top/diff"), Path("/s/mid/diff"), Path("/s/base/diff"))
+
+
+def test_an_image_of_one_layer(tmp_path: Path) -> None:
+    with served(tmp_path, response(200, {"GraphDriver": {"Data": {"UpperDir": "/s/top/diff"}}})) as (podman, _):
+        assert podman.image_layers("site") == (Path("/s/top/diff"),)
+
+
+@pytest.mark.parametrize("image", [{}, {"GraphDriver": {"Name": "vfs", "Data": None}}])
+def test_images_of_another_storage_driver(tmp_path: Path, image: dict[str, Any]) -> None:
+    with served(tmp_path, response(200, image)) as (podman, _), pytest.raises(PreflightError) as caught:
+        podman.image_layers("site")
+    assert "storage driver" in str(caught.value.cause)
+
+
 def test_volumes(tmp_path: Path) -> None:
     with served(tmp_path, response(200, {"Mountpoint": "/v/data"})) as (podman, server):
         assert podman.volume("data") == podman.create_volume("data") == Path("/v/data")
@@ -213,7 +264,7 @@ def test_a_volume_that_is_not_there(tmp_path: Path) -> None:
 
 def test_removing_what_is_not_there_is_fine(tmp_path: Path) -> None:
     with served(tmp_path, response(404, {"message": "no such container"})) as (podman, _):
-        podman.remove("x")
+        podman.remove("x", OURS)
         podman.remove_volume("x")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from gpuckpt import manifest as manifests
+from gpuckpt.containers.api import PodmanError
 from gpuckpt.containers.podman import container_name
 from gpuckpt.errors import (
     BusyError,
@@ -26,8 +29,10 @@ from gpuckpt.golden import identity
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.assembly import seccomp_digest
 from gpuckpt.golden.restore import Restored, RestoreRequest, restore
+from gpuckpt.golden.sweep import sweep
+from gpuckpt.golden.verify import verify
 from gpuckpt.host import identity as host
-from gpuckpt.manifest import Address, BaseFiles, Manifest, Port, Volume
+from gpuckpt.manifest import Address, BaseFiles, Manifest, Port, Ulimit, Volume
 from gpuckpt.store import locks, seal
 from gpuckpt.timing import PhaseTable
 from gpuckpt.workload.endpoint import RequestFailed
@@ -101,7 +106,9 @@ def refused(world: World, kind: type[GpuckptError], code: int, **options: Any) -
     assert type(caught.value) is kind and caught.value.exit_code == code
     assert world.left_over() == []
     assert world.layout.names() == ["gold"]
-    assert locks.is_free(world.layout.locks, "replica", "gold") and locks.is_free(world.layout.locks, "golden", "gold")
+    assert locks.is_free(world.layout.replica_locks, "replica", "gold") and locks.is_free(
+        world.layout.golden_locks, "golden", "gold"
+    )
     return caught.value
 
 
@@ -111,7 +118,8 @@ def refused(world: World, kind: type[GpuckptError], code: int, **options: Any) -
 def test_everything_happens_once_and_in_order(world: World) -> None:
     result = restored(world)
     assert world.journal.events == WHOLE_ORDER
-    assert (result.tier, result.canary_match, result.fallback_reason) == ("copy", True, None)
+    assert (result.replica.tier, result.replica.memory) == ("tmpfs", "copy")
+    assert (result.canary_match, result.fallback_reason) == (True, None)
     assert result.replica.state == "ready" and replicas.load(world.layout.replicas / "gold") == result.replica
     assert world.containers.containers[container_name("gold")].status == "running"
 
@@ -139,7 +147,7 @@ def test_the_golden_is_read_where_it_lies(world: World) -> None:
     link = world.containers.containers[container_name("gold")].bundle / "checkpoint"
     assert link.readlink() == world.layout.goldens / "gold" / "images"
     golden = manifests.read(world.layout.golden("gold"))
-    assert seal.broken(world.layout.golden("gold"), golden.files, golden.links) == []
+    assert seal.broken(world.layout.golden("gold"), golden) == []
 
 
 def test_without_canary_only_health_is_waited_for(world: World) -> None:
@@ -207,23 +215,74 @@ def test_volumes_that_are_not_here_are_made_and_filled(world: World, ignore: boo
     put(world, launch=launch.model_copy(update={"volumes": volumes}))
     result = restored(world, ignore_volumes=ignore)
     assert (world.containers.volumes["data"] / "rows").exists() is not ignore
-    assert result.replica.volumes == ("data",)
+    assert result.replica.volumes == (), "they are the user's now"
+    replicas.stop(world.tools, "gold")
+    assert world.left_over() == ["volume data"]
 
 
 def test_volumes_that_are_here_are_left_alone(world: World) -> None:
     launch = manifests.read(world.layout.golden("gold")).launch
     (world.containers.create_volume("data") / "rows").write_text("newer")
     put(world, launch=launch.model_copy(update={"volumes": (Volume(name="data", destination="/data"),)}))
-    result = restored(world)
+    restored(world)
     assert (world.containers.volumes["data"] / "rows").read_text() == "newer"
-    replicas.stop(world.tools, result.replica)
-    assert "data" in world.containers.volumes, "only a volume that the restore brought goes with the replica"
+    replicas.stop(world.tools, "gold")
+    assert "data" in world.containers.volumes
 
 
 def test_stopping_removes_everything_but_the_golden(world: World) -> None:
-    replicas.stop(world.tools, restored(world).replica)
+    restored(world)
+    assert replicas.stop(world.tools, "gold")
     assert world.left_over() == []
     assert world.layout.names() == ["gold"]
+    with pytest.raises(NotFoundError):
+        replicas.stop(world.tools, "gold")
+
+
+def test_only_a_dead_replica_is_stopped_when_asked_so(world: World) -> None:
+    restored(world)
+    for status in ("running", "paused"):
+        world.containers.containers[container_name("gold")].status = status
+        assert not replicas.stop(world.tools, "gold", only_dead=True)
+    world.containers.containers[container_name("gold")].status = "exited"
+    assert replicas.stop(world.tools, "gold", only_dead=True)
+    assert world.left_over() == []
+
+
+def test_a_replica_that_somebody_works_on_is_not_stopped(world: World) -> None:
+    restored(world)
+    with locks.exclusive(world.layout.replica_locks, "replica", "gold"), pytest.raises(BusyError):
+        replicas.stop(world.tools, "gold")
+    assert world.containers.containers[container_name("gold")].status == "running"
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("event", ["remove container", "unmount root"])
+def test_a_stop_that_is_stuck_goes_on_later(world: World, event: str, late: bool) -> None:
+    restored(world)
+    world.journal.trouble[event] = GpuckptError("podman is stuck")
+    world.journal.late = late
+    with pytest.raises(GpuckptError, match="podman is stuck"):
+        replicas.stop(world.tools, "gold")
+    found = replicas.load(world.layout.replicas / "gold")
+    assert found is not None and found.state == "removing", "from now on it is swept"
+    assert sweep(world.settings, lambda: world.tools) == ["removed the half-made replica gold"]
+    assert world.left_over() == []
+
+
+def test_a_container_of_another_gpuckpt_is_in_the_way(world: World) -> None:
+    foreign = world.containers.foreign(container_name("gold"))
+    refused(world, BusyError, 7)
+    assert world.containers.containers == {container_name("gold"): foreign} and foreign.status == "running"
+
+
+def test_a_container_of_another_gpuckpt_that_took_the_name_is_not_stopped(world: World) -> None:
+    replica = restored(world).replica
+    foreign = world.containers.foreign(container_name("gold"))
+    assert replicas.status(world.tools, replica) == "gone" and not replicas.alive(world.tools, replica)
+    replicas.stop(world.tools, "gold")
+    assert world.left_over() == []
+    assert world.containers.containers == {container_name("gold"): foreign} and foreign.status == "running"
 
 
 # --- when it goes wrong ---------------------------------------------------------------------------------------
@@ -246,11 +305,48 @@ def test_nothing_is_left_when_a_step_fails(world: World, event: str, kind: type[
         assert caught.value is error, "an interrupt must not turn into another failure"
 
 
-def test_volumes_that_a_failed_restore_brought_go_again(world: World) -> None:
+@pytest.mark.parametrize("event", ["create volume", "create container", "restore", "replay canary"])
+@pytest.mark.parametrize("late", [False, True])
+def test_volumes_that_a_failed_restore_brought_go_again(world: World, event: str, late: bool) -> None:
+    launch = manifests.read(world.layout.golden("gold")).launch
+    volumes = (Volume(name="old", destination="/old"), Volume(name="data", destination="/data"))
+    put(world, launch=launch.model_copy(update={"volumes": volumes}))
+    world.containers.create_volume("old")
+    world.journal.trouble[event] = GpuckptError("no")
+    world.journal.late = late
+    with pytest.raises(GpuckptError):
+        restored(world)
+    assert world.left_over() == ["volume old"]
+
+
+def test_volumes_are_recorded_before_they_are_made(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at any moment, the next sweep knows of them."""
     launch = manifests.read(world.layout.golden("gold")).launch
     put(world, launch=launch.model_copy(update={"volumes": (Volume(name="data", destination="/data"),)}))
-    world.journal.trouble["restore"] = GpuckptError("no")
-    refused(world, RestoreError, 10)
+    really = world.containers.create_volume
+
+    def watched(name: str) -> Path:
+        record = replicas.load(world.layout.replicas / "gold")
+        assert record is not None and record.volumes == ("data",)
+        return really(name)
+
+    monkeypatch.setattr(world.containers, "create_volume", watched)
+    restored(world)
+    assert "data" in world.containers.volumes
+
+
+def test_a_runtime_that_ignores_our_options(world: World) -> None:
+    world.containers.ignores_options = True
+    assert "org.criu.config" in str(refused(world, PreflightError, 4).remedy)
+
+
+def test_an_address_that_is_taken(world: World) -> None:
+    launch = manifests.read(world.layout.golden("gold")).launch
+    port = Port(host_ip="", host_port=8000, container_port=80)
+    put(world, launch=launch.model_copy(update={"port": port}), address=Address(ip="10.88.0.7", mac=""))
+    world.journal.trouble["prepare container"] = PodmanError("refused", status=500, cause="address in use")
+    error = refused(world, RestoreError, 10)
+    assert error.cause == "address in use" and "10.88.0.7" in str(error.remedy)
 
 
 def test_another_answer_to_the_canary(world: World) -> None:
@@ -278,6 +374,7 @@ def test_a_failed_restore_shows_criu_s_own_words(world: World) -> None:
 def test_a_failing_hook_stops_the_restore_and_its_output_is_shown(world: World, stage: str) -> None:
     hook = world.hook(stage, "echo port taken; exit 4")
     error = refused(world, RestoreError, 10)
+    assert "stopped by a hook" in error.message
     assert str(hook) in error.message and "status 4" in error.message
     assert error.log == ("port taken",)
 
@@ -384,10 +481,100 @@ def test_a_damaged_manifest(world: World) -> None:
     refused(world, VerificationError, 8)
 
 
-def test_another_seccomp_profile(world: World) -> None:
+@pytest.mark.parametrize(
+    ("field", "changes", "says"),
+    [
+        ("seccomp", {"seccomp_blake3": "0" * 64}, "seccomp profile differs"),
+        ("limits", {"ulimits": (Ulimit(name="nofile", soft=9, hard=2**40),)}, str(2**40)),
+        ("capabilities", {"capabilities": ("CAP_CHOWN", "CAP_SYS_ADMIN", "CAP_77")}, "CAP_77 CAP_SYS_ADMIN"),
+    ],
+)
+def test_what_the_processes_were_given_is_compared(
+    world: World, field: str, changes: dict[str, Any], says: str
+) -> None:
     launch = manifests.read(world.layout.golden("gold")).launch
-    put(world, launch=launch.model_copy(update={"seccomp_blake3": "0" * 64}))
-    refused(world, PreflightError, 4)
+    put(world, launch=launch.model_copy(update=changes))
+    error = refused(world, IncompatibleError, 5)
+    assert error.message.endswith(f"in: {field}") and says in str(error.cause)
+    assert f"--ignore-identity {field}" in str(error.remedy)
+    assert "create container" not in world.journal.events
+    assert "CAP_CHOWN" not in str(error.cause), "what every container holds is not worth a word"
+    assert restored(world, ignore_identity=(field,)).canary_match
+
+
+def test_lower_limits_and_the_default_capabilities_are_fine(world: World) -> None:
+    launch = manifests.read(world.layout.golden("gold")).launch
+    limits = (Ulimit(name="nofile", soft=64, hard=64), Ulimit(name="stack", soft=2**50, hard=2**50))
+    capabilities = tuple(sorted(identity.DEFAULT_CAPABILITIES))
+    put(world, launch=launch.model_copy(update={"ulimits": limits, "capabilities": capabilities}))
+    assert restored(world).canary_match
+
+
+@pytest.mark.parametrize("driver", [None, "570.1"])
+def test_another_driver(world: World, monkeypatch: pytest.MonkeyPatch, driver: str | None) -> None:
+    golden = manifests.read(world.layout.golden("gold"))
+    put(world, identity=identity_with(golden, driver="580.2"))
+    monkeypatch.setattr(identity, "driver_version", lambda: driver)
+    error = refused(world, IncompatibleError, 5)
+    assert error.message.endswith("in: driver") and (driver or "absent") in str(error.cause)
+    monkeypatch.setattr(identity, "driver_version", lambda: "580.2")
+    assert restored(world).canary_match
+
+
+def test_every_field_of_the_identity_can_be_ignored(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever differs, the message names an option, whose values the command line takes from FIELDS."""
+    golden = manifests.read(world.layout.golden("gold"))
+    every = identity_with(
+        golden,
+        kernel="0.0.1",
+        machine="pdp11",
+        cpu_flags=("amx9",),
+        criu="3.0",
+        runtime="crun",
+        driver="580.2",
+        base=BaseFiles(digest="1", files={"/gone": "1:1"}),
+    )
+    given = {
+        "seccomp_blake3": "0" * 64,
+        "ulimits": (Ulimit(name="nofile", soft=9, hard=2**40),),
+        "capabilities": ("CAP_SYS_ADMIN",),
+    }
+    put(world, identity=every, launch=golden.launch.model_copy(update=given))
+    monkeypatch.setattr(identity, "driver_version", lambda: None)
+    error = refused(world, IncompatibleError, 5)
+    assert set(error.message.partition("in: ")[2].split(", ")) == set(identity.FIELDS)
+    assert restored(world, ignore_identity=identity.FIELDS).canary_match
+
+
+@pytest.mark.parametrize("damage", ["mode", "owner", "attribute", "whiteout", "folder"])
+def test_a_layer_with_other_marks_is_not_restored(world: World, damage: str) -> None:
+    """The bytes of all files are right, and yet the server would see another file system."""
+    folder = world.layout.golden("gold")
+    before = manifests.read(folder)
+    layer = folder / "rootfs"
+    whiteout = stat.S_IFCHR if os.geteuid() == 0 else stat.S_IFIFO
+    os.mknod(layer / "deleted", whiteout | 0o600, os.makedev(0, 0))
+    (layer / "opaque").mkdir()
+    put(world, launch=before.launch)
+    if damage == "mode":
+        (layer / "srv" / "written").chmod(0o4755)
+    elif damage == "owner":
+        if os.geteuid() != 0:
+            pytest.skip("only root gives files away")
+        os.chown(layer / "srv" / "written", 1000, 1000)
+    elif damage == "attribute":
+        try:
+            os.setxattr(layer / "opaque", "user.overlay.opaque", b"y")
+        except OSError:
+            pytest.skip("this file system keeps no extended attributes")
+    elif damage == "whiteout":
+        (layer / "deleted").unlink()
+    else:
+        (layer / "opaque").rmdir()
+    assert "owners, modes or marks" in str(refused(world, VerificationError, 8).cause)
+    with pytest.raises(VerificationError) as caught:
+        verify(folder)
+    assert any("owners, modes or marks" in line for line in caught.value.log)
 
 
 def test_not_enough_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +598,7 @@ def test_a_name_that_leaves_the_store(world: World) -> None:
 
 
 def test_a_golden_that_is_being_made_or_removed(world: World) -> None:
-    with locks.exclusive(world.layout.locks, "golden", "gold"), pytest.raises(BusyError):
+    with locks.exclusive(world.layout.golden_locks, "golden", "gold"), pytest.raises(BusyError):
         restored(world)
     assert world.left_over() == []
 
@@ -451,6 +638,10 @@ def create_fails(world: World) -> None:
     world.journal.trouble["create container"] = GpuckptError("no")
 
 
+def options_ignored(world: World) -> None:
+    world.containers.ignores_options = True
+
+
 def hook_fails(world: World) -> None:
     world.hook("post-restore", "exit 1")
 
@@ -463,6 +654,7 @@ def answers_differently(world: World) -> None:
     ("trouble", "kind"),
     [
         (damaged, VerificationError),
+        (options_ignored, PreflightError),
         (incompatible, IncompatibleError),
         (create_fails, GpuckptError),
         (restore_fails, RestoreError),
@@ -475,7 +667,7 @@ def test_with_fallback_the_server_is_started_cold(
 ) -> None:
     trouble(world)
     result = restored(world, fallback="cold")
-    assert result.tier == "cold" and type(result.fallback_reason) is kind
+    assert result.replica.tier == "cold" and type(result.fallback_reason) is kind
     assert result.first_token_ns is not None and result.canary_match is None
     assert world.journal.events[-6:] == [
         "create container",
@@ -489,7 +681,7 @@ def test_with_fallback_the_server_is_started_cold(
         "a cold start does not see the golden's files"
     )
     assert world.containers.containers[container_name("gold")].status == "running"
-    assert result.replica.tier == "cold" and result.replica.state == "ready"
+    assert result.replica.state == "ready"
     assert "starting cold" in world.report.notes[0]
 
 
@@ -499,6 +691,11 @@ def test_an_interrupt_is_no_reason_for_a_cold_start(world: World) -> None:
         restored(world, fallback="cold")
     assert "start container" not in world.journal.events
     assert world.left_over() == []
+
+
+def test_a_wrong_request_is_no_reason_for_a_cold_start(world: World) -> None:
+    refused(world, UsageError, 2, tcp_established=True, fallback="cold")
+    assert "start container" not in world.journal.events
 
 
 def test_a_fallback_that_fails_too_leaves_nothing(world: World) -> None:

@@ -1,0 +1,71 @@
+"""What is in a dump, put together as the manifest."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from gpuckpt import __version__
+from gpuckpt.criu import images as criu_images
+from gpuckpt.golden import identity
+from gpuckpt.golden.tools import Tools
+from gpuckpt.manifest import Address, Canary, Launch, Manifest, PhaseRecord, Sizes, Workload
+from gpuckpt.store.digests import Contents, walk
+from gpuckpt.timing import PhaseTable
+
+
+def describe(
+    tools: Tools,
+    staging: Path,
+    *,
+    name: str,
+    workload: Workload,
+    launch: Launch,
+    address: Address | None,
+    canary: Canary | None,
+    phases: PhaseTable,
+    cold_ttft_s: float,
+    contents: Contents,
+) -> Manifest:
+    """The manifest of the golden in ``staging``, whose ``contents`` were digested; the phases up to now go with it."""
+    images = staging / "images"
+    if launch.image:
+        base = identity.base_of_image(tools.containers.image_digest(launch.image))
+    else:
+        held = criu_images.regular_files(images)
+        base = identity.base_of_folder(Path(launch.rootfs or "/"), held, launch, staging / "rootfs")
+    return Manifest(
+        name=name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        gpuckpt=__version__,
+        workload=workload,
+        launch=launch.model_copy(update={"capabilities": criu_images.capabilities(images)}),
+        address=address,
+        identity=identity.record(tools.criu, tools.runtime, base),
+        canary=canary,
+        sizes=sizes(staging),
+        processes=criu_images.processes(images),
+        sockets=criu_images.sockets(images),
+        files=contents.files,
+        links=contents.links,
+        attributes_blake3=contents.attributes,
+        phases=tuple(PhaseRecord(name=row.name, seconds=row.seconds) for row in phases.rows()),
+        cold_ttft_s=cold_ttft_s,
+    )
+
+
+def sizes(staging: Path) -> Sizes:
+    """Bytes of the golden in ``staging`` by kind."""
+    images = staging / "images"
+    pages = sum(path.stat().st_size for path in images.glob("pages-*.img"))
+    shared_pages, shared_files = criu_images.shared_memory_bytes(images)
+    gpu = sum(path.stat().st_size for pattern in ("gpu-*", "amdgpu-*") for path in images.glob(pattern))
+    everything = sum(path.stat().st_size for path in images.iterdir())
+    layer = sum(status.st_size for relative, status in walk(staging) if not relative.startswith("images/"))
+    return Sizes(
+        cpu_pages=pages - shared_pages,
+        gpu=gpu,
+        shared_memory=shared_pages + shared_files,
+        rootfs=layer,
+        metadata=everything - pages - shared_files - gpu,
+    )
