@@ -189,7 +189,7 @@ class Manifest(_Record):
     sockets: tuple[str, ...] = Field(description="listening and connected sockets, one line each")
     files: dict[str, FileRecord] = Field(description="every file of the golden but the manifest, by relative path")
     links: dict[str, str] = Field(default={}, description="symbolic links in the written layers and their targets")
-    attributes_blake3: str = Field(default="", description="digest of the written layers' owners, modes and marks")
+    attributes_blake3: str = Field(description="digest of the written layers' owners, modes and marks")
     phases: tuple[PhaseRecord, ...]
     cold_ttft_s: float = Field(description="seconds from the command to the first streamed token of the cold start")
 

@@ -481,6 +481,7 @@ def sample_manifest(name: str = "gold", **changes: Any) -> Manifest:
             seccomp_blake3="0" * 64,
             capabilities=("CAP_CHOWN",),
         ),
+        attributes_blake3=digests.digest_bytes(b""),  # no written layer
         address=None,
         identity=Identity(
             kernel="6.1",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuckpt.errors import PreflightError
+from gpuckpt.paths import refuse_untrusted
 
 # CRIU's stages (criu(8), --action-script) and what the time after each is spent on.
 STAGES = {
@@ -139,6 +140,7 @@ class Operation:
 
 def check_hooks(hooks: Path) -> None:
     """Raise PreflightError if somebody but root may change what runs as root at CRIU's stages."""
+    refuse_untrusted(hooks, what="the hooks folder")
     for path in [hooks, *hooks.glob("*"), *hooks.glob("*/*")]:
         try:
             status = path.stat()

@@ -203,7 +203,7 @@ def _unpack(
                 remedy="copy the archive again, or check the digest; do not import it otherwise",
             )
         found = digests.differences(
-            staging, manifest.files, manifest.links, contents=True, attributes_blake3=manifest.attributes_blake3 or None
+            staging, manifest.files, manifest.links, contents=True, attributes_blake3=manifest.attributes_blake3
         )
         if found:
             raise VerificationError("the archive's content differs from its manifest", cause="; ".join(found[:5]))

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gpuckpt import manifest as manifests
@@ -72,7 +73,8 @@ def remove(tools: Tools, name: str, *, force: bool = False) -> None:
                 remedy=f"stop them first (gpuckpt stop {' '.join(running)}), or add --force",
             )
         for one in mine:
-            replicas.stop(tools, one.name)
+            with contextlib.suppress(NotFoundError):  # stopped by somebody else in the meantime
+                replicas.stop(tools, one.name)
         # Gone for every reader in one step; what a kill in between leaves is swept from the staging side.
         doomed = tools.layout.staging / name
         shutil.rmtree(doomed, ignore_errors=True)
@@ -95,28 +97,35 @@ def prune(settings: Settings, tools: Callable[[], Tools], *, dry_run: bool) -> l
     else:
         done = sweeping.sweep(settings, tools)
     work = tools()
-    for one in replicas.all_of(layout.replicas):
-        if one.state != "ready" or replicas.alive(work, one):
-            continue
-        if dry_run:
-            done.append(f"would remove the dead replica {one.name}")
-            continue
-        with contextlib.suppress(BusyError, NotFoundError):  # somebody works on it: then it is not dead
-            if replicas.stop(work, one.name, only_dead=True):
-                done.append(f"removed the dead replica {one.name}")
+    dead = [one for one in replicas.all_of(layout.replicas) if one.state == "ready" and not replicas.alive(work, one)]
     known = {path.name for path in layout.replicas.iterdir()}
-    for name in states(work):
-        if name in known or not locks.is_free(layout.replica_locks, "replica", name):
-            continue
+    stray = [name for name in states(work) if name not in known]
+    for what, name, remove in (
+        *((f"the dead replica {one.name}", one.name, _stop_dead) for one in dead),
+        *((f"the stray container of {name}", name, _remove_stray) for name in stray),
+    ):
         if not dry_run:
-            with locks.exclusive(layout.replica_locks, "replica", name):
-                if (layout.replicas / name).exists():
-                    continue  # made since we looked
-                replicas.discard(work, Replica(name, name, layout.replicas / name))
-        done.append(f"{'would remove' if dry_run else 'removed'} the stray container of {name}")
+            done += sweeping.guarded(what, partial(remove, work, name))
+        elif locks.is_free(layout.replica_locks, "replica", name):
+            done.append(f"would remove {what}")
     if not done:
         raise NothingToDo("nothing to prune")
     return done
+
+
+def _stop_dead(tools: Tools, name: str) -> bool:
+    with contextlib.suppress(NotFoundError):  # somebody stopped it in the meantime
+        return replicas.stop(tools, name, only_dead=True)
+    return False
+
+
+def _remove_stray(tools: Tools, name: str) -> bool:
+    with locks.exclusive(tools.layout.replica_locks, "replica", name):
+        folder = tools.layout.replicas / name
+        if folder.exists():
+            return False  # made since we looked
+        replicas.discard(tools, Replica(name, name, folder))
+        return True
 
 
 @dataclass(frozen=True)

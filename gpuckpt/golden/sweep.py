@@ -45,13 +45,14 @@ def sweep(settings: Settings, tools: Callable[[], Tools]) -> list[str]:
     layout.prepare()
     staged, made = orphans(layout)
     for folder in made:
-        done += _guarded(f"the half-made replica {folder.name}", partial(_remove_replica, layout, folder, tools))
+        done += guarded(f"the half-made replica {folder.name}", partial(_remove_replica, layout, folder, tools))
     for folder in staged:
-        done += _guarded(f"the half-made golden {folder.name}", partial(_remove_golden, layout, folder))
+        done += guarded(f"the half-made golden {folder.name}", partial(_remove_golden, layout, folder))
     return done
 
 
-def _guarded(what: str, remove: Callable[[], bool]) -> list[str]:
+def guarded(what: str, remove: Callable[[], bool]) -> list[str]:
+    """What ``remove`` did to ``what``, as a sentence; none if it says that there was nothing to do."""
     # A thing that would not go must not keep every later command from its work.
     try:
         return [f"removed {what}"] if remove() else []

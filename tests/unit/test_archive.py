@@ -421,7 +421,11 @@ IMAGES = folder("images")
 ROOTFS = folder("rootfs")
 
 
-def test_the_archives_built_here_are_sound_but_for_what_is_wrong(theirs: Store, tmp_path: Path) -> None:
+def test_the_archives_built_here_are_sound_but_for_what_is_wrong(
+    theirs: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Owners and modes of archives built by hand are not what their manifest says; all else of them is.
+    monkeypatch.setattr(digests, "attributes", lambda folder: digests.digest_bytes(b""))
     members = [
         IMAGES,
         member("images/a", b"a"),
