@@ -65,6 +65,7 @@ class Launch(_Record):
     port: Port | None = Field(description="published port; None: no network, the server listens on a Unix socket")
     ulimits: tuple[Ulimit, ...]
     shm_size: int = Field(description="limit of the container's own /dev/shm in bytes")
+    mapped: bool = Field(default=False, description="the seccomp profile for mapped memory was in force")
     seccomp_blake3: str = Field(description="digest of the seccomp profile the processes run under")
     capabilities: tuple[str, ...] = Field(description="effective capabilities of the container's init, sorted")
     tcp_established: bool = False
@@ -144,10 +145,33 @@ class Process(_Record):
     pages_bytes: int
 
 
+class CopiedMemory(_Record):
+    """Memory of a process that a restore copies, in bytes, and why it cannot be mapped."""
+
+    pid: int
+    reason: str
+    bytes: int
+
+
+class Memory(_Record):
+    """How memory comes back: ``mapped`` from memory files, or ``copy``.
+
+    Of a mapped golden: bytes that are mapped, bytes of these that other processes or goldens share, the number of
+    mappings, and what is copied all the same.
+    """
+
+    mode: Literal["mapped", "copy"]
+    mapped: int = 0
+    shared: int = 0
+    mappings: int = 0
+    copied: tuple[CopiedMemory, ...] = ()
+
+
 class Sizes(_Record):
-    """Bytes of the golden by kind."""
+    """Bytes of the golden by kind; ``cpu_pages`` are copied by a restore, ``mapped_pages`` are not."""
 
     cpu_pages: int
+    mapped_pages: int = 0
     gpu: int
     shared_memory: int
     rootfs: int
@@ -155,7 +179,7 @@ class Sizes(_Record):
 
     @property
     def total(self) -> int:
-        return self.cpu_pages + self.gpu + self.shared_memory + self.rootfs + self.metadata
+        return self.cpu_pages + self.mapped_pages + self.gpu + self.shared_memory + self.rootfs + self.metadata
 
 
 class FileRecord(_Record):
@@ -185,6 +209,7 @@ class Manifest(_Record):
     identity: Identity
     canary: Canary | None
     sizes: Sizes
+    memory: Memory = Memory(mode="copy")
     processes: tuple[Process, ...]
     sockets: tuple[str, ...] = Field(description="listening and connected sockets, one line each")
     files: dict[str, FileRecord] = Field(description="every file of the golden but the manifest, by relative path")

@@ -7,8 +7,14 @@ loops that use io_uring (libuv below uvloop, for one) probe for it and fall back
 ("this kernel has none") as the reason to; EPERM they report as an error. Default profiles differ between versions in
 what they do: allow the three, answer EPERM, or answer ENOSYS. The derived profile says it itself.
 
-    seccomp/derive.py            write gpuckpt.json beside this script
-    seccomp/derive.py --check    compare gpuckpt.json with a fresh derivation; say which system calls differ
+A second profile, gpuckpt-mapped.json, is for goldens whose memory is mapped from files at a restore. There
+madvise(MADV_DONTNEED) would bring the golden's bytes back where the program may count on zeros. Under this profile
+the advice fails with EINVAL from the server's first instruction on, as it does on kernels and mappings that cannot
+drop pages; allocators that look at the answer clear the memory themselves, and nobody is ever given stale bytes.
+
+    seccomp/derive.py                     write gpuckpt.json beside this script
+    seccomp/derive.py --mapped            write gpuckpt-mapped.json
+    seccomp/derive.py [--mapped] --check  compare with a fresh derivation; say which system calls differ
 
 Exit status: 0 written or the same, 1 differs (--check), 2 the request or the distribution's profile is wrong.
 Only the standard library is used: the script also serves machines where gpuckpt is not installed yet.
@@ -28,6 +34,7 @@ from typing import Any
 IO_URING = ("io_uring_enter", "io_uring_register", "io_uring_setup")
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")  # containers-common installs it there
 DERIVED_PROFILE = Path(__file__).resolve().parent / "gpuckpt.json"
+MAPPED_PROFILE = DERIVED_PROFILE.with_name("gpuckpt-mapped.json")
 
 _RULE: dict[str, Any] = {
     "names": list(IO_URING),
@@ -39,6 +46,12 @@ _RULE: dict[str, Any] = {
     "errnoRet": errno.ENOSYS,
     "errno": "ENOSYS",
 }
+
+# Advice (linux/mman.h) after which private anonymous memory reads as zeros, and a private file mapping as the file:
+# DONTNEED, DONTNEED_LOCKED, and GUARD_INSTALL, which drops the pages it guards.
+_DROPPING = (4, 24, 102)
+# Every other advice that the kernel knows for a process' own memory; what comes after them is refused like an unknown.
+_KEEPING = (*range(4), *range(8, 24), 25, 103)
 
 
 class ProfileError(ValueError):
@@ -52,8 +65,32 @@ def derive(profile: dict[str, Any]) -> dict[str, Any]:
     architecture when the container starts, and libseccomp refuses or merges contradicting rules for one call.
     """
     _require_profile(profile)
-    kept = [rule for rule in map(_without_io_uring, profile["syscalls"]) if rule is not None]
+    kept = [rule for rule in (_without(rule, IO_URING) for rule in profile["syscalls"]) if rule is not None]
     return copy.deepcopy({**profile, "syscalls": [*kept, _RULE]})
+
+
+def derive_mapped(profile: dict[str, Any]) -> dict[str, Any]:
+    """:func:`derive`, and madvise(2) refuses with EINVAL what would drop pages of private memory.
+
+    process_madvise(2), which can give a process the same advice through its own pidfd, answers ENOSYS.
+    """
+    derived = derive(profile)
+    dropping = ("madvise", "process_madvise")
+    kept = [rule for rule in (_without(rule, dropping) for rule in derived["syscalls"]) if rule is not None]
+    comment = "gpuckpt: on memory that is mapped from a golden, dropped pages would not read as zeros"
+    rules = [_advice("SCMP_ACT_ALLOW", advice) for advice in _KEEPING]
+    rules += [
+        _advice("SCMP_ACT_ERRNO", advice) | {"errnoRet": errno.EINVAL, "errno": "EINVAL", "comment": comment}
+        for advice in _DROPPING
+    ]
+    other = {**_RULE, "names": ["process_madvise"], "comment": comment}
+    return {**derived, "syscalls": [*kept, *rules, other]}
+
+
+def _advice(action: str, advice: int) -> dict[str, Any]:
+    """A rule for madvise(2) with exactly this advice, its third argument; libseccomp takes any matching rule."""
+    arguments = [{"index": 2, "value": advice, "op": "SCMP_CMP_EQ"}]
+    return {"names": ["madvise"], "action": action, "args": arguments, "includes": {}, "excludes": {}}
 
 
 def render(profile: dict[str, Any]) -> str:
@@ -78,10 +115,10 @@ def _names(rule: dict[str, Any]) -> list[str]:
     return list(rule.get("names") or ([rule["name"]] if rule.get("name") else []))
 
 
-def _without_io_uring(rule: dict[str, Any]) -> dict[str, Any] | None:
-    """``rule`` without the three calls; None if it was about nothing else."""
+def _without(rule: dict[str, Any], calls: Sequence[str]) -> dict[str, Any] | None:
+    """``rule`` without the named calls; None if it was about nothing else."""
     names = _names(rule)
-    rest = [name for name in names if name not in IO_URING]
+    rest = [name for name in names if name not in calls]
     if len(rest) == len(names):
         return rule
     return {**rule, "names": rest} if rest else None
@@ -133,18 +170,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Derive gpuckpt's seccomp profile from the distribution's default.")
     parser.add_argument("--check", action="store_true", help="compare instead of write")
     parser.add_argument("--source", type=Path, default=DEFAULT_PROFILE, help="the profile to derive from (%(default)s)")
-    parser.add_argument("--output", type=Path, default=DERIVED_PROFILE, help="the derived profile (%(default)s)")
+    parser.add_argument("--mapped", action="store_true", help="the profile for goldens whose memory is mapped")
+    parser.add_argument("--output", type=Path, help="the derived profile (beside this script)")
     arguments = parser.parse_args(argv)
+    output = arguments.output or (MAPPED_PROFILE if arguments.mapped else DERIVED_PROFILE)
     reading = arguments.source
     try:
-        fresh = derive(_read(arguments.source))
+        fresh = (derive_mapped if arguments.mapped else derive)(_read(arguments.source))
         if arguments.check:
-            reading = arguments.output
-            return _check(fresh, arguments.output)
+            reading = output
+            return _check(fresh, output)
     except (OSError, ValueError) as error:
         print(f"seccomp/derive.py: cannot use {reading}: {error}", file=sys.stderr)
         return 2
-    arguments.output.write_text(render(fresh), encoding="utf-8")
+    output.write_text(render(fresh), encoding="utf-8")
     return 0
 
 

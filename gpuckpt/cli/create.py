@@ -55,6 +55,13 @@ _SERVER = "gpuckpt.server_arguments"
 @click.option("--start-timeout", metavar="DURATION", help="Longest wait for health.  [default: 10min]")
 @click.option("--leave-running/--stop", default=False, help="Leave the original server running, or stop it (default).")
 @click.option("--tcp-established", is_flag=True, help="Keep open TCP connections in the golden.")
+@click.option(
+    "--mode",
+    type=click.Choice(["copy", "mapped"]),
+    default="copy",
+    show_default=True,
+    help="How memory comes back: copied page by page, or mapped from files (new; see the README).",
+)
 @click.option("--replace", is_flag=True, help="Replace an existing golden of this name, in one step.")
 @click.option("--criu", "criu_path", metavar="PATH", help="The criu program to use.")
 @format_option

@@ -48,6 +48,7 @@ def request_from(
         leave_running=options["leave_running"],
         tcp_established=options["tcp_established"],
         replace=options["replace"],
+        mode=options["mode"],
     )
 
 

@@ -47,7 +47,12 @@ def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
     print_table(["", ""], facts)
     sizes = golden.sizes
     click.echo("\nSizes")
-    rows = [("CPU pages", sizes.cpu_pages), ("GPU", sizes.gpu), ("shared memory", sizes.shared_memory)]
+    rows = [
+        ("CPU pages, copied", sizes.cpu_pages),
+        ("CPU pages, mapped", sizes.mapped_pages),
+        ("GPU", sizes.gpu),
+        ("shared memory", sizes.shared_memory),
+    ]
     rows += [("root file system", sizes.rootfs), ("CRIU metadata", sizes.metadata), ("total", sizes.total)]
     print_table(["", "BYTES"], [(label, size(count)) for label, count in rows], right=["BYTES"])
     click.echo("\nProcesses")

@@ -38,6 +38,16 @@ def load(path: Path, *, payload: bool = False) -> dict[str, Any]:
         raise VerificationError(f"{path.name} cannot be decoded", cause=f"{type(error).__name__}: {error}") from error
 
 
+def save(path: Path, image: dict[str, Any]) -> None:
+    """Encode one image, as :func:`load` gives it with its payload, in place of the old one by a rename."""
+    import pycriu
+
+    fresh = path.with_suffix(".new")
+    fresh.touch(mode=0o600)
+    fresh.write_bytes(pycriu.images.dumps(image))
+    fresh.rename(path)
+
+
 def undecodable(images: Path) -> list[str]:
     """Names of the images that do not decode, each with its reason; pages are checked against their page maps."""
     problems: list[str] = []
@@ -64,7 +74,7 @@ def _short_pages(images: Path) -> Iterable[str]:
         entries = load(path)["entries"]
         if entries:
             pages_id = entries[0]["pages_id"]
-            expected[pages_id] = expected.get(pages_id, 0) + sum(_stored(entry) for entry in entries[1:])
+            expected[pages_id] = expected.get(pages_id, 0) + sum(stored_pages(entry) for entry in entries[1:])
     for pages_id, pages in expected.items():
         path = images / f"pages-{pages_id}.img"
         size = path.stat().st_size if path.exists() else 0
@@ -72,7 +82,8 @@ def _short_pages(images: Path) -> Iterable[str]:
             yield f"{path.name} has {size} bytes, its page map describes {pages * PAGE}"
 
 
-def _stored(entry: dict[str, Any]) -> int:
+def stored_pages(entry: dict[str, Any]) -> int:
+    """Pages of a page map's entry whose bytes are in the pages image."""
     # Pages in a parent image or left to lazy restore carry no bytes of their own; PE_PRESENT is bit 2 (pagemap.proto).
     if entry.get("in_parent"):
         return 0
@@ -89,7 +100,7 @@ def processes(images: Path) -> tuple[Process, ...]:
         core = load(images / f"core-{pid}.img")["entries"][0]
         comm = core["tc"]["comm"] if core.get("tc") else "?"
         pagemap = images / f"pagemap-{pid}.img"
-        pages = sum(_stored(row) for row in load(pagemap)["entries"][1:]) if pagemap.exists() else 0
+        pages = sum(stored_pages(row) for row in load(pagemap)["entries"][1:]) if pagemap.exists() else 0
         found.append(
             Process(
                 pid=pid,
@@ -104,7 +115,9 @@ def processes(images: Path) -> tuple[Process, ...]:
 
 def shared_memory_bytes(images: Path) -> tuple[int, int]:
     """Bytes of shared memory: in pages images (anonymous shared mappings), and in archives of the container's tmpfs."""
-    mapped = sum(sum(_stored(row) for row in load(path)["entries"][1:]) for path in images.glob("pagemap-shmem-*.img"))
+    mapped = sum(
+        sum(stored_pages(row) for row in load(path)["entries"][1:]) for path in images.glob("pagemap-shmem-*.img")
+    )
     return mapped * PAGE, sum(path.stat().st_size for path in images.glob("tmpfs-*"))
 
 

@@ -228,7 +228,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, staging: Path, manif
         path.is_absolute()
         or ".." in path.parts
         or not path.parts
-        or path.parts[0] not in ("images", "rootfs", "volumes")
+        or path.parts[0] not in ("images", "memory", "rootfs", "volumes")
     ):
         raise VerificationError(
             f"the archive's member {member.name!r} leaves its folder", remedy="do not use this archive"
@@ -255,12 +255,12 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, staging: Path, manif
         assert content is not None
         with open(target, "xb", opener=private) as output:
             shutil.copyfileobj(content, output, 1 << 20)
-    elif member.issym() and _is_listed(member, manifest) and path.parts[0] != "images":
+    elif member.issym() and _is_listed(member, manifest) and path.parts[0] in ("rootfs", "volumes"):
         # Links inside the writable layer are followed in the container only; nothing here ever follows them.
         target.symlink_to(member.linkname)
     elif member.ischr() and (member.devmajor, member.devminor) == (0, 0) and path.parts[0] == "rootfs":
         os.mknod(target, stat.S_IFCHR | 0o600, os.makedev(0, 0))  # overlayfs' mark of a deleted file
-    elif member.isfifo() and path.parts[0] != "images":
+    elif member.isfifo() and path.parts[0] in ("rootfs", "volumes"):
         os.mknod(target, (stat.S_IFSOCK if SOCKET in member.pax_headers else stat.S_IFIFO) | 0o600)
     else:
         raise VerificationError(

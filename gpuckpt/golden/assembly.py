@@ -12,7 +12,7 @@ from gpuckpt.golden.tools import Tools
 from gpuckpt.host.seccomp import profile_path
 from gpuckpt.manifest import Address, Launch
 from gpuckpt.store.digests import digest_file
-from gpuckpt.workload.base import SOCKET_FOLDER
+from gpuckpt.workload.base import MEMORY_FOLDER, SOCKET_FOLDER
 
 
 def assemble(
@@ -20,6 +20,7 @@ def assemble(
     replica: Replica,
     launch: Launch,
     *,
+    memory: Path,
     golden_layer: Path | None = None,
     address: Address | None = None,
     tcp_established: bool,
@@ -27,6 +28,7 @@ def assemble(
 ) -> tuple[Replica, str]:
     """Mount the root file system, write CRIU's options and create the container; returns the replica and its id.
 
+    ``memory`` holds the golden's memory files (empty for a golden that is copied, and while one is made),
     ``golden_layer`` is the golden's frozen writable layer, ``address`` the one to take on the bridge, ``copies`` what
     a dump is to copy while the processes are frozen.
     """
@@ -47,6 +49,7 @@ def assemble(
     )
     binds = [(mount.source, mount.destination, mount.read_only) for mount in launch.mounts]
     binds.append((str(replica.sockets), SOCKET_FOLDER, False))
+    binds.append((str(memory), MEMORY_FOLDER, True))
     spec = ContainerSpec(
         name=replica.container,
         replica=replica.name,
@@ -55,7 +58,7 @@ def assemble(
         launch=launch,
         binds=tuple(binds),
         criu_config=replica.operation.config,
-        seccomp=profile_path(),
+        seccomp=profile_path(mapped=launch.mapped),
         hostname=hostname(replica.golden),
         ip=address.ip if address else None,
         mac=address.mac if address else None,
@@ -70,8 +73,9 @@ def hostname(golden: str) -> str:
     return cleaned or "golden-" + hashlib.sha256(golden.encode()).hexdigest()[:8]
 
 
-def seccomp_digest() -> str:
-    return digest_file(profile_path())
+def seccomp_digest(*, mapped: bool) -> str:
+    """Digest of the profile that containers run under; see :func:`gpuckpt.host.seccomp.profile_path`."""
+    return digest_file(profile_path(mapped=mapped))
 
 
 def link_images(bundle: Path, images: Path) -> None:

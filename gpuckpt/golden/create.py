@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from gpuckpt.errors import (
     BusyError,
@@ -19,7 +20,7 @@ from gpuckpt.errors import (
     GpuckptError,
     OutOfSpaceError,
 )
-from gpuckpt.golden import failures
+from gpuckpt.golden import failures, mapping
 from gpuckpt.golden.assembly import assemble, link_images, seccomp_digest
 from gpuckpt.golden.describe import describe
 from gpuckpt.golden.replica import Replica, commit, discard, making
@@ -65,6 +66,7 @@ class CreateRequest:
     leave_running: bool = False
     tcp_established: bool = False
     replace: bool = False
+    mode: Literal["mapped", "copy"] = "copy"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,12 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
             written |= {folder: staging / "volumes" / name for name, folder in volumes.items()}
             with container_trouble(replica, kind=CheckpointError):
                 replica, container = assemble(
-                    tools, replica, launch, tcp_established=launch.tcp_established, copies=tuple(written.items())
+                    tools,
+                    replica,
+                    launch,
+                    memory=staging / "memory",
+                    tcp_established=launch.tcp_established,
+                    copies=tuple(written.items()),
                 )
                 tools.containers.start(container)
         with phase(tools, phases, "server start"):
@@ -120,9 +127,13 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
         phases.split("dump", replica.operation.marks())
         address = Address(ip=present.ip, mac=present.mac) if present.ip and present.mac else None
 
+        memory, known = mapping.COPIED, dict[str, str]()
+        if launch.mapped:
+            with phase(tools, phases, "rewrite"):
+                memory, known = mapping.map_memory(tools, staging)
         with phase(tools, phases, "digests"):
             _make_private(staging)
-            contents = digests.record(staging, lambda done: report.bytes(done, 0))
+            contents = digests.record(staging, lambda done: report.bytes(done, 0), known=known)
         with phase(tools, phases, "publish"):
             manifest = describe(
                 tools,
@@ -135,6 +146,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 phases=phases,
                 cold_ttft_s=(first_token_ns - phases.started_ns) / 1e9,
                 contents=contents,
+                memory=memory,
             )
             manifest.write(staging)
             seal.write(staging)
@@ -184,7 +196,8 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
             for limit in container_ulimits()
         ),
         shm_size=request.shm_size,
-        seccomp_blake3=seccomp_digest(),
+        mapped=request.mode == "mapped",
+        seccomp_blake3=seccomp_digest(mapped=request.mode == "mapped"),
         capabilities=(),
         tcp_established=request.tcp_established,
     )
@@ -213,6 +226,8 @@ def _staging(folder: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)  # a killed creation's, whose lock we now hold
     (folder / "images").mkdir(parents=True, mode=0o700)
     (folder / "volumes").mkdir(mode=0o700)
+    (folder / "memory").mkdir()
+    (folder / "memory").chmod(0o755)  # seen by the server, whatever user it runs as
     try:
         yield folder
     finally:

@@ -9,7 +9,7 @@ from gpuckpt import __version__
 from gpuckpt.criu import images as criu_images
 from gpuckpt.golden import identity
 from gpuckpt.golden.tools import Tools
-from gpuckpt.manifest import Address, Canary, Launch, Manifest, PhaseRecord, Sizes, Workload
+from gpuckpt.manifest import Address, Canary, Launch, Manifest, Memory, PhaseRecord, Sizes, Workload
 from gpuckpt.store.digests import Contents, walk
 from gpuckpt.timing import PhaseTable
 
@@ -26,6 +26,7 @@ def describe(
     phases: PhaseTable,
     cold_ttft_s: float,
     contents: Contents,
+    memory: Memory,
 ) -> Manifest:
     """The manifest of the golden in ``staging``, whose ``contents`` were digested; the phases up to now go with it."""
     images = staging / "images"
@@ -44,6 +45,7 @@ def describe(
         identity=identity.record(tools.criu, tools.runtime, base),
         canary=canary,
         sizes=sizes(staging),
+        memory=memory,
         processes=criu_images.processes(images),
         sockets=criu_images.sockets(images),
         files=contents.files,
@@ -61,9 +63,11 @@ def sizes(staging: Path) -> Sizes:
     shared_pages, shared_files = criu_images.shared_memory_bytes(images)
     gpu = sum(path.stat().st_size for pattern in ("gpu-*", "amdgpu-*") for path in images.glob(pattern))
     everything = sum(path.stat().st_size for path in images.iterdir())
-    layer = sum(status.st_size for relative, status in walk(staging) if not relative.startswith("images/"))
+    mapped = sum(path.stat().st_size for path in (staging / "memory").iterdir())
+    layer = sum(status.st_size for relative, status in walk(staging) if relative.startswith(("rootfs/", "volumes/")))
     return Sizes(
         cpu_pages=pages - shared_pages,
+        mapped_pages=mapped,
         gpu=gpu,
         shared_memory=shared_pages + shared_files,
         rootfs=layer,

@@ -13,10 +13,10 @@ from gpuckpt.host.limits import container_ulimits
 from gpuckpt.host.seccomp import profile_path
 from gpuckpt.manifest import BaseFiles, Identity, Launch
 from gpuckpt.store.digests import digest_bytes, digest_file
-from gpuckpt.workload.base import SOCKET_FOLDER
+from gpuckpt.workload.base import MEMORY_FOLDER, SOCKET_FOLDER
 
 # Kernel file systems and podman's own mounts inside a container: not part of the base.
-_OUTSIDE = ("/dev/", "/proc/", "/sys/", f"{SOCKET_FOLDER}/")
+_OUTSIDE = ("/dev/", "/proc/", "/sys/", f"{SOCKET_FOLDER}/", f"{MEMORY_FOLDER}/")
 
 # What podman gives a container (containers.conf(5), default_capabilities) and Docker's three beside it. A restored
 # process keeps the golden's capabilities whatever its new container may have, so more is never taken unasked.
@@ -129,7 +129,7 @@ def _differences(
             yield field, f"{field} is {present}, the golden's is {was}"
     if recorded.driver and recorded.driver != (driver := driver_version()):
         yield "driver", f"the NVIDIA driver is {driver or 'absent'}, the golden's is {recorded.driver}"
-    if launch.seccomp_blake3 != digest_file(profile_path()):
+    if launch.seccomp_blake3 != digest_file(profile_path(mapped=launch.mapped)):
         yield "seccomp", "the seccomp profile differs from the one that the golden's processes are under"
     allowed = {str(limit["Name"]): int(limit["Hard"]) for limit in container_ulimits()}
     for limit in launch.ulimits:

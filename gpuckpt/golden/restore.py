@@ -107,6 +107,7 @@ def _from_golden(
                 tools,
                 replica,
                 golden.launch,
+                memory=folder / "memory",
                 golden_layer=None if request.ignore_rootfs else folder / "rootfs",
                 address=address,
                 tcp_established=request.tcp_established,
@@ -114,7 +115,7 @@ def _from_golden(
             tools.containers.prepare(container)
         bundle = tools.containers.inspect(container).bundle
         link_images(bundle, folder / "images")
-    with phase(tools, phases, "restore"), _huge_pages(request, tools):
+    with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
         try:
             tools.containers.restore(container, tcp_established=request.tcp_established)
         except GpuckptError as error:
@@ -126,7 +127,7 @@ def _from_golden(
     first_token_ns, match = _answers(request, tools, phases, golden, replica)
     if request.keep:
         _keep_work_files(bundle, replica)
-    return Restored(commit(replica, tier="tmpfs"), phases, first_token_ns, match)
+    return Restored(commit(replica, tier="tmpfs", memory=golden.memory.mode), phases, first_token_ns, match)
 
 
 def _address(request: RestoreRequest, golden: Manifest) -> Address | None:
@@ -188,8 +189,9 @@ def _restore_volumes(
 
 
 @contextlib.contextmanager
-def _huge_pages(request: RestoreRequest, tools: Tools) -> Iterator[None]:
-    if request.huge_pages:
+def _huge_pages(request: RestoreRequest, tools: Tools, golden: Manifest) -> Iterator[None]:
+    # Mapped memory has its huge pages in the files; only copying fills pages that could be huge.
+    if request.huge_pages and golden.memory.mode == "copy":
         with tools.huge_pages(tools.layout.run):
             yield
     else:
@@ -264,7 +266,9 @@ def _cold(
         current.sockets.mkdir()
         current.sockets.chmod(0o777)
         with container_trouble(current, kind=RestoreError):
-            current, container = assemble(tools, current, golden.launch, tcp_established=False)
+            empty = current.folder / "memory"
+            empty.mkdir(exist_ok=True)
+            current, container = assemble(tools, current, golden.launch, memory=empty, tcp_established=False)
             tools.containers.start(container)
     with phase(tools, phases, "cold: server start"):
         wait_healthy(workload, tools, current, timeout=request.start_timeout, kind=RestoreError)

@@ -17,16 +17,20 @@ IO_URING = ("io_uring_setup", "io_uring_enter", "io_uring_register")
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NAME = "gpuckpt.json"
+_MAPPED = "gpuckpt-mapped.json"  # for goldens whose memory is mapped: see seccomp/derive.py
 
 
-def candidates(package: Path = _PACKAGE) -> tuple[Path, ...]:
-    """Where the profile may be: beside the package in a checkout, inside it when installed from a wheel."""
-    return package.parent / "seccomp" / _NAME, package / "data" / "seccomp" / _NAME
+def candidates(package: Path = _PACKAGE, *, name: str = _NAME) -> tuple[Path, ...]:
+    """Where a profile may be: beside the package in a checkout, inside it when installed from a wheel."""
+    return package.parent / "seccomp" / name, package / "data" / "seccomp" / name
 
 
-def profile_path(package: Path = _PACKAGE) -> Path:
-    """The seccomp profile that containers run under. Raises NotFoundError if this installation has none."""
-    for path in candidates(package):
+def profile_path(package: Path = _PACKAGE, *, mapped: bool = False) -> Path:
+    """The seccomp profile that containers run under; ``mapped``: the one that refuses to drop pages.
+
+    Raises NotFoundError if this installation has none.
+    """
+    for path in candidates(package, name=_MAPPED if mapped else _NAME):
         if path.is_file():
             return path
     raise NotFoundError(

@@ -12,6 +12,8 @@ from gpuckpt.workload.endpoint import Endpoint
 
 # Where the folder with the replica's socket is seen inside every container.
 SOCKET_FOLDER = "/run/gpuckpt"
+# Where the golden's memory files are seen; a mount must be there from the start for a dump to be rewritten.
+MEMORY_FOLDER = "/run/gpuckpt-memory"
 SOCKET_NAME = "server.sock"
 SOCKET_INSIDE = f"{SOCKET_FOLDER}/{SOCKET_NAME}"
 

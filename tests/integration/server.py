@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import mmap
 import os
 import random
 import socket
@@ -32,6 +33,9 @@ if arguments.exit_at_once:
 
 memory = bytearray(random.Random(1).randbytes(1 << 20)) * arguments.megabytes
 counter = 0
+# Memory that a program may drop and count on to read as zeros afterwards.
+droppable = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+droppable.write(b"x" * len(droppable))
 
 # A connection of the server with itself, over the container's own loopback.
 listener = socket.create_server(("127.0.0.1", 0))
@@ -68,6 +72,13 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/tcp":
             near.sendall(b"ping")
             self.answer(far.recv(4).decode())
+        elif self.path == "/drop":
+            try:
+                droppable.madvise(mmap.MADV_DONTNEED)
+            except OSError as error:
+                self.answer(f"refused: errno {error.errno}")
+            else:
+                self.answer("stale bytes" if droppable[:].strip(b"\0") else "zeros")
         elif self.path == "/hostname":
             self.answer(socket.gethostname())
         elif self.path.startswith("/read/"):

@@ -470,6 +470,7 @@ OPTIONS: dict[str, Any] = {
     "leave_running": False,
     "tcp_established": False,
     "replace": False,
+    "mode": "copy",
 }
 
 

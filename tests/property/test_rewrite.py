@@ -1,0 +1,196 @@
+"""Rewritten images decode to the same memory, byte for byte."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpuckpt.criu.images import PAGE, load, save, stored_pages
+from gpuckpt.criu.memory import contents
+from gpuckpt.criu.rewrite import HUGE, rewrite
+from gpuckpt.errors import GpuckptError, IncompatibleError, VerificationError
+
+MOUNT = "/run/gpuckpt-memory"
+ANONYMOUS, FILE, SHARED, STACK, HEAP = 513, 65, 129, 517, 545
+
+
+@dataclass(frozen=True)
+class Vma:
+    """A made-up mapping: pages, kind, odd flags, and the (begin, length, byte) of its stored runs."""
+
+    pages: int
+    gap: int
+    status: int
+    flags: int
+    advice: int
+    runs: tuple[tuple[int, int, int], ...]
+
+
+@st.composite
+def vmas(draw: st.DrawFn) -> Vma:
+    pages = draw(st.one_of(st.integers(1, 40), st.integers(500, 1600)))
+    runs: list[tuple[int, int, int]] = []
+    at = draw(st.integers(0, pages))
+    while at < pages and len(runs) < 6:
+        length = draw(st.one_of(st.integers(1, 12), st.integers(1, pages)))
+        length = min(length, pages - at)
+        runs.append((at, length, draw(st.integers(0, 3))))
+        at += length + draw(st.one_of(st.integers(0, 20), st.integers(0, pages)))
+    status = draw(st.sampled_from([ANONYMOUS, ANONYMOUS, ANONYMOUS, HEAP, FILE, SHARED, STACK]))
+    flags = draw(st.sampled_from([0x22, 0x22, 0x4022, 0x122])) if status != FILE else 2
+    return Vma(
+        pages, draw(st.integers(0, 600)), status, flags, draw(st.sampled_from([0, 0, 1 << 15, 1 << 18])), tuple(runs)
+    )
+
+
+def build(folder: Path, processes: list[list[Vma]], base: int) -> None:
+    """Write images of processes with these mappings, beginning at page ``base``."""
+    files: list[dict[str, Any]] = [_file(1, "/lib/some.so")]
+    for index, mappings in enumerate(processes, 1):
+        entries: list[dict[str, Any]] = []
+        pagemap: list[dict[str, Any]] = [{"pages_id": index}]
+        address = base * PAGE
+        with (folder / f"pages-{index}.img").open("wb") as pages:
+            for number, vma in enumerate(mappings):
+                address += vma.gap * PAGE
+                entries.append(
+                    {
+                        "start": address, "end": address + vma.pages * PAGE, "pgoff": 0,
+                        "shmid": int(vma.status == FILE),
+                        "prot": 3, "flags": vma.flags, "status": vma.status, "fd": -1, "madv": vma.advice,
+                    }
+                )  # fmt: skip
+                for begin, length, value in vma.runs:
+                    pagemap.append(
+                        {"vaddr": address + begin * PAGE, "compat_nr_pages": 0, "flags": 4, "nr_pages": length}
+                    )
+                    for page in range(length):
+                        # value 0 gives zero pages, others the same few contents again and again: both are common.
+                        pages.write(bytes([value]) * (PAGE - 8) + ((number + page) * min(value, 1)).to_bytes(8, "big"))
+                address += vma.pages * PAGE
+        save(folder / f"pagemap-{index}.img", {"magic": "PAGEMAP", "entries": _merged(pagemap)})
+        mm = {"mm_start_code": 0, "mm_end_code": 0, "mm_start_data": 0, "mm_end_data": 0, "mm_start_stack": 0,
+              "mm_start_brk": 0, "mm_brk": 0, "mm_arg_start": 0, "mm_arg_end": 0, "mm_env_start": 0, "mm_env_end": 0,
+              "exe_file_id": 1, "mm_saved_auxv": [0, 0], "vmas": entries}  # fmt: skip
+        save(folder / f"mm-{index}.img", {"magic": "MM", "entries": [mm]})
+    save(folder / "files.img", {"magic": "FILES", "entries": files})
+    save(folder / "inventory.img", {"magic": "INVENTORY", "entries": [{"img_version": 2}]})
+    mount = {"fstype": 0, "mnt_id": 7, "root_dev": 1, "parent_mnt_id": 1, "flags": 0, "root": "/", "source": "x",
+             "mountpoint": MOUNT, "options": ""}  # fmt: skip
+    save(folder / "mountpoints-1.img", {"magic": "MNTS", "entries": [mount]})
+
+
+def _merged(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Page maps do not stop at the edges of mappings: neighbouring runs become one entry."""
+    found = entries[:1]
+    for entry in entries[1:]:
+        last = found[-1]
+        if "vaddr" in last and last["vaddr"] + last["nr_pages"] * PAGE == entry["vaddr"]:
+            last["nr_pages"] += entry["nr_pages"]
+        else:
+            found.append(entry)
+    return found
+
+
+def _file(number: int, name: str) -> dict[str, Any]:
+    owner = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
+    regular = {"id": number, "flags": 0, "pos": 0, "fown": owner, "name": name}
+    return {"type": "REG", "id": number, "reg": regular}
+
+
+def decoded(folder: Path, memory: Path, pid: int) -> dict[int, bytes]:
+    opened: dict[str, bytes] = {}
+
+    def page(name: str, offset: int) -> bytes | None:
+        if not name.startswith(f"{MOUNT}/"):
+            return b"L" * PAGE  # a library: not zeros, so that a page wrongly taken from it is seen
+        content = opened.setdefault(name, (memory / name[len(MOUNT) + 1 :]).read_bytes())
+        assert offset + PAGE <= len(content), f"{name} ends before {offset:#x}"
+        return content[offset : offset + PAGE]
+
+    return dict(contents(folder, pid, page))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(vmas(), min_size=1, max_size=6), min_size=1, max_size=3), st.integers(1, 5000))
+def test_the_same_memory(processes: list[list[Vma]], base: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        images, memory = Path(name, "images"), Path(name, "memory")
+        images.mkdir()
+        memory.mkdir()
+        build(images, processes, base)
+        before = [decoded(images, memory, pid) for pid in range(1, len(processes) + 1)]
+        stored = sum(stored_pages(row) for path in images.glob("pagemap-*") for row in load(path)["entries"][1:])
+        done = rewrite(images, memory, mount_point=MOUNT)
+        after = [decoded(images, memory, pid) for pid in range(1, len(processes) + 1)]
+        assert after == before
+        assert done.mapped + sum(one.pages for one in done.copied) * PAGE == stored * PAGE
+        for path in images.glob("mm-*.img"):
+            for vma in load(path)["entries"][0]["vmas"]:
+                assert vma["start"] < vma["end"]
+        _check_congruent(images)
+        assert not list(images.glob("*.new"))
+        assert {path.name for path in memory.iterdir()} == set(done.digests)
+
+
+def _check_congruent(images: Path) -> None:
+    """Extents are mapped at addresses congruent with their offsets modulo 2 MiB."""
+    names = {entry["id"]: entry["reg"]["name"] for entry in load(images / "files.img")["entries"]}
+    for path in images.glob("mm-*.img"):
+        for vma in load(path)["entries"][0]["vmas"]:
+            if names.get(vma["shmid"], "").endswith(".extent"):
+                assert vma["start"] % HUGE == vma["pgoff"] % HUGE
+
+
+def test_equal_memory_is_stored_once(tmp_path: Path) -> None:
+    big = Vma(1024, 0, ANONYMOUS, 0x22, 0, ((0, 1024, 2),))
+    images, memory = tmp_path / "images", tmp_path / "memory"
+    images.mkdir()
+    memory.mkdir()
+    build(images, [[big], [big]], base=512)
+    first = rewrite(images, memory, mount_point=MOUNT)
+    assert first.shared == 4 << 20
+    other, elsewhere = tmp_path / "other", tmp_path / "elsewhere"
+    other.mkdir()
+    elsewhere.mkdir()
+    build(other, [[big]], base=512 * 9)
+    known = {path.name: path for path in memory.iterdir()}
+    second = rewrite(other, elsewhere, mount_point=MOUNT, existing=known.get)
+    assert second.shared == 4 << 20
+    assert all(path.stat().st_nlink == 2 for path in elsewhere.glob("*.extent"))
+
+
+def test_a_process_that_must_be_copied_stays_as_it_is(tmp_path: Path) -> None:
+    images, memory = tmp_path / "images", tmp_path / "memory"
+    images.mkdir()
+    memory.mkdir()
+    build(images, [[Vma(64, 0, ANONYMOUS, 0x22, 0, ((0, 64, 1),))]], base=1)
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    done = rewrite(images, memory, mount_point=MOUNT, keep=lambda pid: "an allocator that counts on zeros")
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before
+    assert [(one.pages, one.reason) for one in done.copied] == [(64, "an allocator that counts on zeros")]
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [("version", IncompatibleError), ("mount", VerificationError), ("outside", VerificationError)],
+)
+def test_images_that_are_not_understood(tmp_path: Path, damage: str, error: type[GpuckptError]) -> None:
+    images, memory = tmp_path / "images", tmp_path / "memory"
+    images.mkdir()
+    memory.mkdir()
+    build(images, [[Vma(64, 0, ANONYMOUS, 0x22, 0, ((0, 64, 1),))]], base=1)
+    if damage == "version":
+        save(images / "inventory.img", {"magic": "INVENTORY", "entries": [{"img_version": 3}]})
+    if damage == "outside":
+        pagemap = load(images / "pagemap-1.img", payload=True)
+        pagemap["entries"][1]["vaddr"] += 65 * PAGE
+        save(images / "pagemap-1.img", pagemap)
+    with pytest.raises(error):
+        rewrite(images, memory, mount_point="/elsewhere" if damage == "mount" else MOUNT)
