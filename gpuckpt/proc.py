@@ -123,6 +123,39 @@ def tail(text: str, lines: int = 15) -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line.strip())[-lines:]
 
 
+def memory_of(pids: Sequence[int]) -> int:
+    """Bytes of memory that a dump of these processes would carry: anonymous, shared and swapped pages."""
+    total = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+                for line in status:
+                    if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
+                        total += int(line.split()[1]) * 1024
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return total
+
+
+def processes_below(pid: int) -> list[int]:
+    """``pid`` and all its descendants, by /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", encoding="ascii", errors="replace") as stat:
+                    parent = int(stat.read().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(entry))
+    found, queue = [], [pid]
+    while queue:
+        current = queue.pop()
+        found.append(current)
+        queue += children.get(current, [])
+    return found
+
+
 def _text(data: bytes | str | None) -> str:
     if data is None:
         return ""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -290,36 +288,3 @@ def _demultiplexed(data: bytes) -> str:
 def container_name(replica: str) -> str:
     """The name under which podman knows a replica."""
     return PREFIX + replica
-
-
-def memory_of(pids: Sequence[int]) -> int:
-    """Bytes of memory that a dump of these processes would carry: anonymous, shared and swapped pages."""
-    total = 0
-    for pid in pids:
-        try:
-            with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
-                for line in status:
-                    if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
-                        total += int(line.split()[1]) * 1024
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return total
-
-
-def processes_below(pid: int) -> list[int]:
-    """``pid`` and all its descendants, by /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat", encoding="ascii", errors="replace") as stat:
-                    parent = int(stat.read().rpartition(")")[2].split()[1])
-            except (OSError, IndexError):
-                continue
-            children.setdefault(parent, []).append(int(entry))
-    found, queue = [], [pid]
-    while queue:
-        current = queue.pop()
-        found.append(current)
-        queue += children.get(current, [])
-    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,10 @@ def connect(run: Path, criu: Path, *, runtime: str = "auto", timeout: float = 60
     asks for some minutes, as during a long warm-up: the next call starts it again. Raises DaemonUnreachableError if
     it cannot be started, with the end of its log.
     """
-    identity = hashlib.sha256(f"{criu} {runtime}".encode()).hexdigest()[:12]
+    # Containers inherit the hard limits of the service: one that was started from a shell with lower limits than ours
+    # would refuse what we ask for.
+    limits = [resource.getrlimit(kind)[1] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)]
+    identity = hashlib.sha256(f"{criu} {runtime} {limits}".encode()).hexdigest()[:12]
     folder = run / f"podman-{identity}"
     path = folder / "podman.sock"
 

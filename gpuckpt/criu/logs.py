@@ -53,6 +53,17 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
         "this CRIU does not know this kernel's vDSO",
         "use a newer CRIU: make setup, or --criu PATH",
     ),
+    (
+        r"file.?lock|Some file locks are hold",
+        "the server holds a file lock that CRIU cannot carry",
+        "let it release the lock before the dump",
+    ),
+    (
+        r"fsnotify|Can't dump that handle|inotify",
+        "the server watches a file that CRIU cannot find again by its handle (inotify on an overlay)",
+        "switch its file watching off",
+    ),
+    (r"Unable to convert uid", "the server made a user namespace of its own", "run it without"),
     (r"Pid \d+ do not match expected|can't fork.*pid", "a process id was taken", "try again"),
     (
         r"Magic doesn't match|image .* corrupt|Unexpected EOF|Can't read|unpack",
@@ -81,7 +92,8 @@ def diagnose(log: Path) -> Diagnosis:
         text = log.read_text(errors="replace")
     except OSError:
         return Diagnosis((), None, None, False)
-    errors = [line for line in text.splitlines() if "Error (" in line]
+    # Without CAP_SYS_RESOURCE CRIU cannot raise its own limits; it says so each time and goes on.
+    errors = [line for line in text.splitlines() if "Error (" in line and "Can't setup RLIMIT_NOFILE" not in line]
     joined = "\n".join(errors)
     no_space = bool(re.search(_KNOWN[0][0], joined))
     for pattern, cause, remedy in _KNOWN:

@@ -6,7 +6,9 @@ a folder that also receives what hooks/criu/action notes.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import stat
 import time
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from gpuckpt.errors import PreflightError
 from gpuckpt.paths import refuse_untrusted
+from gpuckpt.proc import processes_below
 
 # CRIU's stages (criu(8), --action-script) and what the time after each is spent on.
 STAGES = {
@@ -68,18 +71,21 @@ class Operation:
         tcp_established: bool,
         ghost_limit: int,
         loopback: bool,
+        hook_seconds: float,
         copies: Sequence[tuple[Path, Path]] = (),
     ) -> None:
         """Write CRIU's options and the context of the action script, and forget an earlier operation's notes.
 
         ``loopback``: the network namespace is the container's own and empty, and its loopback is to be up.
+        ``hook_seconds``: how long one executable of the user's may take.
         ``copies`` (from, to) are made at the end of a dump, while the processes are still frozen.
         """
         check_hooks(hooks)
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        for name in ("stages", "failed", "output"):
+        for name in ("stages", "failed", "output", "running"):
             (self.folder / name).unlink(missing_ok=True)
         context = [f"GOLDEN={golden}", f"REPLICA={replica}", f"HOOKS={hooks}"]
+        context += [f"HOOK_SECONDS={hook_seconds:g}"]
         context += ["LOOPBACK=1"] if loopback else []
         context += [f"COPY={source}\t{target}" for source, target in copies]
         (self.folder / "context").write_text("\n".join(context) + "\n")
@@ -88,6 +94,7 @@ class Operation:
         script.symlink_to(action_script())
         options = [
             "link-remap",  # files deleted but open, such as vLLM's semaphores in /dev/shm
+            "file-locks",  # flock(2), which model caches hold; taken again by the restored process
             "skip-in-flight",  # connections half accepted: their clients are gone anyway
             "tcp-established" if tcp_established else "tcp-close",
             f"ghost-limit {ghost_limit}",
@@ -123,6 +130,20 @@ class Operation:
                 cause=f"{' and '.join(missing)} was not made" if missing else "the action script was not called",
                 remedy="use runc 1.1 or later, or crun with support for org.criu.config: podman.runtime",
             )
+
+    def end_hooks(self) -> None:
+        """Kill the hook that runs now, if one does: podman waits for CRIU, CRIU for its script, the script for it."""
+        try:
+            pid = int((self.folder / "running").read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return
+        if os.fsencode(self.folder / "action") not in command:
+            return  # it has ended, and the number is another process' now
+        for child in processes_below(pid):
+            if child != pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
 
     def failed_step(self) -> FailedStep | None:
         """What failed in the action script, or None."""

@@ -45,6 +45,7 @@ def assemble(
         tcp_established=tcp_established,
         ghost_limit=tools.settings.criu.ghost_limit,
         loopback=launch.port is None,
+        hook_seconds=tools.settings.criu.hook_timeout,
         copies=copies,
     )
     binds = [(mount.source, mount.destination, mount.read_only) for mount in launch.mounts]

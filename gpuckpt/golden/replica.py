@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -11,13 +12,15 @@ from pathlib import Path
 
 from gpuckpt.containers.podman import ALIVE, OWNER, container_name
 from gpuckpt.criu.operation import Operation
-from gpuckpt.errors import BusyError, GpuckptError, InterruptedByUser, NotFoundError
+from gpuckpt.errors import BusyError, GpuckptError, InterruptedByUser, NotFoundError, UsageError
 from gpuckpt.golden.tools import Tools
 from gpuckpt.manifest import Port
 from gpuckpt.store import locks
 from gpuckpt.store.layout import check_name
 from gpuckpt.workload.base import SOCKET_NAME
 from gpuckpt.workload.endpoint import Endpoint
+
+LONGEST_SOCKET = 107  # bytes of a path; unix(7): sun_path holds 108 with the zero at its end
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def load(folder: Path) -> Replica | None:
     """The replica recorded in ``folder``; None if its making had not come so far."""
     try:
         record = json.loads((folder / "replica.json").read_text())
-        return Replica(**(record | {"folder": folder, "volumes": tuple(record["volumes"])}))
+        return Replica(**(record | {"name": folder.name, "folder": folder, "volumes": tuple(record["volumes"])}))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -127,6 +130,7 @@ def discard(tools: Tools, replica: Replica) -> None:
     if replica.folder.exists():
         # Killed from here on, it is swept: only what is ready is left alone.
         attempt(replace(replica, state="removing").save)
+    attempt(replica.operation.end_hooks)
     attempt(tools.containers.remove, replica.container, tools.layout.state)
     attempt(tools.overlay.unmount, replica.folder)
     for volume in replica.volumes:
@@ -161,6 +165,7 @@ def making(tools: Tools, name: str, golden: str) -> Iterator[Replica]:
     """
     with locks.exclusive(tools.layout.replica_locks, "replica", check_name(name)):
         folder = tools.layout.replicas / name
+        _check_socket(Replica(name, golden, folder).sockets / SOCKET_NAME)
         if folder.exists():
             earlier = load(folder) or Replica(name, golden, folder)
             if earlier.state == "ready" and alive(tools, earlier):
@@ -187,6 +192,15 @@ def making(tools: Tools, name: str, golden: str) -> Iterator[Replica]:
             kept = load(folder)
             if kept is not None and kept.state != "ready":
                 discard(tools, kept)
+
+
+def _check_socket(path: Path) -> None:
+    if len(os.fsencode(path)) > LONGEST_SOCKET:
+        raise UsageError(
+            f"the socket's path would be too long: {path}",
+            cause=f"a Unix socket's path has at most {LONGEST_SOCKET} bytes",
+            remedy="choose a shorter name, or a shorter paths.state",
+        )
 
 
 def commit(replica: Replica, *, memory: str = "copy", tier: str = "hot") -> Replica:

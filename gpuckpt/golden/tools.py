@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from gpuckpt import proc
 from gpuckpt.config import Settings
-from gpuckpt.containers import podman as containers
 from gpuckpt.containers import rootfs, service
 from gpuckpt.containers.podman import Container, ContainerSpec, Podman
 from gpuckpt.criu.binary import Criu, find
@@ -91,7 +91,7 @@ class Tools:
 
 def memory_below(pid: int) -> int:
     """Bytes that a dump of ``pid`` and its descendants would carry."""
-    return containers.memory_of(containers.processes_below(pid))
+    return proc.memory_of(proc.processes_below(pid))
 
 
 @contextmanager

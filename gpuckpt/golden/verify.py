@@ -23,7 +23,8 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
         raise VerificationError(
             f"the golden in {folder} says that its name is {manifest.name}", remedy="it was moved by hand; move it back"
         )
-    found = digests.differences(
+    found = [] if seal.fits(folder) else ["manifest.json has changed since the golden was sealed"]
+    found += digests.differences(
         folder,
         manifest.files,
         manifest.links,

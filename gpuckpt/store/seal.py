@@ -33,17 +33,28 @@ def write(folder: Path) -> None:
     path.write_text(json.dumps(seal))
 
 
+def _read(folder: Path) -> tuple[dict[str, list[int]], str | None]:
+    """The notes and the manifest's digest; nothing where the seal is missing or is none."""
+    try:
+        seal = json.loads((folder / _SEAL).read_text())
+        return dict(seal["files"]), str(seal["manifest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, None
+
+
+def fits(folder: Path) -> bool:
+    """Whether the manifest is the one that was sealed; a golden without a seal is taken at its word."""
+    _, sealed = _read(folder)
+    return sealed is None or digest_bytes((folder / "manifest.json").read_bytes()) == sealed
+
+
 def broken(folder: Path, golden: Manifest, progress: Callable[[int], None] = lambda done: None) -> list[str]:
     """What has changed in a golden since it was sealed, one sentence each; empty if nothing has.
 
     Files whose notes differ are read and compared with their digests; if these are right the seal is renewed.
     """
-    try:
-        seal = json.loads((folder / _SEAL).read_text())
-        notes, sealed = dict(seal["files"]), str(seal["manifest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        notes, sealed = {}, ""
-    if sealed and digest_bytes((folder / "manifest.json").read_bytes()) != sealed:
+    notes, _ = _read(folder)
+    if not fits(folder):
         return ["manifest.json has changed since the golden was sealed"]
     found = differences(folder, golden.files, golden.links, contents=False, attributes_blake3=golden.attributes_blake3)
     stale = [relative for relative, status in walk(folder) if notes.get(key(relative)) != _note(status)]

@@ -8,13 +8,17 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpuckpt.errors import DaemonUnreachableError, GpuckptError
 from gpuckpt.timing import now_ns
+
+_LONGEST = 64 << 20  # bytes of an answer, or of one event of a stream; a server that sends more is not asked again
 
 
 class RequestFailed(GpuckptError):
@@ -47,6 +51,28 @@ class _Connection(http.client.HTTPConnection):
             self.sock = socket.create_connection((self._endpoint.host, self._endpoint.port), self.timeout)
 
 
+@contextmanager
+def _ended_after(seconds: float, connection: _Connection) -> Iterator[None]:
+    """Cut the connection after so many seconds: a socket's own timeout is for each byte, and bytes may trickle."""
+
+    late = threading.Event()
+
+    def cut() -> None:
+        late.set()
+        with suppress(OSError, AttributeError):  # not connected yet, or closed already
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if late.is_set():  # what was cut can look like an answer that ended
+        raise TimeoutError(f"the answer was not complete within {seconds:g} s")
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where a replica listens: ``socket`` (a path of the host), or ``host`` and ``port``."""
@@ -61,12 +87,15 @@ class Endpoint:
     def request(self, method: str, path: str, body: str = "", *, timeout: float = 60) -> Answer:
         """Send one request and read the whole answer, whatever its status.
 
-        Raises DaemonUnreachableError if nothing answers within ``timeout`` seconds of silence.
+        Raises DaemonUnreachableError if the answer is not complete within ``timeout`` seconds, or longer than 64 MiB.
         """
         connection = _Connection(self, timeout)
         try:
-            with self._send(connection, method, path, body) as response:
-                return Answer(response.status, response.read())
+            with _ended_after(timeout, connection), self._send(connection, method, path, body) as response:
+                data = response.read(_LONGEST + 1)
+                if len(data) > _LONGEST:
+                    raise http.client.HTTPException(f"the answer has more than {_LONGEST >> 20} MiB")
+                return Answer(response.status, data)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
         finally:
@@ -90,7 +119,7 @@ class Endpoint:
                         f"{method} {path} answered {response.status}", status=response.status, cause=text
                     )
                 finished = False
-                for line in response:
+                while line := response.readline(_LONGEST):
                     arrived = now_ns()
                     data = line.strip()
                     if data == b"data: [DONE]":

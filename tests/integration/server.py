@@ -6,6 +6,7 @@ python3 server.py (SOCKET | PORT) [--megabytes N] [--crash-on PATH] [--never-hea
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import mmap
 import os
@@ -42,6 +43,9 @@ listener = socket.create_server(("127.0.0.1", 0))
 near = socket.create_connection(listener.getsockname())
 far, _ = listener.accept()
 
+# A lock on a file, as model caches hold.
+locked = tempfile.TemporaryFile(dir="/var/tmp")  # noqa: SIM115 - held open for the server's life
+fcntl.flock(locked, fcntl.LOCK_EX)
 deleted = tempfile.TemporaryFile(dir="/var/tmp")  # noqa: SIM115 - held open for the server's life
 if arguments.deleted_file:
     deleted.write(b"x" * arguments.deleted_file)

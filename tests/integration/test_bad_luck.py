@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from tests.integration.conftest import THP, Bench
+from tests.integration.conftest import GPUCKPT, THP, Bench
 
 
 def hook(bench: Bench, stage: str, script: str) -> None:
@@ -168,6 +168,51 @@ def test_restore_that_is_interrupted(bench: Bench, number: signal.Signals) -> No
     (bench.folder / "hooks.d" / "pre-restore" / "10-test").unlink()
     bench.ok("restore", name)
     assert bench.get(name, "/health") == "ok"
+
+
+def test_a_hook_that_hangs_is_ended(bench: Bench) -> None:
+    name = bench.name()
+    reached = bench.folder / "reached"
+    hook(bench, "pre-dump", f"touch {reached}; exec sleep 4999")
+    child = bench.start(*bench.creation(name))
+    until(reached.exists)
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert bench.left() == []
+    failed = bench.run(*bench.creation(name), env={"GPUCKPT_CRIU__HOOK_TIMEOUT": "1s"})
+    assert failed.code == 9
+    assert "did not end within 1 s" in failed.err
+    assert bench.left() == []
+
+
+def test_a_manifest_that_was_edited(bench: Bench) -> None:
+    name = bench.name()
+    bench.create(name)
+    manifest = bench.store / "goldens" / name / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"user": ""', '"user": "nobody"', 1))
+    for command in ("verify", "restore", "verify"):
+        failed = bench.run(command, name)
+        assert failed.code == 8, (command, failed.err)
+        assert "manifest.json has changed" in failed.err
+
+
+def test_a_state_folder_with_a_long_path(bench: Bench) -> None:
+    deep = bench.folder / ("d" * 100)
+    failed = bench.run(*bench.creation(bench.name()), env={"GPUCKPT_PATHS__STATE": str(deep)})
+    assert failed.code == 2
+    assert "socket's path would be too long" in failed.err
+
+
+def test_lower_limits_of_one_shell_do_not_stay(bench: Bench) -> None:
+    limited = subprocess.run(
+        ["bash", "-c", 'ulimit -n 512; exec "$@"', "bash", *GPUCKPT, "prune"],
+        env=bench.env,
+        capture_output=True,
+        check=False,
+    )
+    assert limited.returncode == 3
+    bench.create(bench.name())
 
 
 def test_the_next_command_sweeps_without_being_asked(bench: Bench) -> None:

@@ -32,6 +32,7 @@ def write(operation: Operation, hooks: Path, **changes: Any) -> None:
         "tcp_established": False,
         "ghost_limit": 1 << 20,
         "loopback": False,
+        "hook_seconds": 5.0,
     }
     operation.write(**given | changes)
 

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from gpuckpt.containers import podman as podmans
+from gpuckpt import proc
 from gpuckpt.containers.api import Api, PodmanError
 from gpuckpt.containers.podman import LABEL, OWNER, ContainerSpec, Podman, container_name
 from gpuckpt.errors import (
@@ -361,7 +361,7 @@ def test_container_names() -> None:
 
 
 def test_memory_and_children_by_proc() -> None:
-    assert os.getpid() in podmans.processes_below(os.getppid())
-    assert podmans.processes_below(os.getpid())[0] == os.getpid()
-    assert podmans.memory_of([os.getpid()]) > 1 << 20
-    assert podmans.memory_of([2**22 + 1]) == 0, "a process that ended meanwhile counts nothing"
+    assert os.getpid() in proc.processes_below(os.getppid())
+    assert proc.processes_below(os.getpid())[0] == os.getpid()
+    assert proc.memory_of([os.getpid()]) > 1 << 20
+    assert proc.memory_of([2**22 + 1]) == 0, "a process that ended meanwhile counts nothing"
