@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpuckpt import proc
+from gpuckpt.checks import Check
 from gpuckpt.containers import checks
 from gpuckpt.containers.api import Api
 from gpuckpt.errors import DaemonUnreachableError, GpuckptError, PreflightError
@@ -40,6 +41,19 @@ def choose_runtime(wanted: str) -> str:
         cause="; ".join(troubles),
         remedy="make setup" if wanted == "auto" else "set podman.runtime to auto, or make setup",
     )
+
+
+def check(run: Path, criu: Path, runtime: str) -> Check:
+    """Does our podman service answer, or can it be started? It ends by itself when idle, so starting it is no harm."""
+    why = "create and restore ask it for containers; it has the CRIU to use on its PATH"
+    began = time.monotonic()
+    try:
+        api = connect(run, criu, runtime=runtime)
+    except GpuckptError as error:
+        found = f"{error.message}: {error.cause or '; '.join(error.log[-2:])}"
+        return Check("containers.service", "podman service", "fail", found, why, "gpuckpt doctor")
+    found = f"answers at {api.path} ({time.monotonic() - began:.2f} s)"
+    return Check("containers.service", "podman service", "ok", found, why)
 
 
 def connect(run: Path, criu: Path, *, runtime: str = "auto", timeout: float = 600) -> Api:

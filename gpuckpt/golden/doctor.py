@@ -8,8 +8,10 @@ from typing import Literal
 from gpuckpt.checks import Check
 from gpuckpt.config import Settings
 from gpuckpt.containers import checks as containers
+from gpuckpt.containers import service
 from gpuckpt.criu import checks as criu
-from gpuckpt.errors import PreflightError
+from gpuckpt.criu.binary import find
+from gpuckpt.errors import GpuckptError, PreflightError
 from gpuckpt.host import checks as host
 from gpuckpt.host import limits, seccomp, tmpfs
 
@@ -30,6 +32,7 @@ def diagnose(settings: Settings) -> list[Check]:
     if machine.uid == 0:
         groups.append(("criu", lambda: criu.all_checks(settings)))
         groups.append(("containers", lambda: containers.all_checks(settings)))
+        groups.append(("service", lambda: _service(settings)))
     else:
         # As a user podman is rootless and CRIU refuses: what they would say is not true of root.
         groups.append(("criu", lambda: [criu.program(settings)[0], criu.pycriu()]))
@@ -79,6 +82,14 @@ def _relevant(settings: Settings, purpose: str, machine: host.Machine) -> Iterab
         yield host.kernel(machine)
         yield limits.check()
         yield criu.pycriu()
+
+
+def _service(settings: Settings) -> list[Check]:
+    try:
+        program = find(settings).path
+    except GpuckptError:
+        return []  # CRIU's own row says it
+    return [service.check(settings.paths.run, program, settings.podman.runtime)]
 
 
 def _guarded(name: str, group: Group) -> list[Check]:
