@@ -33,7 +33,10 @@ def parse_size(value: object) -> object:
     base = 1000 if (suffix or "").upper() == "B" else 1024
     factor = base ** ("KMGT".index(unit.upper()) + 1) if unit else 1
     # Not through float where it can be helped: it has no room for every byte count.
-    return int(number) * factor if number.isdigit() else int(float(number) * factor)
+    try:
+        return int(number) * factor if number.isdigit() else int(float(number) * factor)
+    except OverflowError as error:
+        raise ValueError("must be a size that a machine can have") from error
 
 
 def parse_seconds(value: object) -> object:
@@ -57,6 +60,14 @@ def _absolute(path: Path | None) -> Path | None:
     # The daemon and the hooks run with another current directory than the user who wrote the value.
     if path is not None and not path.is_absolute():
         raise ValueError("must be an absolute path (~ and variables are not expanded)")
+    if path is not None and "\0" in str(path):
+        raise ValueError("must not hold a NUL byte, which ends a path for the kernel")
+    return path
+
+
+def _quotable(path: Path) -> Path:
+    if re.search(r"[\s#]", str(path)):
+        raise ValueError("must not hold blanks or #: CRIU's configuration files name paths below it and know no quotes")
     return path
 
 
@@ -78,9 +89,12 @@ def _published(value: object) -> object:
     return text
 
 
+_YEAR = 365 * 86400.0
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+CriuPath = Annotated[Path, AfterValidator(_absolute), AfterValidator(_quotable)]
 Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, allow_inf_nan=False)]
+# More than a year is a slip, and more than some centuries overflows the system's own time-outs.
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, le=_YEAR, allow_inf_nan=False)]
 NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,38}[A-Za-z0-9])?"
 """What can name a golden or a replica: it becomes a file name, a container's name and part of a socket's path."""
 Name = Annotated[str, Field(pattern=rf"^(?:{NAME})\z")]
@@ -105,10 +119,10 @@ class Paths(_Table):
     prefix: AbsolutePath = Field(
         default=Path("/opt/gpuckpt"), description="what `make setup` installs: CRIU, environments"
     )
-    state: AbsolutePath = Field(
+    state: CriuPath = Field(
         default=Path("/var/lib/gpuckpt"), description="replicas' writable layers, logs of operations"
     )
-    run: AbsolutePath = Field(default=Path("/run/gpuckpt"), description="locks, sockets; gone after a reboot")
+    run: CriuPath = Field(default=Path("/run/gpuckpt"), description="locks, sockets; gone after a reboot")
     hooks: AbsolutePath = Field(
         default=Path("/etc/gpuckpt/hooks.d"), description="your executables, run at CRIU's stages"
     )

@@ -32,6 +32,7 @@ DOTENV_KEYS = {
     "API_PORT": "create.publish",
     "CHECKPOINT_DIR": "store.path",
 }
+_LARGEST = 1 << 20  # bytes of a configuration file
 _ASSIGNMENT = re.compile(
     r"""^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)[ \t]*=
         (?:[ \t]*(?:'([^']*)'|"((?:\\.|[^"\\])*)")[ \t]*(?:\#.*)?|(.*))$""",
@@ -134,13 +135,22 @@ def _did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
 
 def _read_toml(file: Path, *, must_exist: bool) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
+        with open(os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise UsageError(f"{file} is not a regular file", remedy="give --config a TOML file")
+            data = stream.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise UsageError(
+                f"{file} is larger than {_LARGEST >> 10} KiB", remedy="give --config a TOML file of settings"
+            )
+        return data.decode("utf-8").replace("\r\n", "\n")
     except FileNotFoundError as error:
         if must_exist:
             raise NotFoundError(f"no configuration file {file}", remedy="give --config a file that exists") from error
         return ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}", cause=str(error)) from error
+    except (OSError, ValueError) as error:  # no UTF-8, a NUL in the name
+        raise UsageError(f"cannot read {_shown(str(file))}", cause=str(error)) from error
 
 
 def _toml_values(file: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -148,6 +158,8 @@ def _toml_values(file: Path, text: str) -> Iterator[tuple[str, Any]]:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{file} is not valid TOML", cause=str(error)) from error
+    except RecursionError as error:
+        raise UsageError(f"{file} is no configuration", cause="its brackets are nested too deeply") from error
     tables = list(Settings.model_fields)
     for table, content in data.items():
         if table not in tables:
@@ -171,7 +183,7 @@ def _at(file: Path, text: str, key: str) -> str:
     for count in range(1, len(lines) + 1):
         try:
             found: Any = tomllib.loads("\n".join(lines[:count]))
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             continue
         for part in key.split("."):
             found = found.get(part) if isinstance(found, dict) else None
@@ -195,7 +207,7 @@ def _decoded(key: str, variable: str, text: str) -> Any:
         return [part.strip() for part in text.split(",") if part.strip()]
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         remedy = f'write {variable}=\'["one", "two"]\' or {variable}=one,two'
         raise UsageError(
             f"{key} cannot be {_shown(text)} (environment {variable})", cause=str(error), remedy=remedy

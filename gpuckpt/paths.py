@@ -73,6 +73,10 @@ def private_folder(path: Path) -> Path:
     refuse_untrusted(path)
     status = path.stat()
     if status.st_uid != os.geteuid():
+        if os.geteuid() != 0:
+            raise PreflightError(
+                "gpuckpt must run as root", cause=f"{path} belongs to user {status.st_uid}", remedy="sudo gpuckpt …"
+            )
         raise PreflightError(
             f"{path} belongs to user {status.st_uid}", remedy=f"chown {os.geteuid()} {path}, or configure another path"
         )

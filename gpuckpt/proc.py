@@ -8,6 +8,7 @@ message that can be pasted back into a shell.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,12 @@ from gpuckpt.errors import DeadlineError, GpuckptError, NotFoundError
 # What a child may see of our environment. PATH is fixed: root's commands must not depend on the caller's PATH.
 _PASSED = ("HOME", "LANG", "LC_ALL", "TERM", "TMPDIR", "TZ", "XDG_RUNTIME_DIR")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# Terminal sequences as a whole (colours, titles), then what control characters are left; a tab may stay.
+_CONTROL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
+_LONGEST = 500  # characters of a line that is shown
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,12 @@ def spawn(
 
 
 def tail(text: str, lines: int = 15) -> tuple[str, ...]:
-    """The last ``lines`` non-empty lines of ``text``."""
-    return tuple(line for line in text.splitlines() if line.strip())[-lines:]
+    """The last ``lines`` non-empty lines of ``text``, without control characters and cut where they are very long.
+
+    They end on a terminal, and the programs that wrote them are not to move its cursor or set its title.
+    """
+    cleaned = (_CONTROL.sub("", line) for line in text.splitlines())
+    return tuple(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in cleaned if line.strip())[-lines:]
 
 
 def memory_of(pids: Sequence[int]) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import io
 import os
+import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -36,7 +40,29 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+class _ReaderGone(Exception):
+    """EPIPE, under a name that click does not know: it would end the program with 1, and main() promises 0."""
+
+
+@contextlib.contextmanager
+def _epipe_renamed() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _ReaderGone from error
+
+
 class _Commands(click.Group):
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _epipe_renamed():  # --help and --version print here
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _epipe_renamed():
+            return super().invoke(ctx)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -107,31 +133,46 @@ def main(argv: list[str] | None = None) -> Any:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup(1) is meant
             signal.signal(number, _interrupt)
     _open_streams()
-    arguments = sys.argv[1:] if argv is None else argv
+    sys.exit(_run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = cli.main(args=arguments, prog_name="gpuckpt", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.stdout.flush()  # at the interpreter's end nobody could report that it failed
+        return code if isinstance(code, int) else 0
     except click.exceptions.Exit as leave:
-        sys.exit(leave.exit_code)
+        return leave.exit_code
     except click.ClickException as error:
         if _wants_json(arguments):
             _report(_ours(error), arguments)
         else:
-            error.show()
-        sys.exit(error.exit_code)
+            with contextlib.suppress(OSError):
+                error.show()
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(InterruptedByUser.exit_code)
+        return InterruptedByUser.exit_code
     except (GpuckptError, InterruptedByUser) as error:
         _report(error, arguments)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
+        return error.exit_code
+    except SystemExit as leave:
+        # rich meets EPIPE by itself, and makes it an exit with 1.
+        if not isinstance(leave.__context__, BrokenPipeError):
+            raise
+        _to_nowhere(sys.stdout)
+        return 0
+    except (_ReaderGone, BrokenPipeError):
         # The reader of our output (head, less) went away: end quietly, as other tools do.
-        sys.stderr.close()
-        sys.exit(0)
+        _to_nowhere(sys.stdout)
+        return 0
     except OSError as error:
         told = _told(error)
         _report(told, arguments)
-        sys.exit(told.exit_code)
+        return told.exit_code
+    except Exception as error:
+        told = _unexpected(error)
+        _report(told, arguments)
+        return told.exit_code
 
 
 def _told(error: OSError) -> GpuckptError:
@@ -139,11 +180,47 @@ def _told(error: OSError) -> GpuckptError:
     from gpuckpt.errors import OutOfSpaceError, PreflightError
 
     if error.errno == errno.ENOSPC:
-        return OutOfSpaceError(f"no space left for {error.filename or 'a file'}", remedy="gpuckpt df; df -h")
+        if not isinstance(error.filename, str | bytes):
+            return OutOfSpaceError("no space left for a file", remedy="df -h shows which file system is full")
+        path = os.fsdecode(error.filename)
+        mount = _mount_of(path)
+        return OutOfSpaceError(
+            f"no space left for {path}",
+            cause=f"the file system mounted on {mount} is full",
+            remedy=f"make room there (df -h {shlex.quote(mount)}); if it is the store: gpuckpt df",
+        )
     what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
     if error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0:
         return PreflightError("gpuckpt must run as root", cause=what, remedy="sudo gpuckpt …")
-    return GpuckptError(what)
+    # Root is refused, and folders cannot be made, where the kernel keeps files of its own (/proc, /sys), too.
+    remedy = "correct that path; gpuckpt config show --origin tells where a configured one comes from"
+    return GpuckptError(what, remedy=remedy if error.filename else None)
+
+
+def _mount_of(path: str) -> str:
+    path = os.path.realpath(path)
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _unexpected(error: Exception) -> GpuckptError:
+    """An error of this program's own: one line, with the traceback in a file of the caller's alone."""
+    import tempfile
+    import traceback
+
+    lines = traceback.format_exception(error)
+    kept: str | None = None
+    with contextlib.suppress(OSError):
+        handle, kept = tempfile.mkstemp(prefix="gpuckpt-", suffix=".txt")  # mode 0600
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(lines)
+    text = " ".join(str(error).split())
+    return GpuckptError(
+        "unexpected error, please report it",
+        cause=f"{type(error).__name__}: {text}" if text else type(error).__name__,
+        log_path=kept,
+    )
 
 
 def _ours(error: click.ClickException) -> GpuckptError:
@@ -158,7 +235,38 @@ def _ours(error: click.ClickException) -> GpuckptError:
 def _report(error: GpuckptError | InterruptedByUser, arguments: list[str]) -> None:
     from gpuckpt.cli.render import show_error
 
-    show_error(error, as_json=_wants_json(arguments))
+    # A report that cannot be written (its reader is gone, the disk is full) does not change how the command ended.
+    try:
+        show_error(error, as_json=_wants_json(arguments))
+        sys.stdout.flush()
+    except OSError:
+        _to_nowhere(sys.stdout)
+
+
+class _Lossy(io.TextIOWrapper):
+    """A standard error that loses what it cannot write: no command fails, or stops halfway, for want of a listener."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            _to_nowhere(self)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            _to_nowhere(self)
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Let a stream's file be /dev/null: what is left in its buffer would fail again when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        number = stream.fileno()
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(null, number)
+        os.close(null)
 
 
 def _open_streams() -> None:
@@ -170,6 +278,12 @@ def _open_streams() -> None:
             handle = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
             if getattr(sys, name) is None:
                 setattr(sys, name, os.fdopen(handle, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+    if type(sys.stderr) is io.TextIOWrapper and sys.stderr.fileno() == 2:
+        raw = io.BufferedWriter(io.FileIO(2, "w", closefd=False))
+        sys.stderr = _Lossy(raw, encoding=sys.stderr.encoding, errors="replace", line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names and logs may hold what the terminal's encoding does not
+            stream.reconfigure(errors="replace")
 
 
 def _wants_json(arguments: list[str]) -> bool:

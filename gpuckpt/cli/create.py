@@ -47,7 +47,7 @@ _SERVER = "gpuckpt.server_arguments"
 @click.option("--workdir", metavar="PATH", help="Working directory inside the container.")
 @click.option("--shm-size", metavar="SIZE", default="1GiB", show_default=True, help="Limit of the server's /dev/shm.")
 @click.option("--warmup", type=int, metavar="N", help="Number of warm-up requests.  [default: 3]")
-@click.option("--prompt", multiple=True, metavar="TEXT", help="Prompt of the warm-up (vllm); repeatable.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt of the warm-up (vllm); repeatable.")
 @click.option("--health-path", metavar="PATH", default="/health", show_default=True, help="Health check (http).")
 @click.option("--warmup-request", multiple=True, metavar="'METHOD PATH [BODY]'", help="Warm-up request (http).")
 @click.option("--canary", metavar="'METHOD PATH [BODY]'", help="Request whose answer repeats (http).")
@@ -88,7 +88,7 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
         create__image=options["image"],
         create__publish=options["publish"],
         create__warmup=options["warmup"],
-        create__prompts=options["prompt"],
+        create__prompts=options["prompts"],
         create__start_timeout=options["start_timeout"],
         criu__path=options["criu_path"],
     )

@@ -9,6 +9,7 @@ from typing import Any
 from gpuckpt.config import Settings, parse_size
 from gpuckpt.errors import NotFoundError, UsageError
 from gpuckpt.golden.create import CreateRequest
+from gpuckpt.host.tmpfs import memory_total
 from gpuckpt.manifest import Mount, Port, Request, Volume, Workload
 from gpuckpt.store.layout import check_name
 from gpuckpt.workload import Http, Vllm
@@ -25,6 +26,8 @@ def request_from(
     if not chosen:
         raise UsageError("no name for the golden", remedy="gpuckpt create NAME …, or set create.name (CONT_NAME)")
     check_name(chosen)
+    for argument in arguments:
+        _check_passed(argument, "the server's arguments")
     image = settings.create.image
     if image and options["rootfs"]:
         raise UsageError("--image and --rootfs exclude each other", remedy="give one of them")
@@ -61,7 +64,7 @@ def _adapter(settings: Settings, name: str, arguments: tuple[str, ...], options:
     return Http(
         Workload(
             kind="http",
-            health_path=options["health_path"],
+            health_path=_path(options["health_path"], "--health-path"),
             canary_request=_request(options["canary"]) if options["canary"] else None,
             warmup_requests=tuple(_request(text) for text in options["warmup_request"]),
         )
@@ -70,9 +73,52 @@ def _adapter(settings: Settings, name: str, arguments: tuple[str, ...], options:
 
 def _request(text: str) -> Request:
     words = text.split(None, 2)
+    remedy = "write 'METHOD /path [BODY]', for example 'GET /health'"
     if len(words) < 2 or not words[1].startswith("/"):
-        raise UsageError(f"“{text}” is not a request", remedy="write 'METHOD /path [BODY]', for example 'GET /health'")
-    return Request(method=words[0].upper(), path=words[1], body=words[2] if len(words) > 2 else "")
+        raise UsageError(f"“{_shown(text)}” is not a request", remedy=remedy)
+    if not re.fullmatch(r"[A-Za-z]+", words[0]):
+        raise UsageError(f"“{_shown(words[0])}” is no HTTP method", cause="a method is letters", remedy=remedy)
+    body = words[2] if len(words) > 2 else ""
+    if not _is_text(body):
+        raise UsageError(f"the body of “{_shown(' '.join(words[:2]))}” is not valid UTF-8", remedy="write it as UTF-8")
+    return Request(method=words[0].upper(), path=_path(words[1], "the request"), body=body)
+
+
+def _path(text: str, what: str) -> str:
+    # It goes into the request line as it is: a control character would end that, and other letters have no place there.
+    if not re.fullmatch(r"/[!-~]*", text):
+        raise UsageError(
+            f"{what}: “{_shown(text)}” is not a path",
+            cause="a path begins with / and holds printable ASCII characters without blanks",
+            remedy="write anything else as %XX, for example /caf%C3%A9",
+        )
+    return text
+
+
+def _is_text(text: str) -> bool:
+    """Is ``text`` valid UTF-8? Bytes of the command line that are none arrive as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(text: str) -> str:
+    """``text`` with what cannot be printed escaped."""
+    safe = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in safe)
+
+
+def _check_passed(text: str, what: str) -> str:
+    """Return ``text`` if it can be handed to podman, in JSON, and to a program, as a C string."""
+    if "\0" in text or not _is_text(text):
+        raise UsageError(
+            f"{what}: “{_shown(text)}” cannot be passed to the server",
+            cause="it holds a NUL byte" if "\0" in text else "it is not valid UTF-8",
+            remedy="write it as UTF-8 text, or let the server read it from a file",
+        )
+    return text
 
 
 def _environment(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -80,7 +126,8 @@ def _environment(pairs: tuple[str, ...]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
-            raise UsageError(f"“{pair}” is not NAME=VALUE", remedy="for example --env HF_HOME=/models")
+            raise UsageError(f"“{_shown(pair)}” is not NAME=VALUE", remedy="for example --env HF_HOME=/models")
+        _check_passed(pair, "--env")
         found[key] = value
     return found
 
@@ -123,6 +170,15 @@ def _folder(text: str) -> Path:
 
 def _size(text: str) -> int:
     try:
-        return int(str(parse_size(text)))
+        found = int(str(parse_size(text)))
     except ValueError as error:
         raise UsageError(f"--shm-size: {error}", remedy="for example --shm-size 2GiB") from error
+    memory = memory_total()
+    if not found or found > memory > 0:
+        raise UsageError(
+            f"--shm-size cannot be {text}",
+            # tmpfs(5): a size of 0 is no limit at all.
+            cause=f"this machine has {memory >> 20} MiB of memory" if found else "0 would be no limit at all",
+            remedy="for example --shm-size 2GiB",
+        )
+    return found

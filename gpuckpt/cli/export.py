@@ -10,6 +10,7 @@ import click
 from gpuckpt.cli.complete import golden_names
 from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.render import format_option, print_json, size
+from gpuckpt.errors import UsageError
 
 
 @click.command()
@@ -27,6 +28,18 @@ def command(ctx: click.Context, /, name: str, file: Path, zstd: bool, as_json: b
     settings = settings_from(ctx)
     layout = Layout.of(settings)
     layout.golden(name)
+    if str(file) == "-":
+        raise UsageError(
+            "an archive is not written to standard output",
+            cause="it takes its name in one step, once it is whole",
+            remedy=f"give a file, for example gpuckpt export {name} {name}.tar",
+        )
+    if file.resolve().is_relative_to(layout.store.resolve()):
+        raise UsageError(
+            f"{file} lies in the store itself",
+            cause=f"{layout.store} holds goldens and nothing else, and it is memory",
+            remedy="give a file on a disk",
+        )
     layout.prepare()
     with progress(quiet=as_json or not sys.stderr.isatty()) as report:
         report.stage(f"export {name}")

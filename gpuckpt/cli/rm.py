@@ -20,6 +20,7 @@ def command(ctx: click.Context, /, names: tuple[str, ...], force: bool, as_json:
     from gpuckpt.golden.sweep import sweep
     from gpuckpt.golden.tools import tools
 
+    names = tuple(dict.fromkeys(names))
     settings = settings_from(ctx)
     sweep(settings, lambda: tools(settings))
     work = tools(settings)

@@ -55,7 +55,10 @@ def fast_checks(settings: Settings) -> list[Check]:
     program = Check("containers.podman", "podman", "ok", str(path), why) if path else _no_podman(why)
     if not found:
         text = f"no {' or '.join(names)}"
-        return [program, Check("containers.runtime", "OCI runtime", "fail", text, why, _install("runc"))]
+        return [
+            program,
+            Check("containers.runtime", "OCI runtime", "fail", text, why, _install_runtime(settings.podman.runtime)),
+        ]
     return [program, Check("containers.runtime", "OCI runtime", "ok", ", ".join(found), why)]
 
 
@@ -127,7 +130,8 @@ def runtime(settings: Settings) -> Check:
         return Check("containers.runtime", title, "ok", text, why)
     if wanted == "crun" and found:
         why = "the configuration asks for crun, but this one cannot checkpoint; set podman.runtime to auto"
-    return Check("containers.runtime", title, "fail", text or f"no {' or '.join(names)}", why, _install("runc"))
+    remedy = _install_runtime("auto" if found else wanted)  # one that cannot checkpoint gets no better by itself
+    return Check("containers.runtime", title, "fail", text or f"no {' or '.join(names)}", why, remedy)
 
 
 def info(settings: Settings) -> Check:
@@ -172,9 +176,15 @@ def _no_podman(why: str) -> Check:
 def _install(package: str, *, again: bool = False) -> str:
     """The command that installs ``package`` with this machine's package manager."""
     if _which("dnf"):
-        # Fedora's crun is built with CRIU, and is what its podman is tested with.
-        return f"dnf {'reinstall' if again else 'install'} -y {'crun' if package == 'runc' else package}"
+        return f"dnf {'reinstall' if again else 'install'} -y {package}"
     return f"apt-get install -y {'--reinstall ' if again else ''}{package}"
+
+
+def _install_runtime(wanted: str) -> str:
+    if wanted == "auto":
+        # Fedora's crun is built with CRIU, and is what its podman is tested with; Debian 12's is not.
+        return _install("crun" if _which("dnf") else "runc")
+    return _install(wanted)
 
 
 def _version(text: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpuckpt import manifest as manifests
 from gpuckpt.config import Settings
-from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, NothingToDo
+from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, NothingToDo, UsageError
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden import sweep as sweeping
 from gpuckpt.golden.replica import Replica
@@ -20,7 +20,7 @@ from gpuckpt.golden.tools import Tools
 from gpuckpt.host import tmpfs
 from gpuckpt.manifest import Manifest
 from gpuckpt.store import locks
-from gpuckpt.store.layout import Layout
+from gpuckpt.store.layout import Layout, check_name
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,12 @@ def states(tools: Tools) -> dict[str, str]:
     """podman's state of every container of ours, by replica name."""
     from gpuckpt.containers.podman import LABEL
 
-    return {entry["labels"][LABEL]: entry["state"] for entry in tools.containers.list(tools.layout.state)}
+    found = {}
+    for entry in tools.containers.list(tools.layout.state):
+        # Anybody who may run containers can give them labels: what is no name of a replica is none of ours.
+        with contextlib.suppress(UsageError):
+            found[check_name(entry["labels"].get(LABEL) or "")] = entry["state"]
+    return found
 
 
 def remove(tools: Tools, name: str, *, force: bool = False) -> None:

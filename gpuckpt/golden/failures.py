@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from pathlib import Path
 
@@ -13,18 +13,24 @@ from gpuckpt.golden.tools import Tools
 from gpuckpt.proc import tail
 
 _KEPT = 40  # log files of failed operations; older ones go
+_LARGEST = 4 << 20  # bytes kept of one log: its end, where the reason stands
+_ASKED = 2000  # lines of a server's log
 
 
 def keep_log(tools: Tools, label: str, text: str | Path) -> Path | None:
     """Keep a log under STATE/logs, because the container's own folder is about to go; returns where, if it exists."""
     target = tools.layout.logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}.log"
     if isinstance(text, Path):
-        if not text.is_file() or text.stat().st_size == 0:
+        if not text.is_file() or (length := text.stat().st_size) == 0:
             return None
-        shutil.copyfile(text, target)
+        with text.open("rb") as source:
+            source.seek(max(0, length - _LARGEST))
+            data = source.read(_LARGEST)
     else:
-        target.write_text(text)
-    target.chmod(0o600)
+        data = text.encode("utf-8", "replace")[-_LARGEST:]
+    handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(handle, "wb") as kept:
+        kept.write(data)
     logs = sorted(tools.layout.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
     for old in logs[:-_KEPT]:
         old.unlink(missing_ok=True)
@@ -34,15 +40,20 @@ def keep_log(tools: Tools, label: str, text: str | Path) -> Path | None:
 def server_failure(tools: Tools, replica: Replica, message: str, *, kind: type[GpuckptError]) -> GpuckptError:
     """An error of ``kind`` that shows the last lines of the server's own log."""
     try:
-        text = tools.containers.logs(replica.container)
+        text = tools.containers.logs(replica.container, tail=_ASKED)
     except GpuckptError:
         text = ""
     path = keep_log(tools, f"{replica.name}-server", text) if text else None
-    state = ""
+    state, remedy = "", "the server's last lines say why; correct its arguments and try again"
+    shown = tail(text, 20)
+    if not shown:
+        remedy = "the server printed nothing; run it by hand with the same arguments to see why"
     try:
         container = tools.containers.inspect(replica.container)
         if not container.alive:
             state = f"the container ended with exit code {container.exit_code}"
+            if container.exit_code == 0:
+                remedy = "the server must stay in the foreground: a container ends with its first process"
     except NotFoundError:
         state = "the container is gone"
     except GpuckptError as error:
@@ -50,8 +61,8 @@ def server_failure(tools: Tools, replica: Replica, message: str, *, kind: type[G
     return kind(
         message,
         cause=state or None,
-        remedy="the server's last lines say why; correct its arguments and try again",
-        log=tail(text, 20),
+        remedy=remedy,
+        log=shown,
         log_path=str(path) if path else None,
     )
 

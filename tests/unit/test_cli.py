@@ -454,6 +454,77 @@ def test_a_reader_that_goes_away_is_no_error(machine: Layout) -> None:
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
 
 
+def shell(line: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which `gpuckpt` is ours; its status is that of the first command that fails."""
+    line = f'set -o pipefail; gpuckpt() {{ {sys.executable} -m gpuckpt "$@"; }}; {line}'
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False, env=env)
+
+
+def test_readers_that_are_gone_and_full_devices(machine: Layout) -> None:
+    for words in ("config show", "config show --format json", "--help"):
+        done = shell(f"gpuckpt {words} | true")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert shell("gpuckpt inspect absent 2>/dev/full").returncode == 6
+    full = shell("gpuckpt config show >/dev/full")
+    assert full.returncode == 11 and "no space left" in full.stderr
+    ascii_only = shell("gpuckpt inspect 'gö\xff'", PYTHONIOENCODING="ascii")
+    assert ascii_only.returncode == 2 and "Traceback" not in ascii_only.stderr
+
+
+def test_an_unexpected_error_is_one_line_and_a_file(
+    machine: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Layout) -> list[str]:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(Layout, "names", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    done = run("ls")
+    assert done.returncode == 1 and "unexpected error, please report it" in done.stderr
+    assert "KeyError: 'odd'" in done.stderr and "Traceback" not in done.stderr
+    (kept,) = tmp_path.glob("gpuckpt-*.txt")
+    assert str(kept) in done.stderr and kept.stat().st_mode & 0o777 == 0o600 and "Traceback" in kept.read_text()
+    error = json.loads(run("ls", "--format", "json").stdout)["error"]
+    assert error["exit_code"] == 1 and Path(error["log_path"]).is_file()
+
+
+def test_a_fifo_is_no_configuration(machine: Layout, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (str(tmp_path / "fifo"), "/dev/zero"):
+        done = run("--config", path, "ls")
+        assert done.returncode == 2 and "not a regular file" in done.stderr
+
+
+def test_no_space_names_the_mount(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Layout) -> list[str]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/proc/some/file")
+
+    monkeypatch.setattr(Layout, "names", fail)
+    assert "mounted on /proc is full" in run("ls").stderr
+
+
+def test_a_golden_named_twice_is_removed_once(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(machine)
+    removed: list[str] = []
+    monkeypatch.setattr("gpuckpt.golden.sweep.sweep", lambda *_: [])
+    monkeypatch.setattr("gpuckpt.golden.tools.tools", lambda settings, **_: SimpleNamespace(layout=machine))
+    monkeypatch.setattr("gpuckpt.golden.catalogue.remove", lambda work, name, force: removed.append(name))
+    assert run("rm", "gold", "gold").returncode == 0 and removed == ["gold"]
+
+
+@pytest.mark.parametrize("file", ["-", "store/gold.tar"])
+def test_export_where_no_archive_belongs(machine: Layout, file: str) -> None:
+    publish(machine)
+    done = run("export", "gold", file)
+    assert done.returncode == 2 and "remedy" in done.stderr
+
+
+def test_an_empty_prompt_is_named(machine: Layout) -> None:
+    done = run("create", "gold", "--prompt", "", "--", "--model", "/x")
+    assert done.returncode == 2 and "flag --prompt" in done.stderr
+
+
 # --- the options of create ------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, Any] = {
@@ -529,8 +600,13 @@ def test_ports(text: str, port: Port) -> None:
 
 def test_environment() -> None:
     assert parsed(env=("A=1", "B=", "C=x=y")).env == {"A": "1", "B": "", "C": "x=y"}
-    for wrong in ("A", "=1", ""):
-        refused(env=(wrong,))
+    for wrong in ("A", "=1", "", "A=\udcff", "A\udcff=1", "A=\0"):
+        refused(env=(wrong,)).message.encode()
+
+
+def test_arguments_that_no_program_can_take() -> None:
+    for wrong in ("a\0b", "\udcff"):
+        refused("serve", wrong).message.encode()
 
 
 def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,11 +630,17 @@ def test_requests_of_the_canary_and_the_warm_up() -> None:
     assert record.warmup_requests == (Request(method="GET", path="/x"),)
     for wrong in ("GET", "GET x", "", "/x"):
         refused(canary=wrong or " ")
+    for wrong in ("GET /ü", "G\x01T /", "GET /\x7f", "POST / \udcff", "GÉT /"):
+        refused(canary=wrong).message.encode()
+        refused(warmup_request=(wrong,))
+    assert "--health-path" in refused(health_path="/hälth").message
+    assert parsed(canary="POST / ü").adapter.record.canary_request == Request(method="POST", path="/", body="ü")
 
 
 def test_the_size_of_shared_memory() -> None:
     assert parsed(shm_size="64M").shm_size == 64 << 20
-    assert "--shm-size" in refused(shm_size="lots").message
+    for wrong in ("lots", "0", "9999T"):
+        assert "--shm-size" in refused(shm_size=wrong).message
 
 
 def test_the_root_file_system(tmp_path: Path) -> None:

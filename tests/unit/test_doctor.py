@@ -496,3 +496,10 @@ def test_the_store_of_the_configuration_is_the_one_looked_at(tmp_path: Path) -> 
     settings = Settings(store=Store(path=tmp_path / "here"))
     found = next(check for check in doctor.diagnose(settings) if check.id == "host.store")
     assert str(tmp_path / "here") in found.found
+
+
+def test_the_runtime_that_was_asked_for_is_the_one_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = Settings(podman=Podman(runtime="crun"))
+    programs(monkeypatch, {"runc --version": RUNC, "runc features": CAPABLE})
+    for check in (containers.fast_checks(wanted)[1], containers.runtime(wanted)):
+        assert (check.found, check.mend) == ("no crun", "apt-get install -y crun")

@@ -57,3 +57,11 @@ def test_root_s_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_untrusted(tmp_path / "own" / "state")
     with pytest.raises(PreflightError, match="not root's"):
         refuse_untrusted(tmp_path / "own" / "state", owners=(0,))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user's folder")
+def test_a_user_is_told_to_use_sudo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(PreflightError, match="must run as root") as caught:
+        private_folder(tmp_path)
+    assert "sudo" in str(caught.value.remedy)

@@ -87,3 +87,8 @@ def test_a_daemon_has_its_own_session_and_a_log(tmp_path: Path) -> None:
 def test_tail_skips_empty_lines() -> None:
     assert proc.tail("a\n\n  \nb\nc\n", 2) == ("b", "c")
     assert proc.tail("") == ()
+
+
+def test_tail_is_safe_to_print() -> None:
+    assert proc.tail("\x1b[31mred\x1b[0m\tand\x07\x9b \x1b]0;title\x07plain\x00\n\x1b[2J\n") == ("red\tand plain",)
+    assert proc.tail("x" * 10_000) == ("x" * 500 + "…",)

@@ -1,0 +1,63 @@
+"""What is shown and kept of a server that failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpuckpt.errors import CheckpointError
+from gpuckpt.golden import catalogue, failures
+from gpuckpt.golden.replica import Replica
+from tests.fakes import tools_for
+
+
+class Ended:
+    """A container that is no more; its log, and how many lines of it were asked for."""
+
+    def __init__(self, log: str, code: int) -> None:
+        self.log, self.exit_code, self.alive = log, code, False
+        self.asked: list[int | None] = []
+
+    def logs(self, container: str, *, tail: int | None = None) -> str:
+        self.asked.append(tail)
+        return self.log
+
+    def inspect(self, container: str) -> Ended:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "remedy"),
+    [("no module x\n", 1, "last lines say why"), ("", 1, "printed nothing"), ("started\n", 0, "in the foreground")],
+)
+def test_the_remedy_fits_how_the_server_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str, code: int, remedy: str
+) -> None:
+    world = tools_for(tmp_path)
+    ended = Ended(log, code)
+    for name in ("logs", "inspect"):
+        monkeypatch.setattr(world.containers, name, getattr(ended, name))
+    replica = Replica("one", "gold", world.layout.replicas / "one")
+    error = failures.server_failure(world.tools, replica, "it ended", kind=CheckpointError)
+    assert remedy in str(error.remedy) and str(code) in str(error.cause)
+    assert ended.asked == [2000] and error.log == tuple(log.splitlines())
+    assert bool(error.log_path) == bool(log)
+
+
+def test_only_the_end_of_a_log_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = tools_for(tmp_path)
+    monkeypatch.setattr(failures, "_LARGEST", 4)
+    (tmp_path / "long.log").write_text("0123456789")
+    for text in ("0123456789", tmp_path / "long.log"):
+        kept = failures.keep_log(world.tools, "one-server", text)
+        assert kept and kept.read_text() == "6789" and kept.stat().st_mode & 0o777 == 0o600
+
+
+def test_labels_are_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = tools_for(tmp_path)
+    found = [
+        {"state": "running", "labels": {"gpuckpt.replica": name} if name else {}} for name in ("one", "../../etc", "")
+    ]
+    monkeypatch.setattr(world.containers, "list", lambda owner: found)
+    assert catalogue.states(world.tools) == {"one": "running"}
