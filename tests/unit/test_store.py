@@ -65,8 +65,9 @@ def test_a_private_folder_is_made_and_closed(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.raises(PreflightError, match="belongs to user"):
+    with pytest.raises(PreflightError, match="must run as root") as caught:
         private_folder(tmp_path)
+    assert "belongs to user" in str(caught.value.cause)
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
