@@ -25,7 +25,7 @@ help: ## list the targets
 setup: ## prepare the machine: podman, CRIU, the host's Python environment (as root)
 	@scripts/setup
 
-setup-server: ## the same, and the environment that runs vLLM on the CPU (2.5 GB)
+setup-server: ## the same, and the environment that runs vLLM on the CPU (3.4 GB)
 	@scripts/setup --server
 
 # $(call timed,NAME,COMMANDS): run COMMANDS, stop at the first that fails (no && in there), say how long they took.

@@ -31,7 +31,7 @@ _OTHER = "everything else"
 # Phases whose short names say too little by themselves.
 _SAID = {
     "server start": "server start (imports, weights, KV cache)",
-    "restore": "podman, runc",
+    "podman: restore": "podman, runc",
     "criu: processes and memory": "CRIU: processes and their memory",
 }
 _STYLE: Any = {

@@ -20,7 +20,6 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.statistics import median
 from gpuckpt.errors import InterruptedByUser
 from gpuckpt.timing import UNACCOUNTED, now_ns
 from gpuckpt.workload.endpoint import Endpoint
@@ -91,18 +90,6 @@ class Outcome:
 def with_rest(rows: Phases, total: float) -> Phases:
     """``rows`` and what is missing from ``total``, as the row `unaccounted`."""
     return [*rows, {"name": UNACCOUNTED, "seconds": round(total - sum(row["seconds"] for row in rows), 6)}]
-
-
-def median_phases(tables: Sequence[Phases], total: float) -> Phases:
-    """The median of every phase over several tables; what they leave of ``total`` is `unaccounted`.
-
-    A sum of medians is not the median of the sums: `unaccounted` also holds that difference, which is of either sign
-    and grows with the noise of the runs. Each run's own table adds up by itself.
-    """
-    names = list(dict.fromkeys(row["name"] for table in tables for row in table if row["name"] != UNACCOUNTED))
-    by_name = [{row["name"]: row["seconds"] for row in table} for table in tables]
-    rows = [{"name": name, "seconds": round(median([each.get(name, 0.0) for each in by_name]), 6)} for name in names]
-    return with_rest(rows, total)
 
 
 def run(

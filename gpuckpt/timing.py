@@ -61,15 +61,16 @@ class PhaseTable:
         """Record a phase that something else measured on the same clock."""
         self._spans.append((name, begin_ns, max(begin_ns, end_ns)))
 
-    def split(self, name: str, marks: list[tuple[str, int]]) -> None:
+    def split(self, name: str, marks: list[tuple[str, int]], *, first: str | None = None) -> None:
         """Replace the phase ``name`` by the stages that ``marks`` (label, time) cut it into.
 
-        The time before the first mark keeps the phase's own name; a mark outside the phase is pressed to its edge.
+        The time before the first mark is called ``first``, or keeps the phase's own name; a mark outside the phase is
+        pressed to its edge.
         """
         for index, (label, begin, end) in enumerate(self._spans):
             if label == name and marks:
                 edges = [
-                    (name, begin),
+                    (first or name, begin),
                     *((mark, min(max(at, begin), end)) for mark, at in sorted(marks, key=lambda m: m[1])),
                 ]
                 ends = [at for _, at in edges[1:]] + [end]

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib
 import io
+import itertools
 import os
 import shlex
 import signal
@@ -288,5 +289,5 @@ def _open_streams() -> None:
 
 def _wants_json(arguments: list[str]) -> bool:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    pairs = zip(own, own[1:] + [""], strict=True)
+    pairs = itertools.pairwise([*own, ""])
     return any(word == "--format=json" or (word == "--format" and value == "json") for word, value in pairs)

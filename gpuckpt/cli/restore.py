@@ -70,7 +70,7 @@ def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: A
                 ).name
         chosen = name or settings.create.name
         if not chosen:
-            raise UsageError("no golden named", remedy="gpuckpt restore NAME; gpuckpt ls shows the names")
+            raise UsageError("no name of a golden is given", remedy="gpuckpt restore NAME; gpuckpt ls shows the names")
         with phases.phase("podman service"):
             work = tools(settings, report=report)
         request = RestoreRequest(

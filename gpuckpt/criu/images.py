@@ -228,4 +228,4 @@ def _address(inet: dict[str, Any], side: str) -> str:
 def _unix_name(name: Any) -> str:
     # pycriu gives text; an abstract address (first byte zero) is written with "@", as ss(8) does.
     text = name if isinstance(name, str) else bytes(name).decode(errors="replace")
-    return text.replace("\0", "@", 1).rstrip("\0") if text.startswith("\0") else text.rstrip("\0")
+    return text.replace("\0", "@", 1).rstrip("\0") if text.startswith("\0") else text.rstrip("\0").removesuffix("=00")

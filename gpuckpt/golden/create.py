@@ -124,7 +124,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
             link_images(present.bundle, staging / "images")
             _dump(request, tools, replica, container, present.bundle)
         replica.operation.require_marks(*written.values())
-        phases.split("dump", replica.operation.marks())
+        phases.split("dump", replica.operation.marks(), first="podman: dump")
         address = Address(ip=present.ip, mac=present.mac) if present.ip and present.mac else None
 
         memory, known = mapping.COPIED, dict[str, str]()

@@ -121,7 +121,7 @@ def _from_golden(
         except GpuckptError as error:
             raise failures.restore_failure(tools, replica, bundle, error) from error
     replica.operation.require_marks()
-    phases.split("restore", replica.operation.marks())
+    phases.split("restore", replica.operation.marks(), first="podman: restore")
     if failed := failures.step_failure(replica, "restore", RestoreError):
         raise failed
     first_token_ns, match = _answers(request, tools, phases, golden, replica)

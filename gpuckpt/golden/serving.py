@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gpuckpt.containers.api import PodmanError
-from gpuckpt.errors import DeadlineError, GpuckptError
+from gpuckpt.errors import DaemonUnreachableError, DeadlineError, GpuckptError
 from gpuckpt.golden import failures
 from gpuckpt.golden.replica import Replica, alive
 from gpuckpt.golden.tools import Tools
@@ -45,7 +45,22 @@ def wait_healthy(adapter: Adapter, tools: Tools, replica: Replica, *, timeout: f
             if not alive(tools, replica):
                 raise failures.server_failure(tools, replica, f"the server of {replica.name} ended", kind=kind)
         if now > deadline:
-            raise failures.server_failure(
+            failure = failures.server_failure(
                 tools, replica, f"the server of {replica.name} was not healthy within {timeout:g} s", kind=DeadlineError
             )
+            failure.cause, failure.remedy = _last_answer(adapter, replica)
+            raise failure
         time.sleep(_POLL)
+
+
+def _last_answer(adapter: Adapter, replica: Replica) -> tuple[str, str]:
+    """What the health check gets of a server that is not healthy, and what to do about it."""
+    path = adapter.record.health_path
+    try:
+        status = replica.endpoint.request("GET", path, timeout=2).status
+    except DaemonUnreachableError as error:
+        return (
+            f"nothing answers on {replica.endpoint} ({error.cause})",
+            "have the server listen where it is told ({socket}, or {port} with --publish), or raise --start-timeout",
+        )
+    return f"GET {path} answers {status}", "name the path that answers 2xx by --health-path, or raise --start-timeout"

@@ -104,13 +104,6 @@ def test_phases_to_the_first_token_add_up_and_leave_out_what_follows(late_ns: in
     assert rows[0]["seconds"] == pytest.approx(0.2 + late_ns / 1e9, abs=1e-5)
 
 
-def test_median_phases_add_up_to_the_median() -> None:
-    tables = [outcome(ttft).phases_to_first_token() for ttft in (1.0, 2.0, 4.0)]
-    rows = harness.median_phases(tables, 2.0)
-    assert sum(row["seconds"] for row in rows) == pytest.approx(2.0)
-    assert rows[-1]["name"] == "unaccounted"
-
-
 def made_up(tmp_path: Path) -> dict[str, Any]:
     maker = demo.Demo(name="demo", restores=5, keep=False, output=tmp_path, terminal=Terminal(io.StringIO()))
     cold = outcome(60.0, image_bytes=4 << 30, cold_ttft_s=59.997)

@@ -647,3 +647,12 @@ def test_the_root_file_system(tmp_path: Path) -> None:
     assert parsed(rootfs=str(tmp_path)).rootfs == tmp_path
     refused(rootfs=str(tmp_path / "absent"))
     refused(rootfs="/", create={"image": "site"})
+
+
+def test_no_arguments_at_all_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([])
+    assert left.value.code in (0, 2)
+    shown = capsys.readouterr()
+    assert "Usage: gpuckpt" in shown.out + shown.err
+    assert "Traceback" not in shown.err

@@ -119,7 +119,9 @@ def test_the_manifest_says_what_was_made(world: World) -> None:
 def test_the_phase_table_shows_criu_s_stages_and_adds_up(world: World) -> None:
     result = made(world)
     rows = {row.name: row.seconds for row in result.phases.rows()}
-    assert {"container", "server start", "dump", "criu: dump memory", "copy written files", "publish"} <= set(rows)
+    assert {"container", "server start", "podman: dump", "criu: dump memory", "copy written files", "publish"} <= set(
+        rows
+    )
     assert sum(rows.values()) == pytest.approx(result.phases.wall_seconds, abs=1e-6)
     assert min(rows.values()) >= 0
 
