@@ -1,1 +1,0 @@
-"""Code that runs inside a container; never imports gpuckpt."""
