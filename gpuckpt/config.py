@@ -149,7 +149,6 @@ class Criu(_Table):
     path: Annotated[Path | None, AfterValidator(_absolute)] = Field(
         default=None, description="the criu program; default: the one `make setup` chose, else PATH"
     )
-    log_level: int = Field(default=2, ge=0, le=4, description="CRIU's -v: 2 warnings, 4 everything (slow)")
     hook_timeout: Seconds = Field(default=60.0, description="longest run of one of your hooks, in seconds")
     ghost_limit: Bytes = Field(
         default=1 << 30, description="largest deleted file that is carried in the images, in bytes"

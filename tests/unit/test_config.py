@@ -266,7 +266,7 @@ def test_environment_refused(environ: dict[str, str], expected: str) -> None:
             "store.huge cannot be \"now\" ({file}:2) | it must be 'never', 'always', 'within_size' or",
         ),
         ('x = """\n[store]\nsize = 1\n"""\n', "unknown setting x ({file}:4)"),
-        ("[criu]\nlog_level = 9\n", "criu.log_level cannot be 9 ({file}:2) | it must be less than or equal to 4"),
+        ("[create]\nwarmup = -1\n", "create.warmup cannot be -1 ({file}:2) | it must be greater than or equal to 0"),
         ('[store]\nsize = "12XB"\n', "12GiB"),
         ("[store]\nsize = 0\n", "must be greater than 0"),
         ('[store]\npath = "/a\\u0000b"\n', "NUL"),
