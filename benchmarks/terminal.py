@@ -30,9 +30,6 @@ class Terminal:
     def bold(self, text: str) -> str:
         return f"\x1b[1m{text}\x1b[0m" if self._colour else text
 
-    def dim(self, text: str) -> str:
-        return f"\x1b[2m{text}\x1b[0m" if self._colour else text
-
     def green(self, text: str) -> str:
         return f"\x1b[32m{text}\x1b[0m" if self._colour else text
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuckpt.criu.images import PAGE, load, save, stored_pages
-from gpuckpt.criu.memory import contents
 from gpuckpt.criu.rewrite import HUGE, rewrite
 from gpuckpt.errors import GpuckptError, IncompatibleError, VerificationError
+from tests.property.decoding import contents
 
 MOUNT = "/run/gpuckpt-memory"
 ANONYMOUS, FILE, SHARED, STACK, HEAP = 513, 65, 129, 517, 545
