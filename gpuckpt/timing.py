@@ -77,6 +77,10 @@ class PhaseTable:
                 self._spans[index : index + 1] = [(n, b, e) for (n, b), e in zip(edges, ends, strict=True)]
                 return
 
+    def branch(self) -> PhaseTable:
+        """A table of its own for one of several operations that begin alike and go on side by side."""
+        return PhaseTable(self.started_ns, None, list(self._spans))
+
     def stop(self) -> None:
         """End the operation; what follows is not part of it."""
         if self.ended_ns is None:

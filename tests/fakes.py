@@ -291,6 +291,9 @@ class FakeOverlay:
             self.mounted[folder] = (tuple(base), golden)
         return folder / "rootfs"
 
+    def is_mounted(self, folder: Path) -> bool:
+        return folder in self.mounted
+
     def unmount(self, folder: Path) -> None:
         with self.journal.step("unmount root"):
             self.mounted.pop(folder, None)
@@ -445,6 +448,10 @@ def tools_for(folder: Path) -> World:
             journal.events.append("huge pages off")
             world.huge_pages = False
 
+    def renew_entropy() -> None:
+        with journal.step("renew entropy"):
+            pass
+
     tools = Tools(
         settings=settings,
         layout=layout,
@@ -454,6 +461,7 @@ def tools_for(folder: Path) -> World:
         overlay=overlay,
         huge_pages=huge_pages,
         memory_of=memory_of,
+        renew_entropy=renew_entropy,
         report=report,
     )
     world = World(folder, settings, layout, journal, containers, overlay, FakeAdapter(journal), report, tools)

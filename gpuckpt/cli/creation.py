@@ -38,7 +38,7 @@ def request_from(
         arguments=arguments,
         image=image,
         rootfs=_folder(options["rootfs"] or "/"),
-        publish=_port(settings.create.publish),
+        publish=port_from(settings.create.publish) if settings.create.publish else None,
         env=_environment(options["env"]),
         mounts=mounts,
         volumes=volumes,
@@ -150,10 +150,8 @@ def _volumes(texts: tuple[str, ...]) -> tuple[tuple[Mount, ...], tuple[Volume, .
     return tuple(mounts), tuple(volumes)
 
 
-def _port(text: str | None) -> Port | None:
-    """``[IP:]HOST_PORT[:CONTAINER_PORT]``; the container's port defaults to the host's."""
-    if not text:
-        return None
+def port_from(text: str) -> Port:
+    """``[IP:]HOST_PORT[:CONTAINER_PORT]``; the container's port defaults to the host's. UsageError if it is none."""
     match = re.fullmatch(r"(?:\[([^]]+)\]:|(\d+(?:\.\d+)+):)?(\d+)(?::(\d+))?", text)
     if match is None or not all(0 < int(port) < 65536 for port in match.groups()[2:] if port):
         raise UsageError(f"“{text}” is not a port to publish", remedy=f"for example --publish {_DEFAULT_PORT}")

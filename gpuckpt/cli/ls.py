@@ -44,7 +44,8 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
                     for one in found
                 ],
                 "replicas_without_golden": [
-                    {"name": one.name, "golden": one.golden, "state": states.get(one.name, "gone")} for one in orphans
+                    {"name": one.name, "golden": one.golden, "state": catalogue.state_of(one, states)}
+                    for one in orphans
                 ],
             }
         )
@@ -64,6 +65,6 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
             (one.name, what, created, size(one.manifest.sizes.total), f"{one.manifest.cold_ttft_s:.1f} s", running)
         )
     for golden in sorted({one.golden for one in orphans}):
-        left = [f"{one.name} ({states.get(one.name, 'gone')})" for one in orphans if one.golden == golden]
+        left = [f"{one.name} ({catalogue.state_of(one, states)})" for one in orphans if one.golden == golden]
         rows.append((golden, "gone", "", "", "", ", ".join(left)))
     print_table(["NAME", "SERVES", "CREATED (UTC)", "SIZE", "COLD TTFT", "REPLICAS"], rows, right=["SIZE", "COLD TTFT"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,26 @@ import click
 from gpuckpt.cli.complete import golden_names
 from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.render import format_option, print_json, print_table, say, seconds
-from gpuckpt.errors import UsageError
+from gpuckpt.errors import GpuckptError, UsageError
 from gpuckpt.golden.identity import FIELDS
 
 if TYPE_CHECKING:
+    from gpuckpt.golden.prepare import Options
     from gpuckpt.golden.restore import Restored
+    from gpuckpt.golden.tools import Tools
 
 
 @click.command()
 @click.argument("name", required=False, shell_complete=golden_names)
+@click.option("--as", "names", multiple=True, metavar="REPLICA", help="Name of the replica; repeat it for several.")
+@click.option("--prepare", type=click.IntRange(1), metavar="N", help="Only see to it that N replicas wait prepared.")
+@click.option(
+    "--publish",
+    "-p",
+    multiple=True,
+    metavar="[IP:]PORT",
+    help="Publish the golden's port here instead; once for each --as.",
+)
 @click.option("--no-canary", is_flag=True, help="Do not replay the canary; only wait for health.")
 @click.option("--keep", is_flag=True, help="Keep CRIU's log and statistics in the replica's folder.")
 @click.option("--criu", "criu_path", metavar="PATH", help="The criu program to use.")
@@ -42,10 +54,18 @@ if TYPE_CHECKING:
 @format_option
 @click.pass_context
 def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: Any) -> None:
-    """Bring the golden NAME back as a running replica of the same name, and check its answer."""
+    """Bring the golden NAME back as a running replica, and check its answer.
+
+    The replica is called like the golden, unless others are named: then all of them are restored side by side.
+
+    \b
+    gpuckpt restore qwen
+    gpuckpt restore qwen --as alice --as bob
+    gpuckpt restore qwen --prepare 2     # make containers now, so that the next two restores need not
+    """
     from gpuckpt.cli.progress import progress
     from gpuckpt.golden.doctor import require
-    from gpuckpt.golden.restore import RestoreRequest, restore
+    from gpuckpt.golden.restore import RestoreRequest, restore, restore_all
     from gpuckpt.golden.sweep import sweep
     from gpuckpt.golden.tools import open_store, tools
     from gpuckpt.timing import PhaseTable, now_ns, process_started_ns
@@ -73,25 +93,88 @@ def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: A
             raise UsageError("no name of a golden is given", remedy="gpuckpt restore NAME; gpuckpt ls shows the names")
         with phases.phase("podman service"):
             work = tools(settings, report=report)
-        request = RestoreRequest(
-            name=chosen,
-            canary=not options["no_canary"],
-            keep=options["keep"],
-            ignore_static_ip=options["ignore_static_ip"],
-            ignore_static_mac=options["ignore_static_mac"],
-            ignore_volumes=options["ignore_volumes"],
-            ignore_rootfs=options["ignore_rootfs"],
-            tcp_established=options["tcp_established"],
-            ignore_identity=options["ignore_identity"],
-            huge_pages=not options["no_huge_pages"],
-            fallback=options["fallback"],
-            start_timeout=settings.create.start_timeout,
+        requests = [
+            RestoreRequest(
+                name=chosen,
+                replica=replica,
+                options=part,
+                canary=not options["no_canary"],
+                keep=options["keep"],
+                ignore_identity=options["ignore_identity"],
+                huge_pages=not options["no_huge_pages"],
+                fallback=options["fallback"],
+                start_timeout=settings.create.start_timeout,
+            )
+            for replica, part in _replicas(options)
+        ]
+        if options["prepare"]:
+            _prepare(work, chosen, options["prepare"], requests[0].options, as_json=as_json)
+            return
+        failed: list[tuple[str, GpuckptError]] = []
+        if len(requests) == 1:
+            ready = [restore(requests[0], work, phases)]
+        else:
+            ready, failed = restore_all(requests, work, phases)
+    if as_json and len(requests) == 1:
+        print_json(_document(ready[0]))
+    elif as_json:
+        print_json(
+            {
+                "golden": chosen,
+                "replicas": [_document(one) for one in ready],
+                "failed": [{"replica": name} | error.as_dict() for name, error in failed],
+                "wall_s": phases.wall_seconds,
+            }
         )
-        restored = restore(request, work, phases)
-    if as_json:
-        print_json(_document(restored))
+    elif len(requests) == 1:
+        _show(ready[0])
     else:
-        _show(restored)
+        _show_all(ready, phases.wall_seconds)
+    if failed:
+        for name, error in failed[1:]:
+            say(f"{name} failed: {error.message}")
+        raise failed[0][1]
+
+
+def _replicas(options: dict[str, Any]) -> Iterator[tuple[str | None, Options]]:
+    """The replicas that are asked for: their names, None for the one that needs none, and their options."""
+    from gpuckpt.cli.creation import port_from
+    from gpuckpt.golden.prepare import Options
+    from gpuckpt.store.layout import check_name
+
+    names: tuple[str | None, ...] = options["names"] or (None,)
+    ports = [port_from(text) for text in options["publish"]]
+    if options["prepare"] and options["names"]:
+        raise UsageError("--prepare chooses the names itself", remedy="leave --as out")
+    if len(set(names)) != len(names):
+        raise UsageError("--as names a replica twice", remedy="give each a name of its own")
+    if ports and len(ports) != len(names):
+        raise UsageError(
+            f"{len(ports)} ports for {len(names)} replicas", remedy="give --publish once for each --as, in their order"
+        )
+    for index, name in enumerate(names):
+        yield (
+            check_name(name) if name is not None else None,
+            Options(
+                ignore_static_ip=options["ignore_static_ip"],
+                ignore_static_mac=options["ignore_static_mac"],
+                ignore_volumes=options["ignore_volumes"],
+                ignore_rootfs=options["ignore_rootfs"],
+                tcp_established=options["tcp_established"],
+                publish=ports[index] if ports else None,
+            ),
+        )
+
+
+def _prepare(work: Tools, name: str, number: int, options: Options, *, as_json: bool) -> None:
+    from gpuckpt.golden.prepare import prepare_ahead
+
+    waiting = prepare_ahead(work, name, number, options)
+    if as_json:
+        print_json({"golden": name, "prepared": [one.name for one in waiting]})
+    else:
+        click.echo(f"prepared: {', '.join(one.name for one in waiting)}")
+        click.echo(f"restore the next one: gpuckpt restore {name}")
 
 
 def _document(restored: Restored) -> dict[str, Any]:
@@ -111,6 +194,22 @@ def _document(restored: Restored) -> dict[str, Any]:
         "phases": restored.phases.as_list(),
         "fallback": restored.fallback_reason.as_dict() if restored.fallback_reason else None,
     }
+
+
+def _show_all(ready: list[Restored], wall: float) -> None:
+    rows = [
+        (
+            one.replica.name,
+            str(one.replica.endpoint),
+            "cold" if one.replica.tier == "cold" else one.replica.memory,
+            seconds(one.ttft_s) if one.ttft_s is not None else "–",
+            "equal" if one.canary_match else "–",
+        )
+        for one in ready
+    ]
+    print_table(["REPLICA", "LISTENS ON", "MEMORY", "FIRST TOKEN", "CANARY"], rows, right=["FIRST TOKEN"])
+    click.echo(f"\n{len(ready)} replicas are ready after {wall:.3f} s")
+    click.echo(f"stop them: gpuckpt stop {' '.join(one.replica.name for one in ready)}")
 
 
 def _show(restored: Restored) -> None:

@@ -60,6 +60,11 @@ def mount(folder: Path, base: Sequence[Path], golden: Path | None = None) -> Pat
     return merged
 
 
+def is_mounted(folder: Path) -> bool:
+    """Whether what :func:`mount` did for ``folder`` still holds (a reboot undoes it)."""
+    return os.path.ismount(folder / "rootfs")
+
+
 def unmount(folder: Path) -> None:
     """Undo :func:`mount`; a folder that is not mounted is left as it is."""
     merged = folder / "rootfs"

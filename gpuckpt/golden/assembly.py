@@ -60,7 +60,7 @@ def assemble(
         binds=tuple(binds),
         criu_config=replica.operation.config,
         seccomp=profile_path(mapped=launch.mapped),
-        hostname=hostname(replica.golden),
+        hostname=hostname(replica.name),
         ip=address.ip if address else None,
         mac=address.mac if address else None,
         labels={OWNER: str(tools.layout.state)},
@@ -68,10 +68,10 @@ def assemble(
     return replica, tools.containers.create(spec)
 
 
-def hostname(golden: str) -> str:
-    """A host name (letters, digits, hyphens) for the containers of a golden; CRIU restores it with the processes."""
-    cleaned = "".join(letter if letter.isalnum() else "-" for letter in golden.lower()).strip("-")
-    return cleaned or "golden-" + hashlib.sha256(golden.encode()).hexdigest()[:8]
+def hostname(replica: str) -> str:
+    """A host name (letters, digits, hyphens) for the container of a replica; CRIU restores it with the processes."""
+    cleaned = "".join(letter if letter.isalnum() else "-" for letter in replica.lower()).strip("-")
+    return cleaned or "replica-" + hashlib.sha256(replica.encode()).hexdigest()[:8]
 
 
 def seccomp_digest(*, mapped: bool) -> str:

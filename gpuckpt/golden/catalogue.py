@@ -45,9 +45,15 @@ def entries(layout: Layout, states: dict[str, str]) -> list[Entry]:
             manifest = manifests.read(folder)
         except GpuckptError as error:
             trouble = error.message
-        own = tuple((one.name, states.get(one.name, "gone")) for one in made if one.golden == name)
+        own = tuple((one.name, state_of(one, states)) for one in made if one.golden == name)
         found.append(Entry(name, folder, manifest, trouble, own))
     return found
+
+
+def state_of(replica: Replica, states: dict[str, str]) -> str:
+    """What to call the state of a replica: podman's word for its container, or ``prepared``, or ``gone``."""
+    state = states.get(replica.name, "gone")
+    return "prepared" if replica.state == "prepared" and state == "exited" else state
 
 
 def states(tools: Tools) -> dict[str, str]:
@@ -90,8 +96,8 @@ def remove(tools: Tools, name: str, *, force: bool = False) -> None:
 def prune(settings: Settings, tools: Callable[[], Tools], *, dry_run: bool) -> list[str]:
     """Remove half-made goldens and replicas, dead replicas and stray containers; a sentence for each.
 
-    A replica is dead that was ready and whose container runs no more (a crash, a reboot, `podman rm`). ``dry_run``
-    changes nothing. Raises NothingToDo if nothing was there to remove.
+    A replica is dead that was ready and whose container runs no more (a crash, a reboot, `podman rm`), or that was
+    prepared and whose golden or root file system is gone. ``dry_run`` changes nothing. Raises NothingToDo if nothing was there to remove.
     """
     layout = Layout.of(settings)
     layout.prepare()
@@ -102,7 +108,7 @@ def prune(settings: Settings, tools: Callable[[], Tools], *, dry_run: bool) -> l
     else:
         done = sweeping.sweep(settings, tools)
     work = tools()
-    dead = [one for one in replicas.all_of(layout.replicas) if one.state == "ready" and not replicas.alive(work, one)]
+    dead = [one for one in replicas.all_of(layout.replicas) if _is_dead(work, one)]
     known = {path.name for path in layout.replicas.iterdir()}
     stray = [name for name in states(work) if name not in known]
     for what, name, remove in (
@@ -116,6 +122,13 @@ def prune(settings: Settings, tools: Callable[[], Tools], *, dry_run: bool) -> l
     if not done:
         raise NothingToDo("nothing to prune")
     return done
+
+
+def _is_dead(tools: Tools, replica: Replica) -> bool:
+    if replica.state == "prepared":
+        useless = replica.golden not in tools.layout.names() or not tools.overlay.is_mounted(replica.folder)
+        return useless or replicas.status(tools, replica) == "gone"
+    return replica.state == "ready" and not replicas.alive(tools, replica)
 
 
 def _stop_dead(tools: Tools, name: str) -> bool:

@@ -20,7 +20,7 @@ from gpuckpt.errors import (
     GpuckptError,
     OutOfSpaceError,
 )
-from gpuckpt.golden import failures, mapping
+from gpuckpt.golden import failures, mapping, prepare
 from gpuckpt.golden.assembly import assemble, link_images, seccomp_digest
 from gpuckpt.golden.describe import describe
 from gpuckpt.golden.replica import Replica, commit, discard, making
@@ -160,6 +160,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 if left is not None:
                     replica.save()  # not ready after all: the roll-back takes its volumes too
                 raise
+    prepare.discard_prepared(tools, name)  # those of a golden that was replaced
     phases.stop()
     return Created(manifest, folder, phases, first_token_ns, left)
 

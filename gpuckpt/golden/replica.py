@@ -20,6 +20,7 @@ from gpuckpt.store.layout import check_name
 from gpuckpt.workload.base import SOCKET_NAME
 from gpuckpt.workload.endpoint import Endpoint
 
+SETTLED = ("ready", "prepared")  # states that outlive the transaction that made them
 LONGEST_SOCKET = 107  # bytes of a path; unix(7): sun_path holds 108 with the zero at its end
 
 
@@ -28,8 +29,9 @@ class Replica:
     """A container of ours and what belongs to it on the host.
 
     ``state`` is ``making`` until the transaction that makes it ends well, then ``ready``, and ``removing`` from the
-    moment it is taken apart. ``volumes`` names those that the transaction created. ``tier`` says what it was started
-    from, ``memory`` how its memory came back.
+    moment it is taken apart; ``prepared`` is one whose container waits for its restore. ``volumes`` names those that
+    the transaction created. ``tier`` says what it was started from, ``memory`` how its memory came back. ``bundle`` is
+    podman's folder of the container that was prepared, ``key`` says for what (see :mod:`gpuckpt.golden.prepare`).
     """
 
     name: str
@@ -41,6 +43,8 @@ class Replica:
     volumes: tuple[str, ...] = ()
     tier: str = "hot"
     memory: str = "copy"
+    bundle: str = ""
+    key: str = ""
 
     @property
     def container(self) -> str:
@@ -141,27 +145,28 @@ def discard(tools: Tools, replica: Replica) -> None:
         raise errors[0]
 
 
-def stop(tools: Tools, name: str, *, only_dead: bool = False) -> bool:
+def stop(tools: Tools, name: str, *, only_dead: bool = False, only_prepared: bool = False) -> bool:
     """Stop the replica ``name`` and remove it; True if it was removed.
 
-    ``only_dead``: one whose container is alive is left alone. Raises NotFoundError, or BusyError while another command
-    is working on it.
+    ``only_dead``: one whose container is alive is left alone; ``only_prepared``: any other than a prepared one is.
+    Raises NotFoundError, or BusyError while another command is working on it.
     """
     by_name(tools, name)
     with locks.exclusive(tools.layout.replica_locks, "replica", name):
         replica = by_name(tools, name)
-        if only_dead and alive(tools, replica):
+        if (only_dead and alive(tools, replica)) or (only_prepared and replica.state != "prepared"):
             return False
         discard(tools, replica)
         return True
 
 
 @contextlib.contextmanager
-def making(tools: Tools, name: str, golden: str) -> Iterator[Replica]:
+def making(tools: Tools, name: str, golden: str, *, key: str = "") -> Iterator[Replica]:
     """Make a replica as a transaction: whatever ends the body by an exception leaves nothing of it behind.
 
-    The body must call :func:`commit` on the replica for it to stay. Raises BusyError if it is being made by another
-    process or is already there and alive; what a dead one left is removed first.
+    The body must call :func:`commit` on the replica for it to stay. One that was prepared for ``key`` is taken as it
+    is. Raises BusyError if it is being made by another process or is already there and alive; what a dead one left, or
+    one prepared for something else, is removed first.
     """
     with locks.exclusive(tools.layout.replica_locks, "replica", check_name(name)):
         folder = tools.layout.replicas / name
@@ -172,15 +177,25 @@ def making(tools: Tools, name: str, golden: str) -> Iterator[Replica]:
                 raise BusyError(
                     f"replica {name} is already {status(tools, earlier)}",
                     cause=f"it was made from golden {earlier.golden} and listens on {earlier.endpoint}",
-                    remedy=f"use it, or stop it first: gpuckpt stop {name}",
+                    remedy=f"use it, stop it first (gpuckpt stop {name}), or restore another: --as NAME",
                 )
-            discard(tools, earlier)
-        folder.mkdir(mode=0o700)
-        replica = Replica(name, golden, folder)
+            taken = (
+                bool(key) and earlier.state == "prepared" and earlier.key == key and tools.overlay.is_mounted(folder)
+            )
+            if not taken:
+                discard(tools, earlier)
+        else:
+            taken = False
+        if taken:
+            replica = replace(earlier, state="making")
+        else:
+            folder.mkdir(mode=0o700)
+            replica = Replica(name, golden, folder)
         try:
             replica.save()
-            replica.sockets.mkdir()
-            replica.sockets.chmod(0o777)  # the server's user makes its socket there; the parent is root's alone
+            if not taken:
+                replica.sockets.mkdir()
+                replica.sockets.chmod(0o777)  # the server's user makes its socket there; the parent is root's alone
             yield replica
         except BaseException:
             try:
@@ -190,7 +205,7 @@ def making(tools: Tools, name: str, golden: str) -> Iterator[Replica]:
             raise
         else:
             kept = load(folder)
-            if kept is not None and kept.state != "ready":
+            if kept is not None and kept.state not in SETTLED:
                 discard(tools, kept)
 
 

@@ -1,16 +1,15 @@
-"""Bring a replica back from a golden by copying: CRIU's ordinary way, from tmpfs, with huge pages."""
+"""Bring replicas back from a golden: map or copy memory, let the processes run, check the answer."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from gpuckpt import manifest as manifests
 from gpuckpt.errors import (
     DaemonUnreachableError,
     GpuckptError,
@@ -19,14 +18,15 @@ from gpuckpt.errors import (
     UsageError,
     VerificationError,
 )
-from gpuckpt.golden import failures, identity
-from gpuckpt.golden.assembly import assemble, link_images
-from gpuckpt.golden.replica import Replica, alive, commit, load, making
+from gpuckpt.golden import clone, failures, identity, prepare
+from gpuckpt.golden.assembly import assemble
+from gpuckpt.golden.prepare import Options, Source
+from gpuckpt.golden.replica import Replica, alive, commit, load, making, stop
 from gpuckpt.golden.serving import container_trouble, wait_healthy
-from gpuckpt.golden.tools import Tools, phase
+from gpuckpt.golden.tools import Reporter, Silent, Tools, phase
 from gpuckpt.host.tmpfs import available_memory
-from gpuckpt.manifest import Address, Manifest
-from gpuckpt.store import locks, seal
+from gpuckpt.manifest import Manifest
+from gpuckpt.store import seal
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload import adapter as adapter_of
 from gpuckpt.workload.base import Replay
@@ -35,16 +35,16 @@ from gpuckpt.workload.endpoint import RequestFailed
 
 @dataclass(frozen=True)
 class RestoreRequest:
-    """Which golden to restore, and how; see ``gpuckpt restore --help`` for each field's meaning."""
+    """Which golden to restore, as what, and how; see ``gpuckpt restore --help`` for each field's meaning.
+
+    ``replica`` None: one that was prepared, else one that bears the golden's name.
+    """
 
     name: str
+    replica: str | None = None
+    options: Options = field(default_factory=Options)
     canary: bool = True
     keep: bool = False
-    ignore_static_ip: bool = False
-    ignore_static_mac: bool = False
-    ignore_volumes: bool = False
-    ignore_rootfs: bool = False
-    tcp_established: bool = False
     ignore_identity: tuple[str, ...] = ()
     huge_pages: bool = True
     fallback: Literal["cold"] | None = None
@@ -72,52 +72,117 @@ class Restored:
 
 
 def restore(request: RestoreRequest, tools: Tools, phases: PhaseTable) -> Restored:
-    """Restore the golden ``request.name`` into a replica of the same name.
+    """Restore the golden ``request.name`` into a replica.
 
     Either the replica is ready, its canary equal to the recorded one, or nothing of it remains. Raises NotFoundError,
     BusyError (the replica runs already), IncompatibleError (another machine), VerificationError (the golden's bytes
     or the canary differ), OutOfSpaceError, RestoreError. With ``fallback`` these start the server cold instead.
     """
-    tools.layout.golden(request.name)  # NotFoundError before anything else
-    with locks.shared(tools.layout.golden_locks, "golden", request.name):
-        folder = tools.layout.golden(request.name)
-        golden = manifests.read(folder)
-        with making(tools, request.name, request.name) as replica:
+    with prepare.opened(tools, request.name) as source:
+        return _restore(request, tools, phases, source, _chosen(request, tools, source))
+
+
+def restore_all(
+    requests: Sequence[RestoreRequest], tools: Tools, phases: PhaseTable
+) -> tuple[list[Restored], list[tuple[str, GpuckptError]]]:
+    """Restore several replicas of one golden side by side; each is a transaction of its own.
+
+    ``requests`` name the same golden, and each a replica. Returns those that are ready, in the order of the requests,
+    and those that failed with their errors. Each has a phase table of its own, from the common start. Raises what
+    concerns all of them: NotFoundError, IncompatibleError, VerificationError of the golden. An interrupt lets those
+    finish that are under way and removes what this call made.
+    """
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    first = requests[0]
+    with prepare.opened(tools, first.name) as source, ThreadPoolExecutor(len(requests)) as pool:
+        with phase(tools, phases, "checks"):
             try:
-                restored = _from_golden(request, tools, phases, golden, folder, replica)
+                _check(first, tools, source, len(requests))
             except GpuckptError as error:
-                if request.fallback != "cold" or isinstance(error, UsageError):
+                if first.fallback is None or isinstance(error, UsageError):
                     raise
-                tools.report.note(f"the restore failed ({error.message}); starting cold")
-                restored = _cold(request, tools, phases, golden, replica, error)
+                source = replace(source, trouble=error)
+        tools.report.stage(f"restore {len(requests)}")
+        quiet = replace(tools, report=_NotesOnly(tools.report))
+        running = {
+            pool.submit(_restore, one, quiet, phases.branch(), replace(source, checked=True), str(one.replica)): one
+            for one in requests
+        }
+        try:
+            for done, _ in enumerate(as_completed(running), start=1):
+                tools.report.stage(f"restore {len(requests)}: {done} done")
+        except BaseException:
+            for future in running:
+                future.cancel()
+            pool.shutdown()
+            for future, one in running.items():
+                if not future.cancelled() and future.exception() is None:
+                    stop(tools, str(one.replica))
+            raise
+    phases.stop()
+    ready = [future.result() for future in running if future.exception() is None]
+    failed: list[tuple[str, GpuckptError]] = []
+    for future, one in running.items():
+        trouble = future.exception()
+        if isinstance(trouble, GpuckptError):
+            failed.append((str(one.replica), trouble))
+        elif trouble is not None:
+            raise trouble
+    return ready, failed
+
+
+class _NotesOnly(Silent):
+    """A reporter for one of several operations side by side: their stages would only confuse each other."""
+
+    def __init__(self, report: Reporter) -> None:
+        self._report = report
+
+    def note(self, text: str) -> None:
+        self._report.note(text)
+
+
+def _chosen(request: RestoreRequest, tools: Tools, source: Source) -> str:
+    """The replica's name: the one asked for, the first that was prepared just so, or the golden's."""
+    if request.replica is not None:
+        return request.replica
+    key = source.key(request.options)
+    waiting = [one.name for one in prepare.prepared(tools, request.name) if one.key == key]
+    return waiting[0] if waiting else request.name
+
+
+def _restore(request: RestoreRequest, tools: Tools, phases: PhaseTable, source: Source, name: str) -> Restored:
+    with making(tools, name, request.name, key=source.key(request.options)) as replica:
+        try:
+            restored = _from_golden(request, tools, phases, source, replica)
+        except GpuckptError as error:
+            if request.fallback != "cold" or isinstance(error, UsageError):
+                raise
+            tools.report.note(f"the restore of {name} failed ({error.message}); starting cold")
+            restored = _cold(request, tools, phases, source.manifest, replica, error)
     phases.stop()
     return restored
 
 
 def _from_golden(
-    request: RestoreRequest, tools: Tools, phases: PhaseTable, golden: Manifest, folder: Path, replica: Replica
+    request: RestoreRequest, tools: Tools, phases: PhaseTable, source: Source, replica: Replica
 ) -> Restored:
-    with phase(tools, phases, "checks"):
-        _check(request, tools, golden, folder)
-    with phase(tools, phases, "container"):
-        replica = _restore_volumes(request, tools, golden, folder, replica)
-        address = _address(request, golden)
-        with container_trouble(replica, kind=RestoreError, address=address):
-            replica, container = assemble(
-                tools,
-                replica,
-                golden.launch,
-                memory=folder / "memory",
-                golden_layer=None if request.ignore_rootfs else folder / "rootfs",
-                address=address,
-                tcp_established=request.tcp_established,
-            )
-            tools.containers.prepare(container)
-        bundle = tools.containers.inspect(container).bundle
-        link_images(bundle, folder / "images")
+    golden, options = source.manifest, request.options
+    if source.trouble is not None:
+        raise source.trouble
+    if not source.checked:
+        with phase(tools, phases, "checks"):
+            _check(request, tools, source, 1)
+    if not replica.bundle:
+        with phase(tools, phases, "container"):
+            replica = prepare.prepare(tools, source, replica, options)
+    bundle = Path(replica.bundle)
     with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
+        replica.operation.begin()
+        clone.identify(replica)
+        _renew_entropy(tools)
         try:
-            tools.containers.restore(container, tcp_established=request.tcp_established)
+            tools.containers.restore(replica.container, tcp_established=options.tcp_established)
         except GpuckptError as error:
             raise failures.restore_failure(tools, replica, bundle, error) from error
     replica.operation.require_marks()
@@ -130,20 +195,17 @@ def _from_golden(
     return Restored(commit(replica, tier="tmpfs", memory=golden.memory.mode), phases, first_token_ns, match)
 
 
-def _address(request: RestoreRequest, golden: Manifest) -> Address | None:
-    """The golden's address on the bridge, without the parts that are to be ignored."""
-    if golden.address is None:
-        return None
-    changes: dict[str, str] = {}
-    if request.ignore_static_ip:
-        changes["ip"] = ""
-    if request.ignore_static_mac:
-        changes["mac"] = ""
-    return golden.address.model_copy(update=changes)
+def _renew_entropy(tools: Tools) -> None:
+    try:
+        tools.renew_entropy()
+    except OSError as error:
+        # Without it two clones could draw the same numbers from getrandom's state in their memory, for a moment.
+        tools.report.note(f"the kernel's random generator could not be reseeded: {error}")
 
 
-def _check(request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path) -> None:
-    if request.tcp_established and not golden.launch.tcp_established:
+def _check(request: RestoreRequest, tools: Tools, source: Source, replicas: int) -> None:
+    golden = source.manifest
+    if request.options.tcp_established and not golden.launch.tcp_established:
         raise UsageError(
             f"golden {golden.name} has no open TCP connections to restore",
             cause="it was created without --tcp-established, which closed them",
@@ -157,35 +219,18 @@ def _check(request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path
         image_digest=tools.containers.image_digest,
         ignore=request.ignore_identity,
     )
-    if found := seal.broken(folder, golden):
+    if found := seal.broken(source.folder, golden):
         raise VerificationError(
             f"golden {golden.name} is damaged and was not restored",
             cause="; ".join(found[:5]),
             remedy=f"remove it (gpuckpt rm {golden.name}) and create it anew, or import it again",
         )
-    needed, available = golden.sizes.cpu_pages + golden.sizes.shared_memory, available_memory()
+    needed, available = (golden.sizes.cpu_pages + golden.sizes.shared_memory) * replicas, available_memory()
     if needed > available:
         raise OutOfSpaceError(
             f"restoring {golden.name} needs about {needed >> 20} MiB of memory, {available >> 20} MiB are left",
             remedy="stop replicas (gpuckpt ls) or remove goldens (gpuckpt df)",
         )
-
-
-def _restore_volumes(
-    request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path, replica: Replica
-) -> Replica:
-    """Fill named volumes that are not here (another machine, a removed volume); those that exist are left alone."""
-    for volume in golden.launch.volumes:
-        if tools.containers.volume(volume.name) is not None:
-            continue
-        # Recorded first, so that a failed or killed restore takes the volume it brought away again.
-        replica = replace(replica, volumes=(*replica.volumes, volume.name))
-        replica.save()
-        target = tools.containers.create_volume(volume.name)
-        source = folder / "volumes" / volume.name
-        if not request.ignore_volumes and source.is_dir():
-            shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
-    return replica
 
 
 @contextlib.contextmanager
@@ -261,7 +306,7 @@ def _cold(
         current = load(replica.folder) or replica
         tools.containers.remove(current.container, tools.layout.state)
         tools.overlay.unmount(current.folder)
-        for name in ("upper", "work", "socket"):
+        for name in ("upper", "work", "socket", "images"):
             shutil.rmtree(current.folder / name, ignore_errors=True)
         current.sockets.mkdir()
         current.sockets.chmod(0o777)

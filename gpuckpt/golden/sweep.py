@@ -27,7 +27,7 @@ def orphans(layout: Layout) -> tuple[list[Path], list[Path]]:
     made = [
         path
         for path in _folders(layout.replicas)
-        if ((found := replicas.load(path)) is None or found.state != "ready")
+        if ((found := replicas.load(path)) is None or found.state not in replicas.SETTLED)
         and locks.is_free(layout.replica_locks, "replica", path.name)
     ]
     return staged, made
@@ -65,7 +65,7 @@ def guarded(what: str, remove: Callable[[], bool]) -> list[str]:
 def _remove_replica(layout: Layout, folder: Path, tools: Callable[[], Tools]) -> bool:
     with locks.exclusive(layout.replica_locks, "replica", folder.name):
         found = replicas.load(folder) or replicas.Replica(folder.name, folder.name, folder)
-        if not folder.exists() or found.state == "ready":
+        if not folder.exists() or found.state in replicas.SETTLED:
             return False
         replicas.discard(tools(), found)
         return True

@@ -13,7 +13,7 @@ from gpuckpt.config import Settings
 from gpuckpt.containers import rootfs, service
 from gpuckpt.containers.podman import Container, ContainerSpec, Podman
 from gpuckpt.criu.binary import Criu, find
-from gpuckpt.host import hugepages, tmpfs
+from gpuckpt.host import entropy, hugepages, tmpfs
 from gpuckpt.store.layout import Layout
 from gpuckpt.timing import PhaseTable
 
@@ -71,12 +71,13 @@ class Overlay(Protocol):
     """Root file systems; see :mod:`gpuckpt.containers.rootfs`."""
 
     def mount(self, folder: Path, base: Sequence[Path], golden: Path | None = None) -> Path: ...
+    def is_mounted(self, folder: Path) -> bool: ...
     def unmount(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
 class Tools:
-    """Everything outside: settings, folders, CRIU, podman, mounts, huge pages, and whom to tell."""
+    """Everything outside: settings, folders, CRIU, podman, mounts, huge pages, randomness, and whom to tell."""
 
     settings: Settings
     layout: Layout
@@ -86,6 +87,7 @@ class Tools:
     overlay: Overlay
     huge_pages: Callable[[Path], AbstractContextManager[bool]]
     memory_of: Callable[[int], int]
+    renew_entropy: Callable[[], None]
     report: Reporter
 
 
@@ -125,5 +127,6 @@ def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | No
         overlay=rootfs,
         huge_pages=hugepages.transparent_huge_pages_always,
         memory_of=memory_below,
+        renew_entropy=entropy.renew,
         report=report or Silent(),
     )
