@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from msgspec import structs
+
 from gpuckpt import manifest as manifests
 from gpuckpt.errors import (
     DaemonUnreachableError,
@@ -139,7 +141,7 @@ def _address(request: RestoreRequest, golden: Manifest) -> Address | None:
         changes["ip"] = ""
     if request.ignore_static_mac:
         changes["mac"] = ""
-    return golden.address.model_copy(update=changes)
+    return structs.replace(golden.address, **changes)
 
 
 def _check(request: RestoreRequest, tools: Tools, golden: Manifest, folder: Path) -> None:

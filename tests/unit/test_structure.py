@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_LIMIT_MS = 150
-HEAVY = ("podman", "pydantic", "rich", "torch")
+HEAVY = ("msgspec", "podman", "rich", "torch")
 # Split, so that this file does not match itself.
 UNFINISHED = re.compile(rb"\b(?:TO" rb"DO|FIX" rb"ME)\b")
 
