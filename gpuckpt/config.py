@@ -5,7 +5,6 @@ Sizes may be written ``8G`` or ``12GiB``, durations ``30s`` or ``5min``; paths a
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from msgspec import Struct
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B)?|B)?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|seconds|second|sec|s|minutes|minute|min|m|hours|hour|h|d)?\s*")
+_SIZE = r"(?i)(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B)?|B)?"
+_DURATION = r"(\d+(?:\.\d+)?)\s*(ms|seconds|second|sec|s|minutes|minute|min|m|hours|hour|h|d)?\s*"
 _SECONDS_IN = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _YEAR = 365 * 86400
 NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,38}[A-Za-z0-9])?"
@@ -28,7 +27,7 @@ def parse_size(value: object) -> object:
     """
     if not isinstance(value, str):
         return value
-    match = _SIZE.fullmatch(value.strip())
+    match = re.fullmatch(_SIZE, value.strip())
     if match is None:
         raise ValueError("must be a number of bytes or a size such as 512M, 8G or 12GiB")
     number, unit, suffix = match.groups()
@@ -49,7 +48,7 @@ def parse_seconds(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = value.strip()
-    parts = list(_DURATION.finditer(text))
+    parts = list(re.finditer(_DURATION, text))
     # A number without a unit stands alone: in "5min 30" nobody knows what 30 is.
     if not parts or "".join(p.group() for p in parts) != text or (len(parts) > 1 and not all(p[2] for p in parts)):
         raise ValueError("must be a number of seconds or a duration such as 30s, 5min or 1h 30min")
@@ -154,6 +153,8 @@ def _published(value: object) -> str:
     match = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[0-9]+(?:\.[0-9]+){3}):)?([0-9]{1,5})(?::([0-9]{1,5}))?", text)
     if match is None:
         raise ValueError("must be [HOST_IP:]HOST_PORT[:PORT], for example 8000 or 127.0.0.1:8080:8000")
+    import ipaddress
+
     try:
         ipaddress.ip_address((match[1] or "::").strip("[]"))
     except ValueError as error:

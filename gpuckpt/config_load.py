@@ -7,12 +7,10 @@ counts as not set.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +28,8 @@ DOTENV_KEYS = {
     "CHECKPOINT_DIR": "store.path",
 }
 _LARGEST = 1 << 20  # bytes of a configuration file
-_ASSIGNMENT = re.compile(
-    r"""^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)[ \t]*=
-        (?:[ \t]*(?:'([^']*)'|"((?:\\.|[^"\\])*)")[ \t]*(?:\#.*)?|(.*))$""",
-    re.MULTILINE | re.VERBOSE,
-)
+_ASSIGNMENT = r"""(?mx)^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)[ \t]*=
+    (?:[ \t]*(?:'([^']*)'|"((?:\\.|[^"\\])*)")[ \t]*(?:\#.*)?|(.*))$"""
 # The short form first, so that GPUCKPT_PATHS__PREFIX wins over it where both are set.
 _VARIABLES = {"GPUCKPT_PREFIX": "paths.prefix"} | {f"GPUCKPT_{k.upper().replace('.', '__')}": k for k in FIELDS}
 
@@ -112,6 +107,8 @@ def _shown(value: object) -> str:
 
 
 def _did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    import difflib
+
     # By the last word too: a key that is right but stands in the wrong table is the commonest slip.
     candidates = list(known)
     tail = re.split(r"\.|__", word)[-1]
@@ -142,6 +139,10 @@ def _read_toml(file: Path, *, must_exist: bool) -> str:
 
 
 def _toml_values(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if not text:
+        return  # most often there is no such file, and the parser's import takes a few milliseconds
+    import tomllib
+
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -167,6 +168,8 @@ def _at(file: Path, text: str, key: str) -> str:
 
     tomllib tells no positions, and a search for the key's name would be fooled by strings and inline tables.
     """
+    import tomllib
+
     lines = text.splitlines()
     for count in range(1, len(lines) + 1):
         try:
@@ -224,7 +227,7 @@ def _dotenv_values(env_file: Path | None, environ: Mapping[str, str]) -> Iterato
         remedy = "run gpuckpt in another folder, or give --env-file another file"
         raise UsageError(f"cannot read {file.absolute()}", cause=str(error), remedy=remedy) from error
     file = file.absolute()
-    entries = [match for match in _ASSIGNMENT.finditer(text) if match[1] in DOTENV_KEYS]
+    entries = [match for match in re.finditer(_ASSIGNMENT, text) if match[1] in DOTENV_KEYS]
     if entries and env_file is None:
         _check_trust(file, status, environ, sorted({match[1] for match in entries}))
     for match in entries:

@@ -25,14 +25,15 @@ _IDLE_SECONDS = 300
 _START_SECONDS = 30  # 0.1 s on an idle machine; a loaded one just after boot is slow
 
 
-def choose_runtime(wanted: str) -> str:
+def choose_runtime(wanted: str, *, cache: Path | None = None) -> str:
     """``wanted``, or for ``auto`` the first of runc and crun, if it can checkpoint.
 
-    Raises PreflightError with the reason if none can; the doctor says the same (:mod:`gpuckpt.containers.checks`).
+    ``cache`` is for :func:`gpuckpt.programs.ask`. Raises PreflightError with the reason if none can; the doctor says
+    the same (:mod:`gpuckpt.containers.checks`).
     """
     troubles = []
     for name in checks.RUNTIMES if wanted == "auto" else (wanted,):
-        found = checks.inspect_runtime(name)
+        found = checks.inspect_runtime(name, cache=cache)
         if found and found.trouble is None:
             return name
         troubles.append(f"{name} {found.version}: {found.trouble}" if found else f"{name} is not installed")

@@ -113,8 +113,8 @@ def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | No
     """The real ones: prepares the folders and connects to (or starts) the podman service."""
     layout = Layout.of(settings)
     layout.prepare()
-    program = find(settings, criu)
-    runtime = service.choose_runtime(settings.podman.runtime)
+    program = find(settings, criu, cache=layout.run)
+    runtime = service.choose_runtime(settings.podman.runtime, cache=layout.run)
     api = service.connect(layout.run, program.path, runtime=runtime, timeout=settings.podman.timeout)
     return Tools(
         settings=settings,
