@@ -12,9 +12,10 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
+
+from msgspec import Struct
 
 from gpuckpt.config import FIELDS, TABLES, Settings
 from gpuckpt.errors import NotFoundError, UsageError
@@ -34,8 +35,7 @@ _ASSIGNMENT = r"""(?mx)^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)[ \t]*=
 _VARIABLES = {"GPUCKPT_PREFIX": "paths.prefix"} | {f"GPUCKPT_{k.upper().replace('.', '__')}": k for k in FIELDS}
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(Struct, frozen=True):
     """The settings, and for each dotted key a short text that says where its value came from."""
 
     settings: Settings

@@ -11,9 +11,10 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
+
+from msgspec import Struct
 
 _LONGEST_LINE = 1 << 16
 _MOST_HEADERS = 200
@@ -23,8 +24,7 @@ class HttpError(Exception):
     """What came is no HTTP, or ended in the middle; or the request cannot be written as HTTP."""
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(Struct, frozen=True):
     """Status of an answer, and its body as a stream; reading raises :class:`HttpError` if it is cut short."""
 
     status: int

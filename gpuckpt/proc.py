@@ -12,8 +12,9 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from gpuckpt.errors import DeadlineError, GpuckptError, NotFoundError
 
@@ -28,8 +29,7 @@ _CONTROL = (
 _LONGEST = 500  # characters of a line that is shown
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Struct, frozen=True):
     """What a finished command left: its exit status and its two outputs, decoded leniently."""
 
     argv: tuple[str, ...]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from gpuckpt import proc, programs
 from gpuckpt.checks import Check
@@ -31,8 +32,7 @@ _HELPERS = (
 _HYBRID = Path("/sys/fs/cgroup/unified/cgroup.procs")
 
 
-@dataclass(frozen=True)
-class Runtime:
+class Runtime(Struct, frozen=True):
     """An OCI runtime. ``trouble`` says why it cannot checkpoint; None if it can."""
 
     name: str

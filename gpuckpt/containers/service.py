@@ -7,13 +7,14 @@ call, ends by itself when idle, and is not needed by running containers.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from blake3 import blake3
 
 from gpuckpt import proc
 from gpuckpt.checks import Check
@@ -67,7 +68,7 @@ def connect(run: Path, criu: Path, *, runtime: str = "auto", timeout: float = 60
     # Containers inherit the hard limits of the service: one that was started from a shell with lower limits than ours
     # would refuse what we ask for.
     limits = [resource.getrlimit(kind)[1] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)]
-    identity = hashlib.sha256(f"{criu} {runtime} {limits}".encode()).hexdigest()[:12]
+    identity = blake3(f"{criu} {runtime} {limits}".encode()).hexdigest()[:12]
     folder = run / f"podman-{identity}"
     path = folder / "podman.sock"
 

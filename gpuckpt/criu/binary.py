@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from gpuckpt import proc, programs
 from gpuckpt.config import Settings
 from gpuckpt.errors import NotFoundError, PreflightError
 
 
-@dataclass(frozen=True)
-class Criu:
+class Criu(Struct, frozen=True):
     """A criu program and its version, e.g. ``4.2.1``."""
 
     path: Path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from gpuckpt.golden.replica import Replica, publish_address
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host.seccomp import profile_path
 from gpuckpt.manifest import Address, Launch
-from gpuckpt.store.digests import digest_file
+from gpuckpt.store.digests import digest_bytes, digest_file
 from gpuckpt.workload.base import MEMORY_FOLDER, SOCKET_FOLDER
 
 
@@ -71,7 +70,7 @@ def assemble(
 def hostname(golden: str) -> str:
     """A host name (letters, digits, hyphens) for the containers of a golden; CRIU restores it with the processes."""
     cleaned = "".join(letter if letter.isalnum() else "-" for letter in golden.lower()).strip("-")
-    return cleaned or "golden-" + hashlib.sha256(golden.encode()).hexdigest()[:8]
+    return cleaned or "golden-" + digest_bytes(golden.encode())[:8]
 
 
 def seccomp_digest(*, mapped: bool) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from gpuckpt import proc
 from gpuckpt.config import Settings
@@ -74,8 +75,7 @@ class Overlay(Protocol):
     def unmount(self, folder: Path) -> None: ...
 
 
-@dataclass(frozen=True)
-class Tools:
+class Tools(Struct, frozen=True):
     """Everything outside: settings, folders, CRIU, podman, mounts, huge pages, and whom to tell."""
 
     settings: Settings

@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from socket import SHUT_RDWR, create_connection
 from socket import socket as Socket
 from typing import Any
+
+from msgspec import Struct
 
 from gpuckpt import http1
 from gpuckpt.errors import DaemonUnreachableError, GpuckptError
@@ -31,8 +32,7 @@ class RequestFailed(GpuckptError):
         self.status = status
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """A whole response."""
 
     status: int
@@ -61,8 +61,7 @@ def _ended_after(seconds: float, connected: Socket) -> Iterator[None]:
         raise TimeoutError(f"the answer was not complete within {seconds:g} s")
 
 
-@dataclass(frozen=True)
-class Endpoint:
+class Endpoint(Struct, frozen=True):
     """Where a replica listens: ``socket`` (a path of the host), or ``host`` and ``port``."""
 
     socket: Path | None = None
