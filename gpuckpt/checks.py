@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from msgspec import Struct
 
 Verdict = Literal["ok", "warn", "fail", "skip"]
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Struct, frozen=True):
     """One line of ``gpuckpt doctor``.
 
     ``verdict``: ``fail`` stops create and restore, ``warn`` does not, ``skip`` means it does not apply here.

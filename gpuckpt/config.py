@@ -5,18 +5,19 @@ Sizes may be written ``8G`` or ``12GiB``, durations ``30s`` or ``5min``; paths a
 
 from __future__ import annotations
 
-import ipaddress
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
-from pydantic.fields import FieldInfo
+from msgspec import Struct
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B)?|B)?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|seconds|second|sec|s|minutes|minute|min|m|hours|hour|h|d)?\s*")
+_SIZE = r"(?i)(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B)?|B)?"
+_DURATION = r"(\d+(?:\.\d+)?)\s*(ms|seconds|second|sec|s|minutes|minute|min|m|hours|hour|h|d)?\s*"
 _SECONDS_IN = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_YEAR = 365 * 86400
+NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,38}[A-Za-z0-9])?"
+"""What can name a golden or a replica: it becomes a file name, a container's name and part of a socket's path."""
 
 
 def parse_size(value: object) -> object:
@@ -26,7 +27,7 @@ def parse_size(value: object) -> object:
     """
     if not isinstance(value, str):
         return value
-    match = _SIZE.fullmatch(value.strip())
+    match = re.fullmatch(_SIZE, value.strip())
     if match is None:
         raise ValueError("must be a number of bytes or a size such as 512M, 8G or 12GiB")
     number, unit, suffix = match.groups()
@@ -47,7 +48,7 @@ def parse_seconds(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = value.strip()
-    parts = list(_DURATION.finditer(text))
+    parts = list(re.finditer(_DURATION, text))
     # A number without a unit stands alone: in "5min 30" nobody knows what 30 is.
     if not parts or "".join(p.group() for p in parts) != text or (len(parts) > 1 and not all(p[2] for p in parts)):
         raise ValueError("must be a number of seconds or a duration such as 30s, 5min or 1h 30min")
@@ -56,30 +57,104 @@ def parse_seconds(value: object) -> object:
     return sum(float(part[1]) * _SECONDS_IN[key] for part, key in zip(parts, keys, strict=True))
 
 
-def _absolute(path: Path | None) -> Path | None:
+def _path(value: object) -> Path:
+    if not isinstance(value, str | Path):
+        raise ValueError("must be a path")
+    path = Path(value)
     # The daemon and the hooks run with another current directory than the user who wrote the value.
-    if path is not None and not path.is_absolute():
+    if not path.is_absolute():
         raise ValueError("must be an absolute path (~ and variables are not expanded)")
-    if path is not None and "\0" in str(path):
+    if "\0" in str(path):
         raise ValueError("must not hold a NUL byte, which ends a path for the kernel")
     return path
 
 
-def _quotable(path: Path) -> Path:
+def _criu_path(value: object) -> Path:
+    path = _path(value)
     if re.search(r"[\s#]", str(path)):
         raise ValueError("must not hold blanks or #: CRIU's configuration files name paths below it and know no quotes")
     return path
 
 
-def _published(value: object) -> object:
-    if value is None:
-        return None
+def _number(value: object, *, least: int) -> int:
+    try:
+        number = int(value) if isinstance(value, int | float | str) else None
+    except (ValueError, OverflowError):
+        number = None
+    if number is None or (isinstance(value, float) and number != value):
+        raise ValueError("must be a whole number")
+    if number < least:
+        raise ValueError(f"must be greater than {f'or equal to {least}' if least == 0 else least - 1}")
+    return number
+
+
+def _count(value: object) -> int:
+    return _number(value, least=0)
+
+
+def _bytes(value: object) -> int:
+    return _number(parse_size(value), least=0)
+
+
+def _some_bytes(value: object) -> int:
+    return _number(parse_size(value), least=1)
+
+
+def _seconds(value: object) -> float:
+    number = parse_seconds(value)
+    if not isinstance(number, int | float) or number != number:  # NaN
+        raise ValueError("must be a number of seconds or a duration such as 30s, 5min or 1h 30min")
+    if number <= 0:
+        raise ValueError("must be greater than 0")
+    # More than a year is a slip, and more than some centuries overflows the system's own time-outs.
+    if number > _YEAR:
+        raise ValueError(f"must be less than or equal to {_YEAR}")
+    return float(number)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    if not value:
+        raise ValueError("must not be empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("must be UTF-8") from error
+    return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("must be a list")
+    return tuple(map(_text, value))
+
+
+def parse_name(value: object) -> str:
+    """``value`` if it can name a golden; raises :class:`ValueError` otherwise."""
+    if not isinstance(value, str) or not re.fullmatch(NAME, value):
+        raise ValueError("must begin with a letter or digit and hold only those and . _ - (40 at most)")
+    return value
+
+
+def _one_of(*words: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if value not in words:
+            raise ValueError(f"must be {', '.join(map(repr, words[:-1]))} or {words[-1]!r}")
+        return str(value)
+
+    return parse
+
+
+def _published(value: object) -> str:
     text = str(value) if isinstance(value, int) else value
     if not isinstance(text, str):
         raise ValueError("must be [HOST_IP:]HOST_PORT[:PORT]")
     match = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[0-9]+(?:\.[0-9]+){3}):)?([0-9]{1,5})(?::([0-9]{1,5}))?", text)
     if match is None:
         raise ValueError("must be [HOST_IP:]HOST_PORT[:PORT], for example 8000 or 127.0.0.1:8080:8000")
+    import ipaddress
+
     try:
         ipaddress.ip_address((match[1] or "::").strip("[]"))
     except ValueError as error:
@@ -89,99 +164,65 @@ def _published(value: object) -> object:
     return text
 
 
-_YEAR = 365 * 86400.0
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-CriuPath = Annotated[Path, AfterValidator(_absolute), AfterValidator(_quotable)]
-Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
-# More than a year is a slip, and more than some centuries overflows the system's own time-outs.
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, le=_YEAR, allow_inf_nan=False)]
-NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,38}[A-Za-z0-9])?"
-"""What can name a golden or a replica: it becomes a file name, a container's name and part of a socket's path."""
-Name = Annotated[str, Field(pattern=rf"^(?:{NAME})\z")]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean(cls, value: object) -> object:
-        # No setting is a switch yet, and pydantic would read `warmup = true` as 1.
-        if isinstance(value, bool):
-            raise ValueError("must not be true or false")
-        return value
-
-
-class Paths(_Table):
+class Paths(Struct, frozen=True, kw_only=True):
     """Where things are kept on the host."""
 
-    prefix: AbsolutePath = Field(
-        default=Path("/opt/gpuckpt"), description="what `make setup` installs: CRIU, environments"
-    )
-    state: CriuPath = Field(
-        default=Path("/var/lib/gpuckpt"), description="replicas' writable layers, logs of operations"
-    )
-    run: CriuPath = Field(default=Path("/run/gpuckpt"), description="locks, sockets; gone after a reboot")
-    hooks: AbsolutePath = Field(
-        default=Path("/etc/gpuckpt/hooks.d"), description="your executables, run at CRIU's stages"
-    )
+    prefix: Annotated[Path, _path, "what `make setup` installs: CRIU, environments"] = Path("/opt/gpuckpt")
+    state: Annotated[Path, _criu_path, "replicas' writable layers, logs of operations"] = Path("/var/lib/gpuckpt")
+    run: Annotated[Path, _criu_path, "locks, sockets; gone after a reboot"] = Path("/run/gpuckpt")
+    hooks: Annotated[Path, _path, "your executables, run at CRIU's stages"] = Path("/etc/gpuckpt/hooks.d")
 
 
-class Store(_Table):
+class Store(Struct, frozen=True, kw_only=True):
     """Where goldens lie."""
 
-    path: AbsolutePath = Field(
-        default=Path("/run/gpuckpt/store"), description="a tmpfs, mounted here when it is not one yet"
-    )
+    path: Annotated[Path, _path, "a tmpfs, mounted here when it is not one yet"] = Path("/run/gpuckpt/store")
     # Not 0: to tmpfs that means no limit at all.
-    size: Bytes | None = Field(
-        default=None, gt=0, description="limit of that tmpfs in bytes; default: 80 % of the memory"
-    )
-    huge: Literal["never", "always", "within_size", "advise"] = Field(
-        default="within_size", description="huge pages of that tmpfs (tmpfs(5))"
-    )
+    size: Annotated[int | None, _some_bytes, "limit of that tmpfs in bytes; default: 80 % of the memory"] = None
+    huge: Annotated[
+        Literal["never", "always", "within_size", "advise"],
+        _one_of("never", "always", "within_size", "advise"),
+        "huge pages of that tmpfs (tmpfs(5))",
+    ] = "within_size"
 
 
-class Criu(_Table):
+class Criu(Struct, frozen=True, kw_only=True):
     """How CRIU is run."""
 
-    path: Annotated[Path | None, AfterValidator(_absolute)] = Field(
-        default=None, description="the criu program; default: the one `make setup` chose, else PATH"
-    )
-    hook_timeout: Seconds = Field(default=60.0, description="longest run of one of your hooks, in seconds")
-    ghost_limit: Bytes = Field(
-        default=1 << 30, description="largest deleted file that is carried in the images, in bytes"
-    )
+    path: Annotated[Path | None, _path, "the criu program; default: the one `make setup` chose, else PATH"] = None
+    hook_timeout: Annotated[float, _seconds, "longest run of one of your hooks, in seconds"] = 60.0
+    ghost_limit: Annotated[int, _bytes, "largest deleted file that is carried in the images, in bytes"] = 1 << 30
 
 
-class Podman(_Table):
+class Podman(Struct, frozen=True, kw_only=True):
     """How containers are run."""
 
-    runtime: Literal["auto", "runc", "crun"] = Field(
-        default="auto", description="the OCI runtime; auto: one that can checkpoint"
-    )
-    timeout: Seconds = Field(default=600.0, description="longest single podman operation, in seconds")
+    runtime: Annotated[
+        Literal["auto", "runc", "crun"],
+        _one_of("auto", "runc", "crun"),
+        "the OCI runtime; auto: one that can checkpoint",
+    ] = "auto"
+    timeout: Annotated[float, _seconds, "longest single podman operation, in seconds"] = 600.0
 
 
-class Create(_Table):
+class Create(Struct, frozen=True, kw_only=True):
     """Defaults of `gpuckpt create`."""
 
-    name: Name | None = Field(default=None, description="the golden's name when none is given (CONT_NAME)")
-    model: Text | None = Field(default=None, description="the model served: a folder or a hub id (MODEL_ID)")
-    image: Text | None = Field(default=None, description="container image; default: the host's own root file system")
-    publish: Annotated[str | None, BeforeValidator(_published)] = Field(
-        default=None, description="[HOST_IP:]HOST_PORT[:PORT] to publish on a bridge network (API_PORT)"
-    )
-    start_timeout: Seconds = Field(default=600.0, description="longest wait for the server's health, in seconds")
-    warmup: int = Field(default=3, ge=0, description="number of warm-up requests")
-    prompts: tuple[Text, ...] = Field(
-        default=("The capital of France is", "Once upon a time, in a land far away,"),
-        description="prompts of the warm-up",
+    name: Annotated[str | None, parse_name, "the golden's name when none is given (CONT_NAME)"] = None
+    model: Annotated[str | None, _text, "the model served: a folder or a hub id (MODEL_ID)"] = None
+    image: Annotated[str | None, _text, "container image; default: the host's own root file system"] = None
+    publish: Annotated[
+        str | None, _published, "[HOST_IP:]HOST_PORT[:PORT] to publish on a bridge network (API_PORT)"
+    ] = None
+    start_timeout: Annotated[float, _seconds, "longest wait for the server's health, in seconds"] = 600.0
+    warmup: Annotated[int, _count, "number of warm-up requests"] = 3
+    prompts: Annotated[tuple[str, ...], _texts, "prompts of the warm-up"] = (
+        "The capital of France is",
+        "Once upon a time, in a land far away,",
     )
 
 
-class Settings(_Table):
+class Settings(Struct, frozen=True, kw_only=True):
     """Every setting; immutable once loaded."""
 
     paths: Paths = Paths()
@@ -191,12 +232,27 @@ class Settings(_Table):
     create: Create = Create()
 
 
-def _fields() -> Iterator[tuple[str, FieldInfo]]:
-    for table, holder in Settings.model_fields.items():
-        assert isinstance(holder.annotation, type) and issubclass(holder.annotation, _Table)
-        for key, info in holder.annotation.model_fields.items():
-            yield f"{table}.{key}", info
+TABLES: dict[str, Any] = get_type_hints(Settings)
+"""The classes of the tables by their names in a file."""
 
 
-FIELDS: dict[str, FieldInfo] = dict(_fields())
+class Setting(NamedTuple):
+    """One setting: its type, what turns a raw value into one of it or raises :class:`ValueError`, what it is."""
+
+    type: Any
+    parse: Callable[[object], Any]
+    description: str
+
+    def checked(self, value: object) -> Any:
+        """``value``, as a file, a variable or a flag gives it, in the setting's own type; raises ValueError."""
+        if isinstance(value, bool):  # no setting is a switch yet, and to Python True is 1
+            raise ValueError("must not be true or false")
+        return self.parse(value)
+
+
+FIELDS: dict[str, Setting] = {
+    f"{table}.{key}": Setting(*get_args(hint))
+    for table, kind in TABLES.items()
+    for key, hint in get_type_hints(kind, include_extras=True).items()
+}
 """Every setting by its dotted key, in the order of the documentation."""

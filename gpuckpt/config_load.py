@@ -7,21 +7,17 @@ counts as not set.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args, get_origin
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from msgspec import Struct
 
-from gpuckpt.config import FIELDS, Settings
+from gpuckpt.config import FIELDS, TABLES, Settings
 from gpuckpt.errors import NotFoundError, UsageError
 
 DEFAULT_FILE = Path("/etc/gpuckpt/gpuckpt.toml")
@@ -33,17 +29,13 @@ DOTENV_KEYS = {
     "CHECKPOINT_DIR": "store.path",
 }
 _LARGEST = 1 << 20  # bytes of a configuration file
-_ASSIGNMENT = re.compile(
-    r"""^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)[ \t]*=
-        (?:[ \t]*(?:'([^']*)'|"((?:\\.|[^"\\])*)")[ \t]*(?:\#.*)?|(.*))$""",
-    re.MULTILINE | re.VERBOSE,
-)
+_ASSIGNMENT = r"""(?mx)^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)[ \t]*=
+    (?:[ \t]*(?:'([^']*)'|"((?:\\.|[^"\\])*)")[ \t]*(?:\#.*)?|(.*))$"""
 # The short form first, so that GPUCKPT_PATHS__PREFIX wins over it where both are set.
 _VARIABLES = {"GPUCKPT_PREFIX": "paths.prefix"} | {f"GPUCKPT_{k.upper().replace('.', '__')}": k for k in FIELDS}
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(Struct, frozen=True):
     """The settings, and for each dotted key a short text that says where its value came from."""
 
     settings: Settings
@@ -77,35 +69,36 @@ def load(
     for variable, key in _check_variables(environ):
         values[key], origins[key] = _decoded(key, variable, environ[variable]), f"environment {variable}"
     for key, value in flags.items():
-        info = FIELDS[key]
+        kind = FIELDS[key].type
         if value is None or value == ():  # click's () is a repeatable option that was not given
             continue
         # Only a flag may be relative: here the current directory is the one the user has in mind.
-        values[key] = Path(value).absolute() if Path in (info.annotation, *get_args(info.annotation)) else value
+        values[key] = Path(value).absolute() if Path in (kind, *get_args(kind)) else value
         origins[key] = f"flag {names.get(key) or '--' + re.sub(r'[._]', '-', key)}"
-    nested: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
+    tables: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+    wrong: list[tuple[str, str]] = []
+    for key in filter(values.__contains__, FIELDS):
         table, _, name = key.partition(".")
-        nested.setdefault(table, {})[name] = value
-    try:
-        return Loaded(Settings.model_validate(nested), origins)
-    except ValidationError as error:
-        _refuse(error, values, origins, file, toml)
+        try:
+            tables[table][name] = FIELDS[key].checked(values[key])
+        except ValueError as error:
+            wrong.append((key, str(error)))
+    if wrong:
+        origins |= {key: _at(file, toml, key) for key, _ in wrong if origins[key] == str(file)}
+        raise _refusal(wrong, values, origins)
+    return Loaded(Settings(**{table: TABLES[table](**given) for table, given in tables.items()}), origins)
 
 
-def _refuse(
-    error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str], file: Path, toml: str
-) -> NoReturn:
-    problems: list[tuple[str, str]] = []
-    first = ""
-    for detail in error.errors(include_url=False):
-        key = ".".join(map(str, detail["loc"][:2]))
-        origin = origins[key] if origins[key] != str(file) else _at(file, toml, key)
-        problems.append((f"{key} cannot be {_shown(values[key])} ({origin})", _allowed(detail)))
-        first = first or f"{key} is: {FIELDS[key].description}"
-    (message, cause), *others = problems
-    log = tuple(f"also: {what}: it {why}" for what, why in others)
-    raise UsageError(message, cause=f"it {cause}", remedy=f"correct it there; {first}", log=log) from error
+def _refusal(wrong: list[tuple[str, str]], values: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:
+    told = [(f"{key} cannot be {_shown(values[key])} ({origins[key]})", f"it {why}") for key, why in wrong]
+    (message, cause), *others = told
+    key = wrong[0][0]
+    return UsageError(
+        message,
+        cause=cause,
+        remedy=f"correct it there; {key} is: {FIELDS[key].description}",
+        log=tuple(f"also: {what}: {why}" for what, why in others),
+    )
 
 
 def _shown(value: object) -> str:
@@ -113,17 +106,9 @@ def _shown(value: object) -> str:
     return json.dumps(value, default=str, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
-def _allowed(detail: ErrorDetails) -> str:
-    ours = {
-        "string_pattern_mismatch": "must begin with a letter or digit and hold only those and . _ - (128 at most)",
-        "string_too_short": "must not be empty",
-        "tuple_type": "must be a list",
-    }
-    text = detail["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
-    return ours.get(detail["type"], text)
-
-
 def _did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    import difflib
+
     # By the last word too: a key that is right but stands in the wrong table is the commonest slip.
     candidates = list(known)
     tail = re.split(r"\.|__", word)[-1]
@@ -154,13 +139,17 @@ def _read_toml(file: Path, *, must_exist: bool) -> str:
 
 
 def _toml_values(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if not text:
+        return  # most often there is no such file, and the parser's import takes a few milliseconds
+    import tomllib
+
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{file} is not valid TOML", cause=str(error)) from error
     except RecursionError as error:
         raise UsageError(f"{file} is no configuration", cause="its brackets are nested too deeply") from error
-    tables = list(Settings.model_fields)
+    tables = list(TABLES)
     for table, content in data.items():
         if table not in tables:
             hint = _did_you_mean(table, [*tables, *FIELDS], f"the tables are {', '.join(tables)}")
@@ -179,6 +168,8 @@ def _at(file: Path, text: str, key: str) -> str:
 
     tomllib tells no positions, and a search for the key's name would be fooled by strings and inline tables.
     """
+    import tomllib
+
     lines = text.splitlines()
     for count in range(1, len(lines) + 1):
         try:
@@ -201,7 +192,7 @@ def _check_variables(environ: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _decoded(key: str, variable: str, text: str) -> Any:
-    if not str(FIELDS[key].annotation).startswith("tuple"):
+    if get_origin(FIELDS[key].type) is not tuple:
         return text
     if not text.lstrip().startswith("["):
         return [part.strip() for part in text.split(",") if part.strip()]
@@ -236,7 +227,7 @@ def _dotenv_values(env_file: Path | None, environ: Mapping[str, str]) -> Iterato
         remedy = "run gpuckpt in another folder, or give --env-file another file"
         raise UsageError(f"cannot read {file.absolute()}", cause=str(error), remedy=remedy) from error
     file = file.absolute()
-    entries = [match for match in _ASSIGNMENT.finditer(text) if match[1] in DOTENV_KEYS]
+    entries = [match for match in re.finditer(_ASSIGNMENT, text) if match[1] in DOTENV_KEYS]
     if entries and env_file is None:
         _check_trust(file, status, environ, sorted({match[1] for match in entries}))
     for match in entries:

@@ -7,20 +7,21 @@ needs CRIU, podman or torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import msgspec
+from msgspec import Meta
 
 from gpuckpt.errors import IncompatibleError, VerificationError
 
 FORMAT: Literal[1] = 1
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
 
 
-class Mount(_Record):
+class Mount(_Record, frozen=True, kw_only=True):
     """A folder or file of the host inside the container."""
 
     source: str
@@ -28,14 +29,14 @@ class Mount(_Record):
     read_only: bool = True
 
 
-class Volume(_Record):
+class Volume(_Record, frozen=True, kw_only=True):
     """A named podman volume; its content is kept in the golden as ``volumes/NAME``."""
 
     name: str
     destination: str
 
 
-class Port(_Record):
+class Port(_Record, frozen=True, kw_only=True):
     """A published TCP port: host address and port, and the port inside the container."""
 
     host_ip: str
@@ -43,7 +44,7 @@ class Port(_Record):
     container_port: int
 
 
-class Ulimit(_Record):
+class Ulimit(_Record, frozen=True, kw_only=True):
     """One resource limit, as podman names it (``nofile``), soft and hard."""
 
     name: str
@@ -51,34 +52,36 @@ class Ulimit(_Record):
     hard: int
 
 
-class Launch(_Record):
+class Launch(_Record, frozen=True, kw_only=True):
     """How the container is made: what a cold start runs and what a replica's container looks like."""
 
     argv: tuple[str, ...]
     env: dict[str, str]
     workdir: str
     user: str
-    image: str | None = Field(description="the image's reference, or None when `rootfs` is used")
-    rootfs: str | None = Field(description="a folder of the host, seen through a throw-away overlay")
+    image: Annotated[str | None, Meta(description="the image's reference, or None when `rootfs` is used")]
+    rootfs: Annotated[str | None, Meta(description="a folder of the host, seen through a throw-away overlay")]
     mounts: tuple[Mount, ...]
     volumes: tuple[Volume, ...] = ()
-    port: Port | None = Field(description="published port; None: no network, the server listens on a Unix socket")
+    port: Annotated[
+        Port | None, Meta(description="published port; None: no network, the server listens on a Unix socket")
+    ]
     ulimits: tuple[Ulimit, ...]
-    shm_size: int = Field(description="limit of the container's own /dev/shm in bytes")
-    mapped: bool = Field(default=False, description="the seccomp profile for mapped memory was in force")
-    seccomp_blake3: str = Field(description="digest of the seccomp profile the processes run under")
-    capabilities: tuple[str, ...] = Field(description="effective capabilities of the container's init, sorted")
+    shm_size: Annotated[int, Meta(description="limit of the container's own /dev/shm in bytes")]
+    mapped: Annotated[bool, Meta(description="the seccomp profile for mapped memory was in force")] = False
+    seccomp_blake3: Annotated[str, Meta(description="digest of the seccomp profile the processes run under")]
+    capabilities: Annotated[tuple[str, ...], Meta(description="effective capabilities of the container's init, sorted")]
     tcp_established: bool = False
 
 
-class Address(_Record):
+class Address(_Record, frozen=True, kw_only=True):
     """The container's address on the bridge, to which its sockets are bound."""
 
     ip: str
     mac: str
 
 
-class Request(_Record):
+class Request(_Record, frozen=True, kw_only=True):
     """An HTTP request of the canary; ``body`` is JSON text or empty."""
 
     method: str
@@ -86,7 +89,7 @@ class Request(_Record):
     body: str = ""
 
 
-class Canary(_Record):
+class Canary(_Record, frozen=True, kw_only=True):
     """The recorded deterministic request and what the never-dumped server answered.
 
     For a language model ``tokens`` and ``logprobs`` (natural logarithms, compared exactly); for any other server the
@@ -100,7 +103,7 @@ class Canary(_Record):
     body_blake3: str = ""
 
 
-class Workload(_Record):
+class Workload(_Record, frozen=True, kw_only=True):
     """Which adapter serves the container, and its options."""
 
     kind: Literal["vllm", "http"]
@@ -111,7 +114,7 @@ class Workload(_Record):
     warmup_requests: tuple[Request, ...] = ()
 
 
-class BaseFiles(_Record):
+class BaseFiles(_Record, frozen=True, kw_only=True):
     """The root file system under the writable layer: what must be the same for mapped files to be the same.
 
     ``digest`` is the image's id, or of a folder the blake3 digest of ``files``: every file that the processes have
@@ -122,7 +125,7 @@ class BaseFiles(_Record):
     files: dict[str, str]
 
 
-class Identity(_Record):
+class Identity(_Record, frozen=True, kw_only=True):
     """The machine that a golden was made on; a restore compares it field by field."""
 
     kernel: str
@@ -135,7 +138,7 @@ class Identity(_Record):
     driver: str | None = None
 
 
-class Process(_Record):
+class Process(_Record, frozen=True, kw_only=True):
     """One process of the tree: ids inside the container, its name, its memory in the images (bytes)."""
 
     pid: int
@@ -145,7 +148,7 @@ class Process(_Record):
     pages_bytes: int
 
 
-class CopiedMemory(_Record):
+class CopiedMemory(_Record, frozen=True, kw_only=True):
     """Memory of a process that a restore copies, in bytes, and why it cannot be mapped."""
 
     pid: int
@@ -153,7 +156,7 @@ class CopiedMemory(_Record):
     bytes: int
 
 
-class Memory(_Record):
+class Memory(_Record, frozen=True, kw_only=True):
     """How memory comes back: ``mapped`` from memory files, or ``copy``.
 
     Of a mapped golden: bytes that are mapped, bytes of these that other processes or goldens share, the number of
@@ -167,7 +170,7 @@ class Memory(_Record):
     copied: tuple[CopiedMemory, ...] = ()
 
 
-class Sizes(_Record):
+class Sizes(_Record, frozen=True, kw_only=True):
     """Bytes of the golden by kind; ``cpu_pages`` are copied by a restore, ``mapped_pages`` are not."""
 
     cpu_pages: int
@@ -182,27 +185,27 @@ class Sizes(_Record):
         return self.cpu_pages + self.mapped_pages + self.gpu + self.shared_memory + self.rootfs + self.metadata
 
 
-class FileRecord(_Record):
+class FileRecord(_Record, frozen=True, kw_only=True):
     """Size in bytes and blake3 digest (hex) of one file of the golden."""
 
     size: int
     blake3: str
 
 
-class PhaseRecord(_Record):
+class PhaseRecord(_Record, frozen=True, kw_only=True):
     """One row of the phase table of the creation."""
 
     name: str
     seconds: float
 
 
-class Manifest(_Record):
+class Manifest(_Record, frozen=True, kw_only=True):
     """A golden, described."""
 
     format: Literal[1] = FORMAT
     name: str
-    created: str = Field(description="UTC, ISO 8601")
-    gpuckpt: str = Field(description="the version that made it")
+    created: Annotated[str, Meta(description="UTC, ISO 8601")]
+    gpuckpt: Annotated[str, Meta(description="the version that made it")]
     workload: Workload
     launch: Launch
     address: Address | None
@@ -211,18 +214,22 @@ class Manifest(_Record):
     sizes: Sizes
     memory: Memory = Memory(mode="copy")
     processes: tuple[Process, ...]
-    sockets: tuple[str, ...] = Field(description="listening and connected sockets, one line each")
-    files: dict[str, FileRecord] = Field(description="every file of the golden but the manifest, by relative path")
-    links: dict[str, str] = Field(default={}, description="symbolic links in the written layers and their targets")
-    attributes_blake3: str = Field(description="digest of the written layers' owners, modes and marks")
+    sockets: Annotated[tuple[str, ...], Meta(description="listening and connected sockets, one line each")]
+    files: Annotated[
+        dict[str, FileRecord], Meta(description="every file of the golden but the manifest, by relative path")
+    ]
+    links: Annotated[dict[str, str], Meta(description="symbolic links in the written layers and their targets")] = {}
+    attributes_blake3: Annotated[str, Meta(description="digest of the written layers' owners, modes and marks")]
     phases: tuple[PhaseRecord, ...]
-    cold_ttft_s: float = Field(description="seconds from the command to the first streamed token of the cold start")
+    cold_ttft_s: Annotated[
+        float, Meta(description="seconds from the command to the first streamed token of the cold start")
+    ]
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` into ``folder``, readable by root alone (it may hold secrets of the environment)."""
         path = folder / "manifest.json"
         path.touch(mode=0o600)
-        path.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        path.write_bytes(dump(self))
 
 
 def read(folder: Path) -> Manifest:
@@ -245,17 +252,40 @@ def read(folder: Path) -> Manifest:
 def parse(text: bytes, name: str) -> Manifest:
     """The manifest in ``text``; ``name`` is for the messages. Raises as :func:`read`."""
     try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if where == "format" and first["type"] == "literal_error":
+        return msgspec.json.decode(text, type=Manifest)
+    except msgspec.ValidationError as error:
+        # What a newer gpuckpt writes differs in more than its number; that is still what is to be said of it.
+        found = _format_of(text)
+        if found != FORMAT:
             raise IncompatibleError(
-                f"golden {name} has manifest format {first['input']}, this gpuckpt knows {FORMAT}",
+                f"golden {name} has manifest format {found}, this gpuckpt knows {FORMAT}",
                 remedy="use the gpuckpt that made it, or create it anew",
             ) from error
-        raise VerificationError(
-            f"the manifest of golden {name} is damaged",
-            cause=f"{where}: {first['msg']}" if where else first["msg"],
-            remedy=f"remove it (gpuckpt rm {name}) and create it anew",
-        ) from error
+        raise _damaged(name, str(error)) from error
+    except msgspec.DecodeError as error:
+        raise _damaged(name, f"invalid JSON: {error}") from error
+
+
+def dump(manifest: Manifest) -> bytes:
+    """``manifest`` as the text of its file."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
+class _Head(msgspec.Struct):
+    format: Any = FORMAT
+
+
+def _format_of(text: bytes) -> Any:
+    try:
+        return msgspec.json.decode(text, type=_Head).format
+    except msgspec.DecodeError:
+        return FORMAT  # not even an object: damaged, whatever its format
+
+
+def _damaged(name: str, error: str) -> VerificationError:
+    what, _, place = error.partition(" - at `$.")
+    return VerificationError(
+        f"the manifest of golden {name} is damaged",
+        cause=f"{place.removesuffix('`')}: {what}" if place else what,
+        remedy=f"remove it (gpuckpt rm {name}) and create it anew",
+    )

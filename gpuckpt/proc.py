@@ -12,8 +12,9 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from gpuckpt.errors import DeadlineError, GpuckptError, NotFoundError
 
@@ -22,14 +23,13 @@ _PASSED = ("HOME", "LANG", "LC_ALL", "TERM", "TMPDIR", "TZ", "XDG_RUNTIME_DIR")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # Terminal sequences as a whole (colours, titles), then what control characters are left; a tab may stay.
-_CONTROL = re.compile(
+_CONTROL = (
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
 _LONGEST = 500  # characters of a line that is shown
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Struct, frozen=True):
     """What a finished command left: its exit status and its two outputs, decoded leniently."""
 
     argv: tuple[str, ...]
@@ -130,7 +130,7 @@ def tail(text: str, lines: int = 15) -> tuple[str, ...]:
 
     They end on a terminal, and the programs that wrote them are not to move its cursor or set its title.
     """
-    cleaned = (_CONTROL.sub("", line) for line in text.splitlines())
+    cleaned = (re.sub(_CONTROL, "", line) for line in text.splitlines())
     return tuple(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in cleaned if line.strip())[-lines:]
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 UNACCOUNTED = "unaccounted"
 
@@ -32,16 +33,14 @@ def process_started_ns() -> int:
     return now_ns() - max(age_ns, 0)
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(Struct, frozen=True):
     """One row: a name and the seconds spent in it."""
 
     name: str
     seconds: float
 
 
-@dataclass
-class PhaseTable:
+class PhaseTable(Struct):
     """Collects phases of one operation from ``started_ns`` on."""
 
     started_ns: int = field(default_factory=now_ns)

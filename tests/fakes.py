@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from gpuckpt.config import Create, Paths, Settings, Store
 from gpuckpt.containers.podman import LABEL, OWNER, Container, ContainerSpec
 from gpuckpt.criu.binary import Criu
@@ -508,7 +510,7 @@ def sample_manifest(name: str = "gold", **changes: Any) -> Manifest:
         phases=(PhaseRecord(name="dump", seconds=0.5),),
         cold_ttft_s=1.5,
     )
-    return manifest.model_copy(update=changes)
+    return structs.replace(manifest, **changes)
 
 
 def publish(layout: Layout, name: str = "gold", contents: dict[str, bytes] | None = None) -> Path:

@@ -28,7 +28,9 @@ def show(ctx: click.Context, origin: bool, as_json: bool) -> None:
     """Show every setting as the other commands would see it."""
     loaded = load_settings(ctx)
     if as_json:
-        print_json({"settings": loaded.settings.model_dump(mode="json"), "origins": loaded.origins})
+        import msgspec
+
+        print_json({"settings": msgspec.to_builtins(loaded.settings, enc_hook=str), "origins": loaded.origins})
         return
     rows = []
     for key, source in loaded.origins.items():

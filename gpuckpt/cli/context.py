@@ -21,7 +21,7 @@ def load_settings(ctx: click.Context, **flags: Any) -> Loaded:
     None means not given, and so does the default of the option it came from: otherwise it would hide the files.
     Raises what :func:`gpuckpt.config_load.load` raises.
     """
-    # Here, so that starting the program does not cost the import of pydantic.
+    # Here: a shell that completes a command's name, and --help, need no settings.
     from gpuckpt.config_load import load
 
     values: dict[str, Any] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from gpuckpt.cli.complete import golden_names
@@ -17,6 +15,8 @@ from gpuckpt.cli.render import format_option, print_json, print_table, seconds, 
 @click.pass_context
 def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
     """Show what a golden holds, without restoring it: sizes, processes, sockets, identity, canary."""
+    from msgspec import to_builtins
+
     from gpuckpt import manifest as manifests
     from gpuckpt.manifest import Process
     from gpuckpt.store.layout import Layout
@@ -24,7 +24,7 @@ def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
     folder = Layout.of(settings_from(ctx)).golden(name)
     golden = manifests.read(folder)
     if as_json:
-        document = json.loads(golden.model_dump_json(exclude={"files", "links"}))
+        document = {key: value for key, value in to_builtins(golden).items() if key not in ("files", "links")}
         print_json({**document, "folder": str(folder), "image_bytes": golden.sizes.total})
         return
     identity, launch = golden.identity, golden.launch

@@ -6,7 +6,6 @@ which is longer than a whole mapped restore; the dozen calls needed are few enou
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from gpuckpt import http1
 from gpuckpt.errors import BusyError, DaemonUnreachableError, DeadlineError, GpuckptError, NotFoundError
 
 _VERSION = "v4.0.0"
@@ -25,22 +25,6 @@ class PodmanError(GpuckptError):
     def __init__(self, message: str, *, status: int, cause: str) -> None:
         super().__init__(message, cause=cause)
         self.status = status
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout: float) -> None:
-        super().__init__("podman", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            made.settimeout(self.timeout)
-            made.connect(str(self._path))
-        except BaseException:
-            made.close()
-            raise
-        self.sock = made
 
 
 class Api:
@@ -63,27 +47,18 @@ class Api:
         words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in query.items()}
         words = {key: value for key, value in words.items() if value is not None}
         url = f"/{_VERSION}/libpod{route}" + (f"?{urlencode(words)}" if words else "")
-        connection = _UnixConnection(self.path, self.timeout)
+        content = b"" if body is None else json.dumps(body).encode()
         try:
-            self._connect(connection)
-            connection.request(
-                method,
-                url,
-                body=None if body is None else json.dumps(body),
-                headers={} if body is None else {"Content-Type": "application/json"},
-            )
-            with connection.getresponse() as response:
-                data = response.read()
+            with self._connect() as connected, http1.exchange(connected, method, url, content) as response:
+                data = response.body.read()
         except TimeoutError as error:
             raise DeadlineError(f"podman did not answer {method} {route} within {self.timeout:g} s") from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http1.HttpError) as error:
             raise DaemonUnreachableError(
                 f"the podman service at {self.path} does not answer",
                 cause=f"{type(error).__name__}: {error}",
                 remedy="gpuckpt doctor",
             ) from error
-        finally:
-            connection.close()
         if response.status >= 400:
             raise _error(response.status, data, f"podman refused {method} {route}")
         if not data:
@@ -93,15 +68,15 @@ class Api:
         except ValueError:
             return data
 
-    def _connect(self, connection: _UnixConnection) -> None:
+    def _connect(self) -> socket.socket:
         try:
-            connection.connect()
+            return http1.connect_unix(self.path, self.timeout)
         except (FileNotFoundError, ConnectionRefusedError):
             # Nothing was sent, so nothing can happen twice.
             if self._reconnect is None:
                 raise
             self._reconnect()
-            connection.connect()
+            return http1.connect_unix(self.path, self.timeout)
 
 
 def _error(status: int, data: bytes, message: str) -> GpuckptError:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpuckpt import proc
+from msgspec import Struct
+
+from gpuckpt import proc, programs
 from gpuckpt.checks import Check
 from gpuckpt.config import Settings
 from gpuckpt.errors import GpuckptError
@@ -31,8 +32,7 @@ _HELPERS = (
 _HYBRID = Path("/sys/fs/cgroup/unified/cgroup.procs")
 
 
-@dataclass(frozen=True)
-class Runtime:
+class Runtime(Struct, frozen=True):
     """An OCI runtime. ``trouble`` says why it cannot checkpoint; None if it can."""
 
     name: str
@@ -80,19 +80,19 @@ def podman(settings: Settings) -> Check:
     return Check("containers.podman", "podman", "ok", f"{version} ({path})", why)
 
 
-def inspect_runtime(name: str) -> Runtime | None:
-    """What the runtime ``name`` on PATH can do; None if it is not installed."""
+def inspect_runtime(name: str, *, cache: Path | None = None) -> Runtime | None:
+    """What the runtime ``name`` on PATH can do; None if it is not installed; ``cache`` as for ``programs.ask``."""
     path = _which(name)
     if path is None:
         return None
     try:
-        text = proc.run([path, "--version"], timeout=10).stdout
+        text = programs.ask([path, "--version"], timeout=10, cache=cache)
         version = _version(text)
         if name == "crun" and "+CRIU" not in text:  # Debian 12's is built so, and may know no `features` either
             return Runtime(name, path, version, "built without CRIU")
         if name == "runc" and _numbers(version) < _OLDEST_RUNC:
             return Runtime(name, path, version, "older than 1.1")
-        told = json.loads(proc.run([path, "features"], timeout=10).stdout)
+        told = json.loads(programs.ask([path, "features"], timeout=10, cache=cache))
         if name == "crun":
             return Runtime(name, path, version, _crun_trouble(told))
         annotations = told.get("annotations") or {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from gpuckpt.containers.api import Api
 from gpuckpt.errors import BusyError, NotFoundError, PreflightError, UsageError
@@ -17,8 +18,7 @@ PREFIX = "gpuckpt-"
 ALIVE = ("running", "paused")  # states in which a container has processes
 
 
-@dataclass(frozen=True)
-class ContainerSpec:
+class ContainerSpec(Struct, frozen=True):
     """What a container is made of; ``rootfs`` is a mounted folder, ``binds`` are (source, destination, read-only)."""
 
     name: str
@@ -35,8 +35,7 @@ class ContainerSpec:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Container:
+class Container(Struct, frozen=True):
     """State of a container: podman's ``status``, its init's pid on the host (0 when there is none), exit code."""
 
     id: str

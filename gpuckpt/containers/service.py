@@ -7,13 +7,14 @@ call, ends by itself when idle, and is not needed by running containers.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from blake3 import blake3
 
 from gpuckpt import proc
 from gpuckpt.checks import Check
@@ -25,14 +26,15 @@ _IDLE_SECONDS = 300
 _START_SECONDS = 30  # 0.1 s on an idle machine; a loaded one just after boot is slow
 
 
-def choose_runtime(wanted: str) -> str:
+def choose_runtime(wanted: str, *, cache: Path | None = None) -> str:
     """``wanted``, or for ``auto`` the first of runc and crun, if it can checkpoint.
 
-    Raises PreflightError with the reason if none can; the doctor says the same (:mod:`gpuckpt.containers.checks`).
+    ``cache`` is for :func:`gpuckpt.programs.ask`. Raises PreflightError with the reason if none can; the doctor says
+    the same (:mod:`gpuckpt.containers.checks`).
     """
     troubles = []
     for name in checks.RUNTIMES if wanted == "auto" else (wanted,):
-        found = checks.inspect_runtime(name)
+        found = checks.inspect_runtime(name, cache=cache)
         if found and found.trouble is None:
             return name
         troubles.append(f"{name} {found.version}: {found.trouble}" if found else f"{name} is not installed")
@@ -66,7 +68,7 @@ def connect(run: Path, criu: Path, *, runtime: str = "auto", timeout: float = 60
     # Containers inherit the hard limits of the service: one that was started from a shell with lower limits than ours
     # would refuse what we ask for.
     limits = [resource.getrlimit(kind)[1] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)]
-    identity = hashlib.sha256(f"{criu} {runtime} {limits}".encode()).hexdigest()[:12]
+    identity = blake3(f"{criu} {runtime} {limits}".encode()).hexdigest()[:12]
     folder = run / f"podman-{identity}"
     path = folder / "podman.sock"
 

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-from gpuckpt import proc
+from msgspec import Struct
+
+from gpuckpt import proc, programs
 from gpuckpt.config import Settings
 from gpuckpt.errors import NotFoundError, PreflightError
 
 
-@dataclass(frozen=True)
-class Criu:
+class Criu(Struct, frozen=True):
     """A criu program and its version, e.g. ``4.2.1``."""
 
     path: Path
     version: str
 
 
-def find(settings: Settings, override: Path | None = None) -> Criu:
+def find(settings: Settings, override: Path | None = None, *, cache: Path | None = None) -> Criu:
     """The criu to use: ``override`` (--criu), else the configured one, else the prefix's, else the one on PATH.
 
-    Raises NotFoundError if there is none, PreflightError if it does not run.
+    ``cache`` is for :func:`gpuckpt.programs.ask`. Raises NotFoundError if there is none, PreflightError if it does not
+    run.
     """
     explicit = override or settings.criu.path
     if explicit:
@@ -37,7 +38,7 @@ def find(settings: Settings, override: Path | None = None) -> Criu:
             raise NotFoundError("no CRIU on this machine", remedy="install one that works here: make setup")
         path = Path(found)
     try:
-        output = proc.run([path, "--version"], timeout=10).stdout
+        output = programs.ask([path, "--version"], timeout=10, cache=cache)
     except (proc.CommandError, PermissionError, OSError) as error:
         raise PreflightError(f"{path} does not run", cause=str(error), remedy="make setup") from error
     match = re.search(r"Version:\s*(\S+)", output)

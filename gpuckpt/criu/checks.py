@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import re
+from pathlib import Path
 
 from gpuckpt import proc
 from gpuckpt.checks import Check
@@ -23,11 +24,13 @@ def all_checks(settings: Settings) -> list[Check]:
     return [version, self_check(found), pycriu()]
 
 
-def program(settings: Settings, *, release: str | None = None) -> tuple[Check, binary.Criu | None]:
-    """Is there a CRIU that fits the kernel ``release``? Runs only ``criu --version``."""
+def program(
+    settings: Settings, *, release: str | None = None, cache: Path | None = None
+) -> tuple[Check, binary.Criu | None]:
+    """Is there a CRIU that fits the kernel ``release``? Runs only ``criu --version`` (``cache``: if that is news)."""
     why = "CRIU freezes and restores the processes"
     try:
-        criu = binary.find(settings)
+        criu = binary.find(settings, cache=cache)
     except GpuckptError as error:
         found = error.message + (f": {error.cause}" if error.cause else "")
         return Check("criu.program", "CRIU", "fail", found, why, error.remedy), None

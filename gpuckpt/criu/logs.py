@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 # What a line of CRIU's log says → why, and what to do. Sources: CRIU's messages as met in practice.
 _KNOWN: tuple[tuple[str, str, str], ...] = (
@@ -73,8 +74,7 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Struct, frozen=True):
     """The key lines of a log, and, where they are known, their meaning and remedy."""
 
     lines: tuple[str, ...]

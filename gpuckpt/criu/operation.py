@@ -12,8 +12,9 @@ import signal
 import stat
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from gpuckpt.errors import PreflightError
 from gpuckpt.paths import refuse_untrusted
@@ -43,8 +44,7 @@ def action_script() -> Path:
     raise PreflightError("the CRIU action script is missing", remedy="reinstall gpuckpt: make setup")
 
 
-@dataclass(frozen=True)
-class FailedStep:
+class FailedStep(Struct, frozen=True):
     """A step of the action script that failed, the end of its output, and whether it is the user's executable."""
 
     name: str
@@ -52,8 +52,7 @@ class FailedStep:
     users: bool
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(Struct, frozen=True):
     """The folder of one container's CRIU options, stages and hook output."""
 
     folder: Path

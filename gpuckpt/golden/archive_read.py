@@ -12,12 +12,12 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import IO, Annotated
+from typing import IO
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from msgspec import structs
 
 from gpuckpt import manifest as manifests
-from gpuckpt.config import Name, Settings
+from gpuckpt.config import Settings, parse_name
 from gpuckpt.errors import BusyError, NotFoundError, OutOfSpaceError, PreflightError, UsageError, VerificationError
 from gpuckpt.golden.archive_format import SOCKET, XATTR, ZSTD_MAGIC, Archive, Hashing, Progress, private
 from gpuckpt.manifest import Manifest
@@ -27,40 +27,31 @@ from gpuckpt.store.layout import Layout, check_name
 _MANIFEST_LIMIT = 64 << 20
 
 
-def _plain(path: str) -> str:
+def _plain(path: str) -> None:
     if not path.startswith("/") or ".." in path.split("/") or any(ord(letter) < 32 for letter in path):
         raise ValueError("is not a plain absolute path")
-    return path
 
 
-_PlainPath = Annotated[str, AfterValidator(_plain)]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class _Mount(_Record):
-    source: _PlainPath
-    destination: _PlainPath
-
-
-class _Volume(_Record):
-    name: Name
-    destination: _PlainPath
-
-
-class _Launch(_Record):
-    rootfs: _PlainPath | None
-    mounts: tuple[_Mount, ...]
-    volumes: tuple[_Volume, ...]
-
-
-class _Names(_Record):
+def _refuse_astray(manifest: Manifest, source: Path) -> None:
     """What of a manifest becomes a name or path on the host: in somebody else's, nothing that leads astray."""
-
-    name: Name
-    launch: _Launch
+    launch = manifest.launch
+    names, paths = [("name", manifest.name)], [("launch.rootfs", "/" if launch.rootfs is None else launch.rootfs)]
+    for index, mount in enumerate(launch.mounts):
+        paths.append((f"launch.mounts.{index}.source", mount.source))
+        paths.append((f"launch.mounts.{index}.destination", mount.destination))
+    for index, volume in enumerate(launch.volumes):
+        names.append((f"launch.volumes.{index}.name", volume.name))
+        paths.append((f"launch.volumes.{index}.destination", volume.destination))
+    for check, entries in ((parse_name, names), (_plain, paths)):
+        for where, text in entries:
+            try:
+                check(text)
+            except ValueError as error:
+                raise VerificationError(
+                    f"the manifest in {source} names what no golden of ours would",
+                    cause=f"{where}: {error} ({text!r})",
+                    remedy="do not use this archive",
+                ) from error
 
 
 def require_trust(source: Path, *, trust: bool, digest: str | None) -> str:
@@ -146,16 +137,7 @@ def _first(tar: tarfile.TarFile, source: Path) -> Manifest:
             f"{source} is not an archive of a golden", cause="its first member is not manifest.json"
         )
     manifest = manifests.parse(content.read(), source.name)
-    try:
-        _Names.model_validate(manifest.model_dump(include=set(_Names.model_fields)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise VerificationError(
-            f"the manifest in {source} names what no golden of ours would",
-            cause=f"{where}: {first['msg']} ({first['input']!r})",
-            remedy="do not use this archive",
-        ) from error
+    _refuse_astray(manifest, source)
     return manifest
 
 
@@ -207,7 +189,7 @@ def _unpack(
         )
         if found:
             raise VerificationError("the archive's content differs from its manifest", cause="; ".join(found[:5]))
-        manifest.model_copy(update={"name": name}).write(staging)
+        structs.replace(manifest, name=name).write(staging)
         seal.write(staging)
         staging.rename(layout.goldens / name)
     except OSError as error:

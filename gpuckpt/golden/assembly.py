@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from gpuckpt.golden.replica import Replica, publish_address
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host.seccomp import profile_path
 from gpuckpt.manifest import Address, Launch
-from gpuckpt.store.digests import digest_file
+from gpuckpt.store.digests import digest_bytes, digest_file
 from gpuckpt.workload.base import MEMORY_FOLDER, SOCKET_FOLDER
 
 
@@ -71,7 +70,7 @@ def assemble(
 def hostname(replica: str) -> str:
     """A host name (letters, digits, hyphens) for the container of a replica; CRIU restores it with the processes."""
     cleaned = "".join(letter if letter.isalnum() else "-" for letter in replica.lower()).strip("-")
-    return cleaned or "replica-" + hashlib.sha256(replica.encode()).hexdigest()[:8]
+    return cleaned or "replica-" + digest_bytes(replica.encode())[:8]
 
 
 def seccomp_digest(*, mapped: bool) -> str:

@@ -97,7 +97,8 @@ def prune(settings: Settings, tools: Callable[[], Tools], *, dry_run: bool) -> l
     """Remove half-made goldens and replicas, dead replicas and stray containers; a sentence for each.
 
     A replica is dead that was ready and whose container runs no more (a crash, a reboot, `podman rm`), or that was
-    prepared and whose golden or root file system is gone. ``dry_run`` changes nothing. Raises NothingToDo if nothing was there to remove.
+    prepared and whose golden or root file system is gone. ``dry_run`` changes nothing. Raises NothingToDo if nothing
+    was there to remove.
     """
     layout = Layout.of(settings)
     layout.prepare()

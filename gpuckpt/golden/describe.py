@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
+from msgspec import structs
+
 from gpuckpt import __version__
 from gpuckpt.criu import images as criu_images
 from gpuckpt.golden import identity
@@ -40,7 +42,7 @@ def describe(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         gpuckpt=__version__,
         workload=workload,
-        launch=launch.model_copy(update={"capabilities": criu_images.capabilities(images)}),
+        launch=structs.replace(launch, capabilities=criu_images.capabilities(images)),
         address=address,
         identity=identity.record(tools.criu, tools.runtime, base),
         canary=canary,

@@ -46,8 +46,8 @@ def diagnose(settings: Settings) -> list[Check]:
 def require(settings: Settings, purpose: Literal["create", "restore"]) -> None:
     """Raise PreflightError (exit 4) naming every failed check that ``purpose`` depends on; return if there is none.
 
-    Only what is fast is looked at (tens of milliseconds; nothing but ``criu --version`` is executed), and nothing is
-    changed, so that a command can begin with it.
+    Only what is fast is looked at (milliseconds; nothing but ``criu --version`` is executed, and that only if CRIU is
+    not the one that was asked before), and nothing is changed, so that a command can begin with it.
     """
     machine = host.Machine()
     root = host.root(machine)
@@ -76,7 +76,7 @@ def _relevant(settings: Settings, purpose: str, machine: host.Machine) -> Iterab
     yield host.cgroups(machine)
     yield seccomp.check()
     yield tmpfs.check(settings.store)
-    yield criu.program(settings)[0]
+    yield criu.program(settings, cache=settings.paths.run)[0]
     yield from containers.fast_checks(settings)
     if purpose == "create":
         yield host.kernel(machine)

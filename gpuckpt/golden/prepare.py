@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
+from msgspec import structs
+
 from gpuckpt import manifest as manifests
 from gpuckpt.criu import view
 from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, RestoreError, UsageError
@@ -156,7 +158,7 @@ def _launch(golden: Manifest, options: Options) -> Launch:
         host_port=options.publish.host_port,
         container_port=golden.launch.port.container_port,
     )
-    return golden.launch.model_copy(update={"port": port})
+    return structs.replace(golden.launch, port=port)
 
 
 def _address(golden: Manifest, replica: Replica, options: Options) -> Address | None:

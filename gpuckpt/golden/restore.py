@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from msgspec import structs
+
 from gpuckpt.errors import (
     DaemonUnreachableError,
     GpuckptError,
@@ -104,7 +106,7 @@ def restore_all(
                     raise
                 source = replace(source, trouble=error)
         tools.report.stage(f"restore {len(requests)}")
-        quiet = replace(tools, report=_NotesOnly(tools.report))
+        quiet = structs.replace(tools, report=_NotesOnly(tools.report))
         running = {
             pool.submit(_restore, one, quiet, phases.branch(), replace(source, checked=True), str(one.replica)): one
             for one in requests

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from gpuckpt import proc
 from gpuckpt.config import Settings
@@ -75,8 +76,7 @@ class Overlay(Protocol):
     def unmount(self, folder: Path) -> None: ...
 
 
-@dataclass(frozen=True)
-class Tools:
+class Tools(Struct, frozen=True):
     """Everything outside: settings, folders, CRIU, podman, mounts, huge pages, randomness, and whom to tell."""
 
     settings: Settings
@@ -115,8 +115,8 @@ def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | No
     """The real ones: prepares the folders and connects to (or starts) the podman service."""
     layout = Layout.of(settings)
     layout.prepare()
-    program = find(settings, criu)
-    runtime = service.choose_runtime(settings.podman.runtime)
+    program = find(settings, criu, cache=layout.run)
+    runtime = service.choose_runtime(settings.podman.runtime, cache=layout.run)
     api = service.connect(layout.run, program.path, runtime=runtime, timeout=settings.podman.timeout)
     return Tools(
         settings=settings,

@@ -10,8 +10,9 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from gpuckpt import proc as commands
 from gpuckpt.checks import Check, Verdict
@@ -38,8 +39,7 @@ _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "uts")
 _GIB = 1 << 30
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(Struct, frozen=True):
     """Where the kernel is asked; tests point it at a folder of fakes."""
 
     proc: Path = Path("/proc")

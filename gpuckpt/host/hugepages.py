@@ -15,7 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,7 +139,8 @@ def _put_back_if_last(folder: Path, file: Path) -> bool:
 
 
 def _hold(folder: Path) -> int:
-    fd, _ = tempfile.mkstemp(prefix=f"holder-{os.getpid()}-", dir=folder)  # close-on-exec: children do not hold it
+    name = f"holder-{os.getpid()}-{time.monotonic_ns()}"
+    fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)  # children do not hold it
     fcntl.flock(fd, fcntl.LOCK_EX)
     return fd
 

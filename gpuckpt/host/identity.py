@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import Struct
 
-@dataclass(frozen=True)
-class Machine:
+
+class Machine(Struct, frozen=True):
     """Kernel release, architecture, and the processor's model and feature flags (sorted)."""
 
     kernel: str

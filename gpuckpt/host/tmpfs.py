@@ -12,8 +12,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from gpuckpt import paths, proc
 from gpuckpt.checks import Check
@@ -28,8 +29,7 @@ _THP = Path("/sys/kernel/mm/transparent_hugepage")
 _LOW = 1 << 30
 
 
-@dataclass(frozen=True)
-class TmpfsInfo:
+class TmpfsInfo(Struct, frozen=True):
     """A mounted tmpfs; sizes in bytes. ``options`` are the file system's own, e.g. ``{"huge": "within_size"}``."""
 
     path: Path

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
+from msgspec import Struct
 
 from gpuckpt.manifest import FileRecord
 
@@ -44,8 +44,7 @@ def walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
                 yield relative, path.lstat()
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(Struct, frozen=True):
     """A golden's content as its manifest records it: files with digests, links with targets, and one digest of all
     else that makes up the written layers (folders, devices, owners, modes, extended attributes)."""
 

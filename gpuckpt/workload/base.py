@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from gpuckpt.manifest import Canary, Mount, Workload
 from gpuckpt.workload.endpoint import Endpoint
@@ -18,8 +19,7 @@ SOCKET_NAME = "server.sock"
 SOCKET_INSIDE = f"{SOCKET_FOLDER}/{SOCKET_NAME}"
 
 
-@dataclass(frozen=True)
-class LaunchLine:
+class LaunchLine(Struct, frozen=True):
     """The program to run in the container, the environment it needs, host paths it must see."""
 
     argv: tuple[str, ...]
@@ -27,8 +27,7 @@ class LaunchLine:
     mounts: tuple[Mount, ...] = ()
 
 
-@dataclass(frozen=True)
-class Replay:
+class Replay(Struct, frozen=True):
     """A canary's outcome: when its first byte of content came (ns), and how it differs, one sentence each."""
 
     first_token_ns: int

@@ -5,16 +5,19 @@ A few dozen lines over the standard library: a full client's import alone costs 
 
 from __future__ import annotations
 
-import http.client
 import json
-import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from socket import SHUT_RDWR, create_connection
+from socket import socket as Socket
 from typing import Any
 
+from msgspec import Struct
+
+from gpuckpt import http1
 from gpuckpt.errors import DaemonUnreachableError, GpuckptError
 from gpuckpt.timing import now_ns
 
@@ -29,38 +32,23 @@ class RequestFailed(GpuckptError):
         self.status = status
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """A whole response."""
 
     status: int
     body: bytes
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, endpoint: Endpoint, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._endpoint = endpoint
-
-    def connect(self) -> None:
-        if self._endpoint.socket is not None:
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.sock.settimeout(self.timeout)
-            self.sock.connect(str(self._endpoint.socket))
-        else:
-            self.sock = socket.create_connection((self._endpoint.host, self._endpoint.port), self.timeout)
-
-
 @contextmanager
-def _ended_after(seconds: float, connection: _Connection) -> Iterator[None]:
+def _ended_after(seconds: float, connected: Socket) -> Iterator[None]:
     """Cut the connection after so many seconds: a socket's own timeout is for each byte, and bytes may trickle."""
 
     late = threading.Event()
 
     def cut() -> None:
         late.set()
-        with suppress(OSError, AttributeError):  # not connected yet, or closed already
-            connection.sock.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # closed already
+            connected.shutdown(SHUT_RDWR)
 
     timer = threading.Timer(seconds, cut)
     timer.daemon = True
@@ -73,8 +61,7 @@ def _ended_after(seconds: float, connection: _Connection) -> Iterator[None]:
         raise TimeoutError(f"the answer was not complete within {seconds:g} s")
 
 
-@dataclass(frozen=True)
-class Endpoint:
+class Endpoint(Struct, frozen=True):
     """Where a replica listens: ``socket`` (a path of the host), or ``host`` and ``port``."""
 
     socket: Path | None = None
@@ -89,17 +76,19 @@ class Endpoint:
 
         Raises DaemonUnreachableError if the answer is not complete within ``timeout`` seconds, or longer than 64 MiB.
         """
-        connection = _Connection(self, timeout)
+        deadline = time.monotonic() + timeout
         try:
-            with _ended_after(timeout, connection), self._send(connection, method, path, body) as response:
-                data = response.read(_LONGEST + 1)
+            with (
+                self._connect(timeout) as connected,
+                _ended_after(deadline - time.monotonic(), connected),
+                http1.exchange(connected, method, path, body.encode()) as response,
+            ):
+                data = response.body.read(_LONGEST + 1)
                 if len(data) > _LONGEST:
-                    raise http.client.HTTPException(f"the answer has more than {_LONGEST >> 20} MiB")
+                    raise http1.HttpError(f"the answer has more than {_LONGEST >> 20} MiB")
                 return Answer(response.status, data)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http1.HttpError) as error:
             raise self._unreachable(error) from error
-        finally:
-            connection.close()
 
     def stream(
         self, method: str, path: str, body: Any, *, timeout: float = 300
@@ -109,17 +98,16 @@ class Endpoint:
         Raises RequestFailed on an error status, DaemonUnreachableError when the server does not answer or stops
         in the middle.
         """
-        connection = _Connection(self, timeout)
+        content = json.dumps(body).encode()
         try:
-            # Closing the connection does not close an answer that is left in the middle.
-            with self._send(connection, method, path, json.dumps(body)) as response:
+            with self._connect(timeout) as connected, http1.exchange(connected, method, path, content) as response:
                 if response.status != 200:
-                    text = response.read(2000).decode(errors="replace")
+                    text = response.body.read(2000).decode(errors="replace")
                     raise RequestFailed(
                         f"{method} {path} answered {response.status}", status=response.status, cause=text
                     )
                 finished = False
-                while line := response.readline(_LONGEST):
+                while line := response.body.readline(_LONGEST):
                     arrived = now_ns()
                     data = line.strip()
                     if data == b"data: [DONE]":
@@ -127,19 +115,14 @@ class Endpoint:
                     elif data.startswith(b"data: "):
                         yield arrived, json.loads(data[6:])
                 if not finished:
-                    raise http.client.IncompleteRead(b"")
-        except (OSError, http.client.HTTPException, ValueError) as error:
+                    raise http1.HttpError("the stream ended before its last event")
+        except (OSError, http1.HttpError, ValueError) as error:
             raise self._unreachable(error) from error
-        finally:
-            connection.close()
 
-    @staticmethod
-    def _send(connection: _Connection, method: str, path: str, body: str) -> http.client.HTTPResponse:
-        headers = {"Connection": "close"}
-        if body:
-            headers["Content-Type"] = "application/json"
-        connection.request(method, path, body=body.encode() or None, headers=headers)
-        return connection.getresponse()
+    def _connect(self, timeout: float) -> Socket:
+        if self.socket is not None:
+            return http1.connect_unix(self.socket, timeout)
+        return create_connection((self.host, self.port), timeout)
 
     def _unreachable(self, error: BaseException) -> DaemonUnreachableError:
         return DaemonUnreachableError(f"the server at {self} does not answer", cause=f"{type(error).__name__}: {error}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from msgspec.structs import replace
 
 from tests.integration.conftest import GPUCKPT, THP, Bench
 
@@ -279,7 +280,7 @@ def test_undecodable_image_with_a_right_digest(bench: Bench) -> None:
     folder = bench.store / "goldens" / name
     (folder / "images" / "pstree.img").write_bytes(b"\0" * 64)
     files = digests.record(folder).files
-    manifests.read(folder).model_copy(update={"files": files}).write(folder)
+    replace(manifests.read(folder), files=files).write(folder)
     failed = bench.run("verify", name)
     assert failed.code == 8
     assert "pstree.img cannot be decoded" in failed.err

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.integration.conftest import HERE, PREFIX, Bench
 
@@ -67,6 +68,6 @@ def _falsify(bench: Bench, name: str) -> None:
     golden = manifests.read(folder)
     assert golden.canary is not None
     logprobs = (golden.canary.logprobs[0] + 1e-6, *golden.canary.logprobs[1:])
-    changed = golden.canary.model_copy(update={"logprobs": logprobs})
-    golden.model_copy(update={"canary": changed}).write(folder)
+    changed = replace(golden.canary, logprobs=logprobs)
+    replace(golden, canary=changed).write(folder)
     seal.write(folder)

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
+from msgspec.structs import replace
 
 from gpuckpt import manifest as manifests
 from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, OutOfSpaceError, UsageError, VerificationError
 from gpuckpt.golden.archive import Archive, export_golden, import_golden
-from gpuckpt.manifest import FileRecord, Mount, Volume
+from gpuckpt.manifest import FileRecord, Mount, Volume, dump
 from gpuckpt.store import digests, seal
 from gpuckpt.store.layout import Layout
 from tests.fakes import publish, sample_manifest, settings_for
@@ -401,7 +402,7 @@ def manifest_for(members: Iterable[Member], **changes: Any) -> bytes:
         if info.isreg()
     }
     links = {info.name: info.linkname for info, _ in members if info.issym()}
-    return sample_manifest().model_copy(update={"files": files, "links": links} | changes).model_dump_json().encode()
+    return dump(sample_manifest(**{"files": files, "links": links, **changes}))
 
 
 def build(path: Path, members: list[Member], *, manifest: bytes | None = None) -> Path:
@@ -539,7 +540,7 @@ def test_members_that_are_not_the_manifest_s(
 
 
 def launched(**changes: Any) -> bytes:
-    return manifest_for(A, launch=sample_manifest().launch.model_copy(update=changes))
+    return manifest_for(A, launch=replace(sample_manifest().launch, **changes))
 
 
 @pytest.mark.parametrize(
@@ -593,7 +594,7 @@ def test_a_member_that_claims_to_be_huge(theirs: Store, tmp_path: Path) -> None:
     info, _ = member("images/a")
     info.size = 1 << 40
     huge = FileRecord(size=1 << 40, blake3="0" * 64)
-    first, content = member("manifest.json", sample_manifest(files={"images/a": huge}).model_dump_json().encode())
+    first, content = member("manifest.json", dump(sample_manifest(files={"images/a": huge})))
     data = first.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % 512)
     (tmp_path / "evil.tar").write_bytes(data + IMAGES[0].tobuf() + info.tobuf(tarfile.PAX_FORMAT) + bytes(10240))
     with pytest.raises((OutOfSpaceError, VerificationError)):

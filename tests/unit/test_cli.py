@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from gpuckpt.cli import COMMANDS, cli, main, render
 from gpuckpt.cli.creation import request_from
-from gpuckpt.config import Settings
+from gpuckpt.config import Create, Settings
 from gpuckpt.errors import GpuckptError, NotFoundError, UsageError
 from gpuckpt.golden.create import CreateRequest
 from gpuckpt.golden.replica import Replica
@@ -548,7 +548,7 @@ OPTIONS: dict[str, Any] = {
 def parsed(
     *arguments: str, name: str | None = "gold", create: dict[str, Any] | None = None, **options: Any
 ) -> CreateRequest:
-    settings = Settings.model_validate({"create": create or {}})
+    settings = Settings(create=Create(**(create or {})))
     return request_from(settings, name, arguments or ("serve",), OPTIONS | options)
 
 

@@ -124,6 +124,6 @@ def test_golden_names_never_raise(store: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_starting_stays_cheap() -> None:
     code = "import gpuckpt.cli.completion, gpuckpt.cli.complete, gpuckpt.cli.context, gpuckpt.cli.config, sys; "
-    code += "print(sorted({'pydantic', 'rich', 'podman', 'gpuckpt.config'} & set(sys.modules)))"
+    code += "print(sorted({'msgspec', 'rich', 'podman', 'gpuckpt.config'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"

@@ -216,7 +216,7 @@ def test_a_missing_or_wrong_profile_fails(tmp_path: Path, profile: dict[str, Any
     [("4.2.1", "6.18.44", "ok"), ("3.17.1", "6.1.0", "ok"), ("3.17.1", "6.18.44", "fail"), ("3.11", "5.10.0", "fail")],
 )
 def test_criu_must_fit_the_kernel(monkeypatch: pytest.MonkeyPatch, version: str, release: str, verdict: str) -> None:
-    monkeypatch.setattr(binary, "find", lambda settings: binary.Criu(Path("/usr/sbin/criu"), version))
+    monkeypatch.setattr(binary, "find", lambda settings, cache: binary.Criu(Path("/usr/sbin/criu"), version))
     check, found = criu.program(SETTINGS, release=release)
     assert check.verdict == verdict and found is not None
     assert check.mend == (None if verdict == "ok" else "make setup")

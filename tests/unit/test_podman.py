@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from msgspec.structs import replace
 
 from gpuckpt import proc
 from gpuckpt.containers.api import Api, PodmanError
@@ -39,7 +40,7 @@ def served(tmp_path: Path, answer: bytes | Answer | None, timeout: float = 10) -
 
 
 def spec(**changes: Any) -> ContainerSpec:
-    launch = sample_manifest().launch.model_copy(update=changes.pop("launch", {}))
+    launch = replace(sample_manifest().launch, **changes.pop("launch", {}))
     given: dict[str, Any] = {
         "name": "gpuckpt-gold",
         "replica": "gold",

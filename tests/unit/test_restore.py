@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from gpuckpt import manifest as manifests
 from gpuckpt.containers.api import PodmanError
@@ -37,7 +38,7 @@ from gpuckpt.manifest import Address, BaseFiles, Manifest, Port, Ulimit, Volume
 from gpuckpt.store import locks, seal
 from gpuckpt.timing import PhaseTable
 from gpuckpt.workload.endpoint import RequestFailed
-from tests.fakes import NEVER, World, publish, sample_manifest, tools_for
+from tests.fakes import NEVER, World, publish, tools_for
 
 WHOLE_ORDER = [
     "stage: checks",
@@ -71,20 +72,17 @@ def put(world: World, **changes: Any) -> Manifest:
     publish(world.layout)
     golden = manifests.read(folder)
     fitting = {
-        "launch": golden.launch.model_copy(
-            update={"seccomp_blake3": seccomp_digest(mapped=False), "rootfs": str(world.base)}
+        "launch": replace(golden.launch, seccomp_blake3=seccomp_digest(mapped=False), rootfs=str(world.base)),
+        "identity": replace(
+            golden.identity,
+            kernel=HERE.kernel,
+            machine=HERE.machine,
+            cpu_flags=HERE.cpu_flags,
+            base=BaseFiles(digest="1", files={"/lib/libc.so": note(world.base / "lib/libc.so")}),
         ),
-        "identity": golden.identity.model_copy(
-            update={
-                "kernel": HERE.kernel,
-                "machine": HERE.machine,
-                "cpu_flags": HERE.cpu_flags,
-                "base": BaseFiles(digest="1", files={"/lib/libc.so": note(world.base / "lib/libc.so")}),
-            }
-        ),
-        "canary": sample_manifest().canary.model_copy(update={"body_blake3": "forty-two"}),  # type: ignore[union-attr]
+        "canary": replace(golden.canary, body_blake3="forty-two") if golden.canary else None,
     }
-    golden = golden.model_copy(update=fitting | changes)
+    golden = replace(golden, **(fitting | changes))
     golden.write(folder)
     seal.write(folder)
     return golden
@@ -203,9 +201,7 @@ def test_the_recorded_address_is_taken_unless_ignored(
 ) -> None:
     launch = manifests.read(world.layout.golden("gold")).launch
     port = Port(host_ip="", host_port=8000, container_port=80)
-    put(
-        world, launch=launch.model_copy(update={"port": port}), address=Address(ip="10.88.0.7", mac="02:00:00:00:00:07")
-    )
+    put(world, launch=replace(launch, port=port), address=Address(ip="10.88.0.7", mac="02:00:00:00:00:07"))
     result = restored(world, **options)
     spec = world.containers.containers[container_name("gold")].spec
     assert ((spec.ip or ""), (spec.mac or "")) == (ip, mac)
@@ -219,7 +215,7 @@ def test_volumes_that_are_not_here_are_made_and_filled(world: World, ignore: boo
     data.mkdir(parents=True)
     (data / "rows").write_text("1")
     volumes = (Volume(name="data", destination="/data"),)
-    put(world, launch=launch.model_copy(update={"volumes": volumes}))
+    put(world, launch=replace(launch, volumes=volumes))
     result = restored(world, ignore_volumes=ignore)
     assert (world.containers.volumes["data"] / "rows").exists() is not ignore
     assert result.replica.volumes == (), "they are the user's now"
@@ -230,7 +226,7 @@ def test_volumes_that_are_not_here_are_made_and_filled(world: World, ignore: boo
 def test_volumes_that_are_here_are_left_alone(world: World) -> None:
     launch = manifests.read(world.layout.golden("gold")).launch
     (world.containers.create_volume("data") / "rows").write_text("newer")
-    put(world, launch=launch.model_copy(update={"volumes": (Volume(name="data", destination="/data"),)}))
+    put(world, launch=replace(launch, volumes=(Volume(name="data", destination="/data"),)))
     restored(world)
     assert (world.containers.volumes["data"] / "rows").read_text() == "newer"
     replicas.stop(world.tools, "gold")
@@ -317,7 +313,7 @@ def test_nothing_is_left_when_a_step_fails(world: World, event: str, kind: type[
 def test_volumes_that_a_failed_restore_brought_go_again(world: World, event: str, late: bool) -> None:
     launch = manifests.read(world.layout.golden("gold")).launch
     volumes = (Volume(name="old", destination="/old"), Volume(name="data", destination="/data"))
-    put(world, launch=launch.model_copy(update={"volumes": volumes}))
+    put(world, launch=replace(launch, volumes=volumes))
     world.containers.create_volume("old")
     world.journal.trouble[event] = GpuckptError("no")
     world.journal.late = late
@@ -329,7 +325,7 @@ def test_volumes_that_a_failed_restore_brought_go_again(world: World, event: str
 def test_volumes_are_recorded_before_they_are_made(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at any moment, the next sweep knows of them."""
     launch = manifests.read(world.layout.golden("gold")).launch
-    put(world, launch=launch.model_copy(update={"volumes": (Volume(name="data", destination="/data"),)}))
+    put(world, launch=replace(launch, volumes=(Volume(name="data", destination="/data"),)))
     really = world.containers.create_volume
 
     def watched(name: str) -> Path:
@@ -350,7 +346,7 @@ def test_a_runtime_that_ignores_our_options(world: World) -> None:
 def test_an_address_that_is_taken(world: World) -> None:
     launch = manifests.read(world.layout.golden("gold")).launch
     port = Port(host_ip="", host_port=8000, container_port=80)
-    put(world, launch=launch.model_copy(update={"port": port}), address=Address(ip="10.88.0.7", mac=""))
+    put(world, launch=replace(launch, port=port), address=Address(ip="10.88.0.7", mac=""))
     world.journal.trouble["prepare container"] = PodmanError("refused", status=500, cause="address in use")
     error = refused(world, RestoreError, 10)
     assert error.cause == "address in use" and "10.88.0.7" in str(error.remedy)
@@ -411,11 +407,11 @@ def test_a_server_that_answers_the_canary_with_an_error(world: World) -> None:
 
 
 def other_kernel(golden: Manifest) -> Manifest:
-    return golden.model_copy(update={"identity": golden.identity.model_copy(update={"kernel": "0.0.1"})})
+    return replace(golden, identity=replace(golden.identity, kernel="0.0.1"))
 
 
 def identity_with(golden: Manifest, **changes: Any) -> Any:
-    return golden.identity.model_copy(update=changes)
+    return replace(golden.identity, **changes)
 
 
 @pytest.mark.parametrize(
@@ -455,7 +451,7 @@ def test_a_processor_with_more_features_is_fine(world: World) -> None:
 
 def test_another_image_of_the_same_name(world: World) -> None:
     golden = manifests.read(world.layout.golden("gold"))
-    launch = golden.launch.model_copy(update={"image": "site", "rootfs": None})
+    launch = replace(golden.launch, image="site", rootfs=None)
     put(world, launch=launch, identity=identity_with(golden, base=identity.base_of_image("sha256:old")))
     world.containers.images["site"] = "sha256:new"
     error = refused(world, IncompatibleError, 5)
@@ -500,7 +496,7 @@ def test_what_the_processes_were_given_is_compared(
     world: World, field: str, changes: dict[str, Any], says: str
 ) -> None:
     launch = manifests.read(world.layout.golden("gold")).launch
-    put(world, launch=launch.model_copy(update=changes))
+    put(world, launch=replace(launch, **changes))
     error = refused(world, IncompatibleError, 5)
     assert error.message.endswith(f"in: {field}") and says in str(error.cause)
     assert f"--ignore-identity {field}" in str(error.remedy)
@@ -513,7 +509,7 @@ def test_lower_limits_and_the_default_capabilities_are_fine(world: World) -> Non
     launch = manifests.read(world.layout.golden("gold")).launch
     limits = (Ulimit(name="nofile", soft=64, hard=64), Ulimit(name="stack", soft=2**50, hard=2**50))
     capabilities = tuple(sorted(identity.DEFAULT_CAPABILITIES))
-    put(world, launch=launch.model_copy(update={"ulimits": limits, "capabilities": capabilities}))
+    put(world, launch=replace(launch, ulimits=limits, capabilities=capabilities))
     assert restored(world).canary_match
 
 
@@ -546,7 +542,7 @@ def test_every_field_of_the_identity_can_be_ignored(world: World, monkeypatch: p
         "ulimits": (Ulimit(name="nofile", soft=9, hard=2**40),),
         "capabilities": ("CAP_SYS_ADMIN",),
     }
-    put(world, identity=every, launch=golden.launch.model_copy(update=given))
+    put(world, identity=every, launch=replace(golden.launch, **given))
     monkeypatch.setattr(identity, "driver_version", lambda: None)
     error = refused(world, IncompatibleError, 5)
     assert set(error.message.partition("in: ")[2].split(", ")) == set(identity.FIELDS)

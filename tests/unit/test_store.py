@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from gpuckpt import manifest as manifests
 from gpuckpt.containers.podman import OWNER, container_name
@@ -444,8 +445,8 @@ def test_truncated_missing_and_extra_files(golden: Path) -> None:
 
 def test_a_changed_manifest_breaks_the_seal(golden: Path) -> None:
     recorded = manifests.read(golden)
-    launch = recorded.launch.model_copy(update={"argv": ("evil",)})
-    recorded.model_copy(update={"launch": launch}).write(golden)
+    launch = replace(recorded.launch, argv=("evil",))
+    replace(recorded, launch=launch).write(golden)
     assert broken(golden) == ["manifest.json has changed since the golden was sealed"]
 
 
@@ -523,9 +524,7 @@ def test_a_replica_folder_without_a_record_is_removed(world: World) -> None:
 
 def test_sweeping_makes_the_folders_of_a_fresh_machine(tmp_path: Path) -> None:
     world = tools_for(tmp_path / "one")
-    fresh = world.settings.model_copy(
-        update={"paths": world.settings.paths.model_copy(update={"state": tmp_path / "fresh"})}
-    )
+    fresh = replace(world.settings, paths=replace(world.settings.paths, state=tmp_path / "fresh"))
     assert sweep(fresh, lambda: world.tools) == []
     assert (tmp_path / "fresh" / "locks").is_dir() and (tmp_path / "fresh" / "replicas").is_dir()
 
