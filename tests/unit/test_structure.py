@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_LIMIT_MS = 150
 UNNEEDED = (
-    "asyncio", "concurrent.futures", "ctypes", "difflib", "email", "http", "importlib.metadata", "importlib.resources",
-    "logging", "podman", "pydantic", "random", "requests", "rich", "sqlite3", "ssl", "tarfile", "tempfile", "tomllib",
-    "zstandard",
+    "asyncio", "click.shell_completion", "concurrent.futures", "ctypes", "difflib", "email", "hashlib", "http",
+    "importlib.metadata", "importlib.resources", "logging", "podman", "pydantic", "random", "requests", "rich",
+    "sqlite3", "ssl", "tarfile", "tempfile", "tomllib", "zstandard",
 )  # fmt: skip
 HEAVY = ("msgspec", "podman", "rich", "torch")
 # Split, so that this file does not match itself.
