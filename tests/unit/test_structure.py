@@ -65,8 +65,9 @@ def test_import_contracts() -> None:
 
 
 def test_importing_the_command_line_is_cheap() -> None:
+    # Of the processor's time: on a busy machine the clock tells about the others.
     code = (
-        "import time; begin = time.perf_counter_ns(); import gpuckpt.cli; print((time.perf_counter_ns() - begin) / 1e6)"
+        "import time; begin = time.process_time_ns(); import gpuckpt.cli; print((time.process_time_ns() - begin) / 1e6)"
     )
     times = [float(python(code)) for _ in range(5)]
     assert min(times) < IMPORT_LIMIT_MS, f"best of {[round(each) for each in times]} ms"
