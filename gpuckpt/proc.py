@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +51,8 @@ def environment(extra: Mapping[str, str] | None = None, *, path: Sequence[Path |
 
 def quoted(argv: Sequence[str]) -> str:
     """``argv`` as one line that a shell would take."""
+    import shlex
+
     return shlex.join(argv)
 
 

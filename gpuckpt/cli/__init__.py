@@ -8,18 +8,19 @@ import importlib
 import io
 import itertools
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from gpuckpt import __version__
 from gpuckpt.errors import GpuckptError, InterruptedByUser
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # command → (module, help shown in the list). The module's attribute ``command`` is the click command.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -92,6 +93,8 @@ class _Commands(click.Group):
             raise
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
         # click's own would import every command's module to ask for its help.
         names = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
         return names + click.Command.shell_complete(self, ctx, incomplete)
@@ -183,6 +186,8 @@ def _told(error: OSError) -> GpuckptError:
     if error.errno == errno.ENOSPC:
         if not isinstance(error.filename, str | bytes):
             return OutOfSpaceError("no space left for a file", remedy="df -h shows which file system is full")
+        import shlex
+
         path = os.fsdecode(error.filename)
         mount = _mount_of(path)
         return OutOfSpaceError(

@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_LIMIT_MS = 150
 UNNEEDED = (
-    "asyncio", "concurrent.futures", "ctypes", "difflib", "email", "http", "importlib.metadata", "importlib.resources",
-    "logging", "podman", "pydantic", "random", "requests", "rich", "sqlite3", "ssl", "tarfile", "tempfile", "tomllib",
-    "zstandard",
+    "asyncio", "click.shell_completion", "concurrent.futures", "ctypes", "difflib", "email", "hashlib", "http",
+    "importlib.metadata", "importlib.resources", "logging", "podman", "pydantic", "random", "requests", "rich",
+    "sqlite3", "ssl", "tarfile", "tempfile", "tomllib", "zstandard",
 )  # fmt: skip
 HEAVY = ("msgspec", "podman", "rich", "torch")
 # Split, so that this file does not match itself.
@@ -65,8 +65,9 @@ def test_import_contracts() -> None:
 
 
 def test_importing_the_command_line_is_cheap() -> None:
+    # Of the processor's time: on a busy machine the clock tells about the others.
     code = (
-        "import time; begin = time.perf_counter_ns(); import gpuckpt.cli; print((time.perf_counter_ns() - begin) / 1e6)"
+        "import time; begin = time.process_time_ns(); import gpuckpt.cli; print((time.process_time_ns() - begin) / 1e6)"
     )
     times = [float(python(code)) for _ in range(5)]
     assert min(times) < IMPORT_LIMIT_MS, f"best of {[round(each) for each in times]} ms"
