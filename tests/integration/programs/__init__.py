@@ -42,18 +42,22 @@ def compiled(folder: Path) -> str:
     return str(program)
 
 
-def freeze(
+def creation(
     bench: Bench, *command: str, warmup: tuple[str, ...] = (), env: Mapping[str, str] | None = None, mode: str = "mapped"
-) -> str:
-    """Make a golden of a server (which sees the folder of its program); returns its name."""
-    name = bench.name()
+) -> tuple[str, ...]:
+    """The command that makes a golden of a server, which sees the folder of its program."""
     folders = {str(Path(word).parent) for word in command if word.startswith("/") and not word.startswith("/usr/")}
     options = [word for folder in sorted(folders) for word in ("--volume", f"{folder}:{folder}")]
     options += [word for pair in (env or {}).items() for word in ("--env", "=".join(pair))]
     options += [word for path in warmup for word in ("--warmup-request", f"GET {path}")]
     options += ["--warmup", str(len(warmup)), "--canary", "GET /digest", "--mode", mode]
-    bench.ok("create", name, *options, "--", *command)
-    return name
+    return "create", bench.name(), *options, "--", *command
+
+
+def freeze(bench: Bench, *command: str, mode: str = "mapped", **options: Any) -> str:
+    """Make the golden; returns its name."""
+    bench.ok(*creation(bench, *command, mode=mode, **options))
+    return bench.name()
 
 
 def restored(bench: Bench, name: str, times: int = 1) -> Iterator[str]:
