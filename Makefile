@@ -16,7 +16,7 @@ typed := gpuckpt tests $(foreach folder,scripts seccomp benchmarks,$(if $(wildca
 fast := $(wildcard tests/unit)
 all := $(wildcard tests/unit tests/property tests/contract tests/integration)
 
-.PHONY: help setup setup-server check lint types imports unit test demo format clean
+.PHONY: help setup setup-server setup-tests check lint types imports unit test demo format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ setup: ## prepare the machine: podman, CRIU, the host's Python environment (as r
 
 setup-server: ## the same, and the environment that runs vLLM on the CPU (3.4 GB)
 	@scripts/setup --server
+
+setup-tests: ## the same, and what the integration tests freeze: allocators, redis, Go, Node, a C compiler
+	@scripts/setup --server --tests
 
 # $(call timed,NAME,COMMANDS): run COMMANDS, stop at the first that fails (no && in there), say how long they took.
 timed = started=$$EPOCHREALTIME; $(2); awk -v a=$$started -v b=$$EPOCHREALTIME 'BEGIN {printf "  %-10s %5.1f s\n", "$(1)", b - a}'
@@ -47,7 +50,7 @@ unit: $(python)
 	@$(call timed,unit,$(python) -m pytest -q -n 2 $(fast))
 
 test: ## set up everything, check, then all tests with real containers (as root)
-	@$(MAKE) setup-server
+	@$(MAKE) setup-tests
 	@$(MAKE) check
 	@$(python) -m pytest $(all)
 

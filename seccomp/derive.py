@@ -11,6 +11,8 @@ A second profile, gpuckpt-mapped.json, is for goldens whose memory is mapped fro
 madvise(MADV_DONTNEED) would bring the golden's bytes back where the program may count on zeros. Under this profile
 the advice fails with EINVAL from the server's first instruction on, as it does on kernels and mappings that cannot
 drop pages; allocators that look at the answer clear the memory themselves, and nobody is ever given stale bytes.
+mremap(2) fails with ENOMEM: what it adds to a mapping, and what MREMAP_DONTUNMAP leaves behind, would be the bytes of
+the file there, other memory of the golden, or nothing at all (SIGBUS). realloc then copies.
 
     seccomp/derive.py                     write gpuckpt.json beside this script
     seccomp/derive.py --mapped            write gpuckpt-mapped.json
@@ -72,10 +74,12 @@ def derive(profile: dict[str, Any]) -> dict[str, Any]:
 def derive_mapped(profile: dict[str, Any]) -> dict[str, Any]:
     """:func:`derive`, and madvise(2) refuses with EINVAL what would drop pages of private memory.
 
-    process_madvise(2), which can give a process the same advice through its own pidfd, answers ENOSYS.
+    process_madvise(2), which can give a process the same advice through its own pidfd, answers ENOSYS. mremap(2)
+    answers ENOMEM, as when there is no room: a filter cannot compare two arguments to see which calls make a mapping
+    longer.
     """
     derived = derive(profile)
-    dropping = ("madvise", "process_madvise")
+    dropping = ("madvise", "mremap", "process_madvise")
     kept = [rule for rule in (_without(rule, dropping) for rule in derived["syscalls"]) if rule is not None]
     comment = "gpuckpt: on memory that is mapped from a golden, dropped pages would not read as zeros"
     rules = [_advice("SCMP_ACT_ALLOW", advice) for advice in _KEEPING]
@@ -83,8 +87,15 @@ def derive_mapped(profile: dict[str, Any]) -> dict[str, Any]:
         _advice("SCMP_ACT_ERRNO", advice) | {"errnoRet": errno.EINVAL, "errno": "EINVAL", "comment": comment}
         for advice in _DROPPING
     ]
-    other = {**_RULE, "names": ["process_madvise"], "comment": comment}
-    return {**derived, "syscalls": [*kept, *rules, other]}
+    process = {**_RULE, "names": ["process_madvise"], "comment": comment}
+    moving = {
+        **_RULE,
+        "names": ["mremap"],
+        "comment": "gpuckpt: memory that is mapped from a golden would grow by other bytes of its file, not by zeros",
+        "errnoRet": errno.ENOMEM,
+        "errno": "ENOMEM",
+    }
+    return {**derived, "syscalls": [*kept, *rules, process, moving]}
 
 
 def _advice(action: str, advice: int) -> dict[str, Any]:

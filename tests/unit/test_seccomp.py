@@ -144,6 +144,27 @@ def test_the_committed_profile_is_a_derivation() -> None:
     assert_io_uring_answers_enosys(committed)
 
 
+def test_the_committed_profile_for_mapped_memory_is_a_derivation() -> None:
+    text = derive.MAPPED_PROFILE.read_text(encoding="utf-8")
+    committed = json.loads(text)
+    assert derive.render(derive.derive_mapped(committed)) == text
+    ordinary = json.loads(derive.DERIVED_PROFILE.read_text(encoding="utf-8"))
+    assert derive.differing_syscalls(ordinary, committed) == ["madvise", "mremap", "process_madvise"]
+    assert [(entry["action"], entry["errno"], entry["args"]) for entry in rules_about("mremap", committed)] == [
+        ("SCMP_ACT_ERRNO", "ENOMEM", [])
+    ]
+    refused = {
+        entry["args"][0]["value"]
+        for entry in rules_about("madvise", committed)
+        if entry["action"] == "SCMP_ACT_ERRNO" and entry["errno"] == "EINVAL"
+    }
+    assert refused == {4, 24, 102}
+
+
+def rules_about(call: str, of: Profile) -> list[Rule]:
+    return [entry for entry in of["syscalls"] if call in entry["names"]]
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path, list[str]]:
     source, output = tmp_path / "source.json", tmp_path / "derived.json"
