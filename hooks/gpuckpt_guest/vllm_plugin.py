@@ -13,7 +13,6 @@ by itself: they reseed as one group.
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 import sys
@@ -27,21 +26,7 @@ from typing import Any
 from . import lifecycle
 
 _log = logging.getLogger("gpuckpt_guest")
-
-# vLLM 0.20 to 0.32: where the check is made, and why there. Modules that a process never imports cost it nothing.
-CHECKED = (
-    # A worker, whatever its device and model runner: once per step, before requests are added and tokens sampled.
-    "vllm.v1.worker.worker_base:WorkerWrapperBase.execute_model",
-    # The two places that draw, for executors that call the model runner past the wrapper (Ray's), and for a dump that
-    # fell between a step and its sampling.
-    "vllm.v1.sample.sampler:Sampler.forward",
-    "vllm.v1.worker.gpu.sample.states:SamplingStates.add_request",
-    # The engine's scheduling process.
-    "vllm.v1.engine.core:EngineCore.add_request",
-    # The API server, before anything of a request is read.
-    "fastapi.applications:FastAPI.__call__",
-)
-GROUPED = "vllm.v1.worker.worker_base:WorkerBase.__init__"
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def register() -> None:
@@ -52,14 +37,8 @@ def register() -> None:
     if any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
         return
     lifecycle.on_restore(_forget_names)
-    wraps: dict[str, list[tuple[str, Callable[[Any], Any]]]] = {}
-    for place in CHECKED:
-        module, _, attribute = place.partition(":")
-        wraps.setdefault(module, []).append((attribute, _checking))
-    module, _, attribute = GROUPED.partition(":")
-    wraps.setdefault(module, []).append((attribute, _grouping))
     later = {}
-    for name, attributes in wraps.items():
+    for name, attributes in _WRAPPED.items():
         if name in sys.modules:
             _wrap(sys.modules[name], attributes)
         else:
@@ -76,7 +55,7 @@ class _WhenImported(MetaPathFinder):
     have no use for it.
     """
 
-    def __init__(self, wraps: dict[str, list[tuple[str, Callable[[Any], Any]]]]) -> None:
+    def __init__(self, wraps: dict[str, dict[str, Wrapper]]) -> None:
         self._wraps = wraps
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -102,8 +81,8 @@ def _in_vllm(module: str) -> bool:
     return any(os.path.exists(os.path.join(folder, below)) for folder in sys.modules["vllm"].__path__)
 
 
-def _wrap(module: ModuleType, attributes: list[tuple[str, Callable[[Any], Any]]]) -> None:
-    for attribute, wrapped in attributes:
+def _wrap(module: ModuleType, attributes: dict[str, Wrapper]) -> None:
+    for attribute, wrapped in attributes.items():
         owner, _, method = attribute.partition(".")
         holder = getattr(module, owner, None)
         original = getattr(holder, method, None)
@@ -118,20 +97,21 @@ def _warn(name: str) -> None:
 
 
 def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
-    # ASGI servers ask whether an application is a coroutine function.
-    if inspect.iscoroutinefunction(original):
-
-        @functools.wraps(original)
-        async def checked_later(*args: Any, **kwargs: Any) -> Any:
-            lifecycle.check()
-            return await original(*args, **kwargs)
-
-        return checked_later
-
     @functools.wraps(original)
     def checked(*args: Any, **kwargs: Any) -> Any:
         lifecycle.check()
         return original(*args, **kwargs)
+
+    return checked
+
+
+def _checking_asgi(original: Callable[..., Any]) -> Callable[..., Any]:
+    # As it was written: uvicorn asks whether it is a coroutine function, and calls it without arguments to see a
+    # TypeError, which says that it is no factory of applications.
+    @functools.wraps(original)
+    async def checked(self: Any, scope: Any, receive: Any, send: Any) -> Any:
+        lifecycle.check()
+        return await original(self, scope, receive, send)
 
     return checked
 
@@ -154,3 +134,21 @@ def _forget_names(identity: lifecycle.Identity) -> None:
     if module and hasattr(module, "_thread_local"):
         # Each thread drew its suffix once; a fresh one is drawn from the reseeded generator.
         module._thread_local = threading.local()  # type: ignore[attr-defined]
+
+
+# vLLM 0.20 to 0.32: what is wrapped, by module, and why there. Modules that a process never imports cost it nothing.
+_WRAPPED: dict[str, dict[str, Wrapper]] = {
+    "vllm.v1.worker.worker_base": {
+        # A worker, whatever its device and model runner: once per step, before requests are added and tokens sampled.
+        "WorkerWrapperBase.execute_model": _checking,
+        "WorkerBase.__init__": _grouping,
+    },
+    # The two places that draw, for executors that call the model runner past the wrapper (Ray's), and for a dump that
+    # fell between a step and its sampling.
+    "vllm.v1.sample.sampler": {"Sampler.forward": _checking},
+    "vllm.v1.worker.gpu.sample.states": {"SamplingStates.add_request": _checking},
+    # The engine's scheduling process.
+    "vllm.v1.engine.core": {"EngineCore.add_request": _checking},
+    # The API server, before anything of a request is read.
+    "fastapi.applications": {"FastAPI.__call__": _checking_asgi},
+}
