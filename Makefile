@@ -12,7 +12,7 @@ export PYTHONPATH := $(CURDIR)
 
 python := $(PREFIX)/venv/bin/python
 # Folders with Python that mypy reads, and those with tests; a folder may be missing or have no Python yet.
-typed := gpuckpt tests $(foreach folder,scripts seccomp benchmarks,$(if $(wildcard $(folder)/*.py),$(folder)))
+typed := gpuckpt hooks tests $(foreach folder,scripts seccomp benchmarks,$(if $(wildcard $(folder)/*.py),$(folder)))
 fast := $(wildcard tests/unit)
 all := $(wildcard tests/unit tests/property tests/contract tests/integration)
 

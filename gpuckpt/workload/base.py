@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +10,7 @@ from msgspec import Struct, field
 
 from gpuckpt.manifest import Canary, Mount, Workload
 from gpuckpt.workload.endpoint import Endpoint
+from gpuckpt.workload.guest import environment
 
 # Where the folder with the replica's socket is seen inside every container.
 SOCKET_FOLDER = "/run/gpuckpt"
@@ -25,6 +26,10 @@ class LaunchLine(Struct, frozen=True):
     argv: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = ()
+
+    def environment(self, image: Mapping[str, str], user: Mapping[str, str]) -> dict[str, str]:
+        """The server's whole environment: the image's, this line's over it, the user's over both; lists are joined."""
+        return environment(image, self.env, user)
 
 
 class Replay(Struct, frozen=True):

@@ -12,13 +12,15 @@ from gpuckpt.manifest import Canary, Request, Workload
 from gpuckpt.timing import now_ns
 from gpuckpt.workload.base import SOCKET_INSIDE, LaunchLine, Replay
 from gpuckpt.workload.endpoint import Answer, Endpoint, RequestFailed
+from gpuckpt.workload.guest import GUEST_ENVIRONMENT, guest_mount
 
 
 class Http:
     """Adapter for any HTTP server that listens where it is told to.
 
     ``{socket}`` and ``{port}`` in its arguments become the socket's path or the port inside the container; the
-    environment variables GPUCKPT_SOCKET and PORT say the same.
+    environment variables GPUCKPT_SOCKET and PORT say the same. A server in Python may import ``gpuckpt_guest``, to draw
+    other random numbers than the golden's other replicas do (``gpuckpt_guest.lifecycle``).
     """
 
     def __init__(self, record: Workload) -> None:
@@ -33,7 +35,7 @@ class Http:
             raise UsageError("{port} needs a published port", remedy="add --publish PORT, or use {socket}")
         words = tuple(word.replace("{socket}", SOCKET_INSIDE).replace("{port}", str(port)) for word in arguments)
         env = {"PORT": str(port)} if port else {"GPUCKPT_SOCKET": SOCKET_INSIDE}
-        return LaunchLine(words, env | {"PYTHONUNBUFFERED": "1"})
+        return LaunchLine(words, env | {"PYTHONUNBUFFERED": "1"} | GUEST_ENVIRONMENT, (guest_mount(),))
 
     def healthy(self, endpoint: Endpoint) -> bool:
         with contextlib.suppress(GpuckptError):

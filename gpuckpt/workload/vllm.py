@@ -2,7 +2,8 @@
 
 The launch line makes the settings that a golden needs unnecessary to know: a Unix socket instead of a port, eager
 mode (no captured CUDA graphs, no compile cache), safetensors, select-style event loops, no usage reports. Anything
-given by the user comes last and wins.
+given by the user comes last and wins. A plugin (hooks/gpuckpt_guest) has every replica answer requests without a seed
+in its own way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gpuckpt.manifest import Canary, Mount, Request, Workload
 from gpuckpt.timing import now_ns
 from gpuckpt.workload.base import SOCKET_INSIDE, LaunchLine, Replay
 from gpuckpt.workload.endpoint import Endpoint
+from gpuckpt.workload.guest import GUEST_ENVIRONMENT, guest_mount
 
 _COMPLETIONS = "/v1/completions"
 _CANARY_PROMPT = "The quick brown fox"
@@ -66,8 +68,8 @@ class Vllm:
     def launch(self, arguments: Sequence[str], *, port: int | None, python: Path | None) -> LaunchLine:
         model = self.record.model or ""
         folder = Path(model)
-        mounts: tuple[Mount, ...] = ()
-        env = dict(_ENVIRONMENT)
+        mounts: tuple[Mount, ...] = (guest_mount(),)
+        env = _ENVIRONMENT | GUEST_ENVIRONMENT
         if folder.is_absolute() or model.startswith("."):
             if not (folder / "config.json").is_file():
                 raise NotFoundError(
@@ -77,7 +79,7 @@ class Vllm:
                 )
             # The same path inside, so that error messages and the served configuration read alike.
             model = str(folder.resolve())
-            mounts = (Mount(source=model, destination=model),)
+            mounts = (*mounts, Mount(source=model, destination=model))
             env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         argv = [str(python) if python else "python3", "-m", "vllm.entrypoints.openai.api_server"]
         argv += ["--host", "0.0.0.0", "--port", str(port)] if port else ["--uds", SOCKET_INSIDE]

@@ -132,6 +132,14 @@ class Bench:
         return [entry["name"] for entry in self.ok("ls", "--format", "json").json["goldens"]]
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    script = HERE.parents[1] / "scripts" / "make_model.py"
+    subprocess.run([PREFIX / "server" / "bin" / "python", script, "--shape", "tiny", folder], check=True)
+    return folder
+
+
 @pytest.fixture
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """A fresh gpuckpt; whatever a failed test leaves is removed, and the store is unmounted."""

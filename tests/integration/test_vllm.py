@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
-from tests.integration.conftest import HERE, PREFIX, Bench
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    script = HERE.parents[1] / "scripts" / "make_model.py"
-    subprocess.run([PREFIX / "server" / "bin" / "python", script, "--shape", "tiny", folder], check=True)
-    return folder
+from tests.integration.conftest import Bench
 
 
 @pytest.mark.vllm

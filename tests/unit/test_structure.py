@@ -7,8 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+from gpuckpt.workload.guest import VLLM_PLUGIN
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_LIMIT_MS = 150
@@ -104,6 +107,24 @@ def test_hooks_do_not_import_the_host_side() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.partition(".")[0])
         assert "gpuckpt" not in imported, path
+
+
+def test_the_guest_needs_nothing_of_the_server_s_environment() -> None:
+    """Imported at once: the standard library; and any Python that a server may still run on understands it."""
+    for path in (ROOT / "hooks" / "gpuckpt_guest").glob("*.py"):
+        for node in ast.parse(path.read_bytes(), feature_version=(3, 9)).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names, path
+
+
+def test_the_wheel_carries_what_is_mounted() -> None:
+    """The folder that gpuckpt.workload.guest and gpuckpt.criu.operation look for in an installed package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included["hooks"] == "gpuckpt/data/hooks"
+    points = (ROOT / "hooks" / "gpuckpt_guest.dist-info" / "entry_points.txt").read_text()
+    assert points == f"[vllm.general_plugins]\n{VLLM_PLUGIN} = gpuckpt_guest.vllm_plugin:register\n"
 
 
 def test_nothing_is_marked_as_left_to_do() -> None:

@@ -19,10 +19,11 @@ from gpuckpt.errors import (
     UsageError,
     VerificationError,
 )
-from gpuckpt.manifest import Request, Workload
+from gpuckpt.manifest import Mount, Request, Workload
 from gpuckpt.workload import adapter
-from gpuckpt.workload.base import SOCKET_INSIDE
+from gpuckpt.workload.base import SOCKET_INSIDE, LaunchLine
 from gpuckpt.workload.endpoint import Endpoint, RequestFailed
+from gpuckpt.workload.guest import GUEST_FOLDER, guest_mount, present
 from gpuckpt.workload.http import Http
 from gpuckpt.workload.vllm import Vllm
 from tests.fakes import Asked, UnixServer, response
@@ -275,7 +276,7 @@ def test_a_model_s_folder_is_mounted_at_its_own_path(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("model")
     model = str(tmp_path / "link")
     line = Vllm.from_arguments([], model=model, name="gold").launch([], port=None, python=None)
-    (mount,) = line.mounts
+    _, mount = line.mounts
     assert mount.source == mount.destination == str(tmp_path / "model") and mount.read_only
     assert line.argv[line.argv.index("--model") + 1] == str(tmp_path / "model")
     assert line.env["HF_HUB_OFFLINE"] == "1"
@@ -286,6 +287,71 @@ def test_a_model_s_folder_that_is_none(tmp_path: Path) -> None:
     for model in (tmp_path / "absent", tmp_path):
         with pytest.raises(NotFoundError, match="no model at"):
             launched([], model=str(model))
+
+
+# --- the guest's code -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        SITE.launch(["serve"], port=None, python=None),
+        Vllm(Workload(kind="vllm", model="a/b")).launch([], port=None, python=None),
+    ],
+    ids=["http", "vllm"],
+)
+def test_every_server_sees_the_guest_s_code(line: LaunchLine) -> None:
+    (mount,) = line.mounts
+    assert mount.read_only and mount.destination == GUEST_FOLDER == line.env["PYTHONPATH"]
+    assert (Path(mount.source) / "gpuckpt_guest" / "lifecycle.py").is_file()
+    assert (Path(mount.source) / "gpuckpt_guest.dist-info" / "entry_points.txt").is_file()
+    assert "VLLM_PLUGINS" not in line.env, "unset, all plugins are loaded"
+
+
+def test_a_golden_s_mount_of_it_is_where_this_installation_is() -> None:
+    old = Mount(source="/somewhere/else", destination=GUEST_FOLDER)
+    assert present(old) == guest_mount() != old
+    model = Mount(source="/model", destination="/model")
+    assert present(model) == model
+
+
+@pytest.mark.parametrize(
+    ("image", "user", "path"),
+    [
+        ({}, {}, "/opt/gpuckpt-guest"),
+        ({}, {"PYTHONPATH": "/a:/b"}, "/opt/gpuckpt-guest:/a:/b"),
+        ({"PYTHONPATH": "/image"}, {}, "/opt/gpuckpt-guest:/image"),
+        ({"PYTHONPATH": "/image"}, {"PYTHONPATH": "/a"}, "/opt/gpuckpt-guest:/a"),
+        ({"PYTHONPATH": "/image"}, {"PYTHONPATH": ""}, "/opt/gpuckpt-guest"),
+        ({}, {"PYTHONPATH": "/a:/opt/gpuckpt-guest"}, "/opt/gpuckpt-guest:/a"),
+    ],
+)
+def test_python_s_path_is_joined(image: dict[str, str], user: dict[str, str], path: str) -> None:
+    line = SITE.launch(["serve"], port=None, python=None)
+    assert line.environment(image, user)["PYTHONPATH"] == path
+
+
+@pytest.mark.parametrize(
+    ("image", "user", "plugins"),
+    [
+        ({}, {}, None),
+        ({}, {"VLLM_PLUGINS": "mine"}, "mine,gpuckpt"),
+        ({"VLLM_PLUGINS": "a,b"}, {}, "a,b,gpuckpt"),
+        ({}, {"VLLM_PLUGINS": ""}, "gpuckpt"),
+        ({}, {"VLLM_PLUGINS": "gpuckpt,mine"}, "gpuckpt,mine"),
+    ],
+)
+def test_our_plugin_is_among_those_that_are_chosen(
+    image: dict[str, str], user: dict[str, str], plugins: str | None
+) -> None:
+    line = Vllm(Workload(kind="vllm", model="a/b")).launch([], port=None, python=None)
+    assert line.environment(image, user).get("VLLM_PLUGINS") == plugins
+
+
+def test_whose_value_wins() -> None:
+    line = LaunchLine(("serve",), {"A": "ours", "B": "ours"})
+    image = {"A": "image", "B": "image", "C": "image", "PYTHONPATH": "/image"}
+    assert line.environment(image, {"B": "user"}) == {"A": "ours", "B": "user", "C": "image", "PYTHONPATH": "/image"}
 
 
 # --- vLLM: requests -------------------------------------------------------------------------------------------

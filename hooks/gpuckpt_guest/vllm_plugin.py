@@ -1,0 +1,154 @@
+"""vLLM's side of a golden, loaded through its plugin entry point in every process of the server.
+
+What vLLM draws for requests without a seed comes from global generators: in the workers torch's (the samplers, and
+speculative decoding's rejection sampler) or NumPy's (the newer GPU model runner draws each such request a seed when it
+arrives), in the API server Python's (tool call ids of some parsers). They are seeded from ``--seed``, 0 by default, so
+that clones go on alike. A request with a seed has a generator of its own, which nothing here touches.
+
+So each kind of process asks, in the one place that all its work comes through, whether it woke up as a new replica;
+that costs a stat(2) per step or request. The workers of one engine must agree on every token, since each rank samples
+by itself: they reseed as one group.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from . import lifecycle
+
+_log = logging.getLogger("gpuckpt_guest")
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def register() -> None:
+    """Called by vLLM when it loads its plugins; may be called several times in a process.
+
+    What this vLLM does not have is named in a warning, and left alone.
+    """
+    if any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        return
+    lifecycle.on_restore(_forget_names)
+    later = {}
+    for name, attributes in _WRAPPED.items():
+        if name in sys.modules:
+            _wrap(sys.modules[name], attributes)
+        else:
+            later[name] = attributes
+            if name.startswith("vllm.") and not _in_vllm(name):
+                _warn(name)
+    sys.meta_path.insert(0, _WhenImported(later))
+
+
+class _WhenImported(MetaPathFinder):
+    """Wraps attributes of modules when these are imported.
+
+    To import them all at once would load the workers' code, and what it does to the platform, into processes that
+    have no use for it.
+    """
+
+    def __init__(self, wraps: dict[str, dict[str, Wrapper]]) -> None:
+        self._wraps = wraps
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in self._wraps:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_wrap(module: ModuleType) -> None:
+            execute(module)
+            _wrap(module, self._wraps[name])
+
+        spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
+        return spec
+
+
+def _in_vllm(module: str) -> bool:
+    # Looked up as files: find_spec imports the packages on the way.
+    below = os.path.join(*module.split(".")[1:]) + ".py"
+    return any(os.path.exists(os.path.join(folder, below)) for folder in sys.modules["vllm"].__path__)
+
+
+def _wrap(module: ModuleType, attributes: dict[str, Wrapper]) -> None:
+    for attribute, wrapped in attributes.items():
+        owner, _, method = attribute.partition(".")
+        holder = getattr(module, owner, None)
+        original = getattr(holder, method, None)
+        if original is None:
+            _warn(f"{module.__name__}.{attribute}")
+        else:
+            setattr(holder, method, wrapped(original))
+
+
+def _warn(name: str) -> None:
+    _log.warning("this vLLM has no %s: clones may answer requests without a seed alike", name)
+
+
+def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        lifecycle.check()
+        return original(*args, **kwargs)
+
+    return checked
+
+
+def _checking_asgi(original: Callable[..., Any]) -> Callable[..., Any]:
+    # As it was written: uvicorn asks whether it is a coroutine function, and calls it without arguments to see a
+    # TypeError, which says that it is no factory of applications.
+    @functools.wraps(original)
+    async def checked(self: Any, scope: Any, receive: Any, send: Any) -> Any:
+        lifecycle.check()
+        return await original(self, scope, receive, send)
+
+    return checked
+
+
+def _grouping(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def grouped(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        parallel = self.vllm_config.parallel_config
+        # Engines that serve requests side by side draw different numbers; the ranks within one draw the same.
+        engine = getattr(parallel, "data_parallel_index", None)
+        lifecycle.share(f"vllm engine {parallel.data_parallel_rank if engine is None else engine}")
+
+    return grouped
+
+
+def _forget_names(identity: lifecycle.Identity) -> None:
+    """Temporary files of the tier that offloads KV to a file system: a folder that replicas may share."""
+    module = sys.modules.get("vllm.v1.kv_offload.tiering.fs.io")
+    if module and hasattr(module, "_thread_local"):
+        # Each thread drew its suffix once; a fresh one is drawn from the reseeded generator.
+        module._thread_local = threading.local()  # type: ignore[attr-defined]
+
+
+# vLLM 0.20 to 0.32: what is wrapped, by module, and why there. Modules that a process never imports cost it nothing.
+_WRAPPED: dict[str, dict[str, Wrapper]] = {
+    "vllm.v1.worker.worker_base": {
+        # A worker, whatever its device and model runner: once per step, before requests are added and tokens sampled.
+        "WorkerWrapperBase.execute_model": _checking,
+        "WorkerBase.__init__": _grouping,
+    },
+    # The two places that draw, for executors that call the model runner past the wrapper (Ray's), and for a dump that
+    # fell between a step and its sampling.
+    "vllm.v1.sample.sampler": {"Sampler.forward": _checking},
+    "vllm.v1.worker.gpu.sample.states": {"SamplingStates.add_request": _checking},
+    # The engine's scheduling process.
+    "vllm.v1.engine.core": {"EngineCore.add_request": _checking},
+    # The API server, before anything of a request is read.
+    "fastapi.applications": {"FastAPI.__call__": _checking_asgi},
+}
