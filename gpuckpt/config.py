@@ -141,6 +141,9 @@ class Store(_Table):
     huge: Literal["never", "always", "within_size", "advise"] = Field(
         default="within_size", description="huge pages of that tmpfs (tmpfs(5))"
     )
+    disk: Annotated[Path | None, AfterValidator(_absolute)] = Field(
+        default=None, description="where goldens survive a reboot; default: `goldens` in paths.state"
+    )
 
 
 class Criu(_Table):

@@ -509,7 +509,7 @@ def test_a_golden_named_twice_is_removed_once(machine: Layout, monkeypatch: pyte
     removed: list[str] = []
     monkeypatch.setattr("gpuckpt.golden.sweep.sweep", lambda *_: [])
     monkeypatch.setattr("gpuckpt.golden.tools.tools", lambda settings, **_: SimpleNamespace(layout=machine))
-    monkeypatch.setattr("gpuckpt.golden.catalogue.remove", lambda work, name, force: removed.append(name))
+    monkeypatch.setattr("gpuckpt.golden.catalogue.remove", lambda work, name, force, tier: removed.append(name))
     assert run("rm", "gold", "gold").returncode == 0 and removed == ["gold"]
 
 
