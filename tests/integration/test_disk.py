@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Bench
+from tests.integration.conftest import GPUCKPT, Bench
 
 MAPPED = ("--mode", "mapped")
 
@@ -85,18 +85,10 @@ def test_a_terminal_sees_bytes_and_rate(bench: Bench) -> None:
     name = bench.name()
     bench.create(name, "--megabytes", "512", options=MAPPED)
     # script(1) makes a terminal.
-    words = " ".join([str(bench_python()), "-m", "gpuckpt", "move", name, "--to", "disk"])
-    shown = subprocess.run(
-        ["script", "-qec", words, "/dev/null"], env=bench.env | {"TERM": "xterm"}, capture_output=True, text=True
-    )
+    words = ["script", "-qec", " ".join([*GPUCKPT, "move", name, "--to", "disk"]), "/dev/null"]
+    shown = subprocess.run(words, env=bench.env | {"TERM": "xterm"}, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stdout
     assert "of about" in shown.stdout and "/s" in shown.stdout
-
-
-def bench_python() -> str:
-    from tests.integration.conftest import GPUCKPT
-
-    return GPUCKPT[0]
 
 
 @pytest.mark.parametrize("to", ["disk", "tmpfs"])
