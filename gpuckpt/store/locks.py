@@ -46,7 +46,7 @@ def exclusive(locks: Locks, kind: Kind, name: str) -> Iterator[None]:
             except BlockingIOError:
                 holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
                 raise BusyError(
-                    f"another command is working on {kind} {name}",
+                    f"another command is working on {'golden' if kind == 'copy' else kind} {name}",
                     cause=f"process {holder} holds it",
                     remedy="wait for it to end, or choose another name",
                 ) from None

@@ -221,3 +221,34 @@ def test_a_replaced_golden_does_not_come_back_from_disk(bench: Bench) -> None:
     assert bench.run(*bench.creation(name)).code == 7
     bench.create(name, options=("--replace",))
     assert tiers(bench) == {name: ["tmpfs"]} and staged(bench) == []
+
+
+def test_another_device_number_after_a_reboot(bench: Bench) -> None:
+    """A golden's own file system: its layer is shared, not copied, and a new number does not cost a second reading."""
+    name, image, mount = bench.name(), bench.folder / "image", bench.folder / "mounted"
+    other = bench.folder / "other"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(512 << 20)
+    other.write_bytes(bytes(1 << 20))
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, mount], check=True)
+    elsewhere = {"GPUCKPT_STORE__DISK": str(mount / "goldens")}
+    bench.create(name, "--note", "/var/tmp/note", options=MAPPED)
+    bench.ok("move", name, "--to", "disk", env=elsewhere)
+    seal, before = mount / "goldens" / name / "seal.json", mount.stat().st_dev
+    sealed = seal.stat().st_mtime_ns
+    subprocess.run(["umount", mount], check=True)
+    taken = subprocess.run(["losetup", "-f", "--show", other], check=True, capture_output=True, text=True).stdout
+    try:
+        subprocess.run(["mount", "-o", "loop", image, mount], check=True)
+        assert mount.stat().st_dev != before, "the first loop device was free again"
+        restored = bench.ok("restore", name, "--format", "json", env=elsewhere).json
+        assert (restored["tier"], restored["canary_match"]) == ("disk", True)
+        assert bench.get(name, "/read/var/tmp/note") == "written before the dump"
+        assert list((bench.folder / "state" / "replicas" / name / "upper").rglob("note")) == []
+        assert seal.stat().st_mtime_ns == sealed, "a seal is renewed when files had to be read"
+        bench.ok("stop", name, env=elsewhere)
+    finally:
+        subprocess.run(["losetup", "-d", taken.strip()], check=True)
+    subprocess.run(["umount", mount], check=True)
