@@ -184,6 +184,7 @@ class Store(Struct, frozen=True, kw_only=True):
         _one_of("never", "always", "within_size", "advise"),
         "huge pages of that tmpfs (tmpfs(5))",
     ] = "within_size"
+    disk: Annotated[Path | None, _path, "where goldens survive a reboot; default: `goldens` in paths.state"] = None
 
 
 class Criu(Struct, frozen=True, kw_only=True):

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ls": ("ls", "List goldens and their replicas."),
     "inspect": ("inspect", "Show what a golden holds, without restoring it."),
     "verify": ("verify", "Read a golden back and compare it with its digests."),
+    "move": ("move", "Move or copy goldens between memory and disk."),
     "rm": ("rm", "Remove goldens."),
     "prune": ("prune", "Sweep half-made goldens, dead replicas and stale mounts."),
     "df": ("df", "Show the space that goldens take."),

@@ -19,7 +19,11 @@ def golden_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     a trace in the middle of the line being typed.
     """
     settings = _settings(ctx)
-    return _folders(settings.store.path / "goldens", incomplete) if settings else []
+    if settings is None:
+        return []
+    disk = settings.store.disk or settings.paths.state / "goldens"
+    places = (settings.store.path / "goldens", disk)
+    return sorted({name for place in places for name in _folders(place, incomplete)})
 
 
 def replica_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

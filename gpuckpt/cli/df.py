@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
 from gpuckpt.cli.context import settings_from
@@ -18,7 +20,8 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
     from gpuckpt.store.layout import Layout
 
     settings = settings_from(ctx)
-    goldens, tmpfs = usage(Layout.of(settings))
+    layout = Layout.of(settings)
+    goldens, tmpfs, disk = usage(layout)
     if as_json:
         store = {"path": str(settings.store.path), "mounted": tmpfs is not None}
         if tmpfs:
@@ -26,17 +29,18 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
         print_json(
             {
                 "store": store,
+                "disk": {"path": str(layout.disk)} | (asdict(disk) if disk else {}),
                 "memory_available": available_memory(),
-                "goldens": [
-                    {"name": one.name, "allocated": one.allocated, "apparent": one.apparent} for one in goldens
-                ],
+                "goldens": [asdict(one) for one in goldens],
             }
         )
         return
     if goldens:
-        rows = [(one.name, size(one.allocated), size(one.apparent)) for one in goldens]
-        print_table(["GOLDEN", "ALLOCATED", "CONTENT"], rows, right=["ALLOCATED", "CONTENT"])
+        rows = [(one.name, one.tier, size(one.allocated), size(one.apparent)) for one in goldens]
+        print_table(["GOLDEN", "TIER", "ALLOCATED", "CONTENT"], rows, right=["ALLOCATED", "CONTENT"])
         click.echo()
+    if disk and any(one.tier == "disk" for one in goldens):
+        click.echo(f"disk {layout.disk}: {size(disk.free)} free of {size(disk.size)}")
     if tmpfs is None:
         say(f"no store is mounted at {settings.store.path}; `gpuckpt create` mounts it")
         return

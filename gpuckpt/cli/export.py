@@ -34,12 +34,13 @@ def command(ctx: click.Context, /, name: str, file: Path, zstd: bool, as_json: b
             cause="it takes its name in one step, once it is whole",
             remedy=f"give a file, for example gpuckpt export {name} {name}.tar",
         )
-    if file.resolve().is_relative_to(layout.store.resolve()):
-        raise UsageError(
-            f"{file} lies in the store itself",
-            cause=f"{layout.store} holds goldens and nothing else, and it is memory",
-            remedy="give a file on a disk",
-        )
+    for store in (layout.store, layout.disk):
+        if file.resolve().is_relative_to(store.resolve()):
+            raise UsageError(
+                f"{file} lies in the store itself",
+                cause=f"{store} holds goldens and nothing else",
+                remedy="give a file somewhere else, on a disk",
+            )
     layout.prepare()
     with progress(quiet=as_json or not sys.stderr.isatty()) as report:
         report.stage(f"export {name}")

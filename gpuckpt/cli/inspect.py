@@ -21,17 +21,20 @@ def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
     from gpuckpt.manifest import Process
     from gpuckpt.store.layout import Layout
 
-    folder = Layout.of(settings_from(ctx)).golden(name)
+    layout = Layout.of(settings_from(ctx))
+    folder = layout.golden(name)
+    tiers = list(layout.tiers(name))
     golden = manifests.read(folder)
     if as_json:
         document = {key: value for key, value in to_builtins(golden).items() if key not in ("files", "links")}
-        print_json({**document, "folder": str(folder), "image_bytes": golden.sizes.total})
+        print_json({**document, "folder": str(folder), "tiers": tiers, "image_bytes": golden.sizes.total})
         return
     identity, launch = golden.identity, golden.launch
     base = f"image {launch.image}" if launch.image else f"root folder {launch.rootfs}"
     facts = [
         ("name", golden.name),
         ("created", f"{golden.created} by gpuckpt {golden.gpuckpt}"),
+        ("tier", "+".join(tiers)),
         ("folder", str(folder)),
         ("serves", f"{golden.workload.kind} {golden.workload.model or ''}".strip()),
         ("command", " ".join(launch.argv)),

@@ -32,6 +32,7 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
                 "goldens": [
                     {
                         "name": one.name,
+                        "tiers": list(one.tiers),
                         "created": one.manifest.created if one.manifest else None,
                         "workload": one.manifest.workload.kind if one.manifest else None,
                         "model": one.manifest.workload.model if one.manifest else None,
@@ -57,14 +58,14 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
     for one in found:
         running = ", ".join(f"{name} ({state})" for name, state in one.replicas) or "–"
         if one.manifest is None:
-            rows.append((one.name, "damaged", "", "", "", running))
+            rows.append((one.name, "+".join(one.tiers), "damaged", "", "", "", running))
             continue
         what = one.manifest.workload.kind + (f" {one.manifest.workload.model}" if one.manifest.workload.model else "")
         created = one.manifest.created.replace("T", " ")[:16]
-        rows.append(
-            (one.name, what, created, size(one.manifest.sizes.total), f"{one.manifest.cold_ttft_s:.1f} s", running)
-        )
+        total, cold = size(one.manifest.sizes.total), f"{one.manifest.cold_ttft_s:.1f} s"
+        rows.append((one.name, "+".join(one.tiers), what, created, total, cold, running))
     for golden in sorted({one.golden for one in orphans}):
         left = [f"{one.name} ({catalogue.state_of(one, states)})" for one in orphans if one.golden == golden]
-        rows.append((golden, "gone", "", "", "", ", ".join(left)))
-    print_table(["NAME", "SERVES", "CREATED (UTC)", "SIZE", "COLD TTFT", "REPLICAS"], rows, right=["SIZE", "COLD TTFT"])
+        rows.append((golden, "–", "gone", "", "", "", ", ".join(left)))
+    columns = ["NAME", "TIER", "SERVES", "CREATED (UTC)", "SIZE", "COLD TTFT", "REPLICAS"]
+    print_table(columns, rows, right=["SIZE", "COLD TTFT"])

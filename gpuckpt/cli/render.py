@@ -17,6 +17,8 @@ import click
 from gpuckpt.errors import GpuckptError, InterruptedByUser
 
 JSON_VERSION = 1
+TIERS = ("tmpfs", "disk")  # of gpuckpt.store.layout, whose import would cost more than most commands take
+WORDS = {"tmpfs": "the tmpfs", "disk": "disk"}
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ from gpuckpt.errors import GpuckptError, UsageError
 from gpuckpt.golden.identity import FIELDS
 
 if TYPE_CHECKING:
+    from gpuckpt.config import Settings
     from gpuckpt.golden.prepare import Options
     from gpuckpt.golden.restore import Restored
     from gpuckpt.golden.tools import Tools
+    from gpuckpt.timing import PhaseTable
 
 
 @click.command()
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-huge-pages", is_flag=True, help="Do not switch transparent huge pages on for the restore.")
 @click.option("--fallback", type=click.Choice(["cold"]), help="Start the server cold if it cannot be restored.")
+@click.option("--stage", is_flag=True, help="A golden on disk: copy it into the tmpfs first, and keep it there.")
 @click.option("--import", "archive", metavar="FILE", help="Import the golden from this archive first.")
 @click.option("--trust", is_flag=True, help="With --import: trust the archive's processes to run as root.")
 @click.option("--digest", metavar="HEX", help="With --import: the blake3 digest that `gpuckpt export` printed.")
@@ -93,6 +97,8 @@ def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: A
             raise UsageError("no name of a golden is given", remedy="gpuckpt restore NAME; gpuckpt ls shows the names")
         with phases.phase("podman service"):
             work = tools(settings, report=report)
+        if options["stage"]:
+            _stage(settings, work, phases, chosen)
         requests = [
             RestoreRequest(
                 name=chosen,
@@ -175,6 +181,17 @@ def _prepare(work: Tools, name: str, number: int, options: Options, *, as_json: 
     else:
         click.echo(f"prepared: {', '.join(one.name for one in waiting)}")
         click.echo(f"restore the next one: gpuckpt restore {name}")
+
+
+def _stage(settings: Settings, work: Tools, phases: PhaseTable, name: str) -> None:
+    from gpuckpt.errors import NothingToDo
+    from gpuckpt.golden import tiers
+    from gpuckpt.golden.tools import open_store, phase
+
+    work.layout.golden(name)
+    with phase(work, phases, "stage"), contextlib.suppress(NothingToDo):
+        open_store(settings)
+        tiers.place(work.layout, name, "tmpfs", work.report)
 
 
 def _document(restored: Restored) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from gpuckpt.cli.render import format_option, print_json, size
 @format_option
 @click.pass_context
 def command(ctx: click.Context, /, names: tuple[str, ...], as_json: bool) -> None:
-    """Read goldens back: compare every byte with its digest and decode CRIU's images."""
+    """Read goldens back, in every tier: compare every byte with its digest and decode CRIU's images."""
     from gpuckpt.cli.progress import progress
     from gpuckpt.golden.verify import verify
     from gpuckpt.store import locks
@@ -28,18 +28,20 @@ def command(ctx: click.Context, /, names: tuple[str, ...], as_json: bool) -> Non
     for name in names:
         layout.golden(name)
         layout.prepare()
-        began = time.monotonic()
         with (
             progress(quiet=as_json or not sys.stderr.isatty()) as report,
             locks.shared(layout.golden_locks, "golden", name),
         ):
-            report.stage(f"verify {name}")
-            manifest = verify(layout.golden(name), lambda done, report=report: report.bytes(done, 0))  # type: ignore[misc]
-        total = sum(record.size for record in manifest.files.values())
-        took = time.monotonic() - began
-        verified.append({"name": name, "ok": True, "files": len(manifest.files), "bytes": total, "seconds": took})
-        if not as_json:
-            rate = size(total / max(took, 1e-6))
-            click.echo(f"{name}: whole ({len(manifest.files)} files, {size(total)} read at {rate}/s)")
+            for tier, folder in layout.tiers(name).items():
+                began = time.monotonic()
+                report.stage(f"verify {name} ({tier})")
+                manifest = verify(folder, lambda done, report=report: report.bytes(done, 0))  # type: ignore[misc]
+                total = sum(record.size for record in manifest.files.values())
+                took = time.monotonic() - began
+                facts = {"name": name, "tier": tier, "ok": True, "files": len(manifest.files)}
+                verified.append({**facts, "bytes": total, "seconds": took})
+                if not as_json:
+                    rate = size(total / max(took, 1e-6))
+                    click.echo(f"{name} ({tier}): whole ({len(manifest.files)} files, {size(total)} read at {rate}/s)")
     if as_json:
         print_json({"verified": verified})

@@ -65,6 +65,28 @@ def is_mounted(folder: Path) -> bool:
     return os.path.ismount(folder / "rootfs")
 
 
+def nested(layer: Path, base: Sequence[Path]) -> bool:
+    """Whether a layer lies inside one of the base's, in the same file system: overlayfs refuses the two (ELOOP).
+
+    What matters is the tree of the file system, not the path: a layer on a mount of its own below / is fine.
+    """
+    return any(
+        layer.resolve().is_relative_to(one.resolve())
+        and (layer.stat().st_dev == one.stat().st_dev or _mount_id(layer) == _mount_id(one))
+        for one in base
+    )
+
+
+def _mount_id(folder: Path) -> str:
+    # A btrfs subvolume has a device number of its own without being a mount of its own.
+    handle = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+    try:
+        lines = Path(f"/proc/self/fdinfo/{handle}").read_text().splitlines()
+        return next(line for line in lines if line.startswith("mnt_id:"))
+    finally:
+        os.close(handle)
+
+
 def unmount(folder: Path) -> None:
     """Undo :func:`mount`; a folder that is not mounted is left as it is."""
     merged = folder / "rootfs"

@@ -150,7 +150,7 @@ def _unpack(
     digest: str,
     progress: Progress,
 ) -> None:
-    if (layout.goldens / name).exists():
+    if layout.tiers(name):
         raise BusyError(
             f"a golden named {name} exists already", remedy=f"give another --name, or remove it: gpuckpt rm {name}"
         )

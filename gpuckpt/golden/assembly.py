@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from gpuckpt.containers import rootfs as layers
 from gpuckpt.containers.podman import OWNER, ContainerSpec
 from gpuckpt.golden.replica import Replica, publish_address
 from gpuckpt.golden.tools import Tools
@@ -32,6 +33,13 @@ def assemble(
     a dump is to copy while the processes are frozen.
     """
     base = tools.containers.image_layers(launch.image) if launch.image else (Path(launch.rootfs or "/"),)
+    if golden_layer and layers.nested(golden_layer, base):
+        from gpuckpt.store.copying import copy_tree  # threads, which other restores do not need
+
+        # A golden on the disk that holds / cannot be a layer beside it. What its server wrote (megabytes, mostly)
+        # then becomes the begin of the replica's own layer.
+        copy_tree(golden_layer, replica.folder / "upper")
+        golden_layer = None
     rootfs = tools.overlay.mount(replica.folder, base, golden_layer)
     if launch.port:
         host, port = publish_address(launch.port)

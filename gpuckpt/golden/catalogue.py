@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,8 @@ from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host import tmpfs
 from gpuckpt.manifest import Manifest
-from gpuckpt.store import locks
-from gpuckpt.store.layout import Layout, check_name
+from gpuckpt.store import locks, seal
+from gpuckpt.store.layout import TIERS, Layout, Tier, check_name
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Entry:
 
     name: str
     folder: Path
+    tiers: tuple[Tier, ...]
     manifest: Manifest | None
     trouble: str | None
     replicas: tuple[tuple[str, str], ...]
@@ -39,14 +40,17 @@ def entries(layout: Layout, states: dict[str, str]) -> list[Entry]:
     made = replicas.all_of(layout.replicas)
     found = []
     for name in layout.names():
-        folder = layout.goldens / name
+        here = layout.tiers(name)
+        if not here:
+            continue  # removed in the meantime
+        folder = next(iter(here.values()))
         manifest, trouble = None, None
         try:
             manifest = manifests.read(folder)
         except GpuckptError as error:
             trouble = error.message
         own = tuple((one.name, state_of(one, states)) for one in made if one.golden == name)
-        found.append(Entry(name, folder, manifest, trouble, own))
+        found.append(Entry(name, folder, tuple(here), manifest, trouble, own))
     return found
 
 
@@ -68,15 +72,22 @@ def states(tools: Tools) -> dict[str, str]:
     return found
 
 
-def remove(tools: Tools, name: str, *, force: bool = False) -> None:
-    """Remove a golden; its stopped replicas go with it, running ones only with ``force``.
+def remove(tools: Tools, name: str, *, force: bool = False, tier: Tier | None = None) -> None:
+    """Remove a golden from every tier or from one; its stopped replicas go with it, running ones only with ``force``.
 
-    Raises NotFoundError, or BusyError if it is being made or restored, or has running replicas.
+    From one tier of two, only the replicas that use its files go. Raises NotFoundError, or BusyError if it is being
+    made, copied or restored, or has running replicas.
     """
     tools.layout.golden(name)
     with locks.exclusive(tools.layout.golden_locks, "golden", name):
-        folder = tools.layout.golden(name)
-        mine = [one for one in replicas.all_of(tools.layout.replicas) if one.golden == name]
+        tools.layout.golden(name)
+        here = tools.layout.tiers(name)
+        if tier is not None and tier not in here:
+            raise NotFoundError(
+                f"golden {name} is not in the tier {tier}", cause=f"it is in: {', '.join(here)}", remedy="gpuckpt ls"
+            )
+        going = {tier: here[tier]} if tier else here
+        mine = using(tools, name, tuple(going))
         running = [one.name for one in mine if replicas.alive(tools, one)]
         if running and not force:
             raise BusyError(
@@ -86,11 +97,21 @@ def remove(tools: Tools, name: str, *, force: bool = False) -> None:
         for one in mine:
             with contextlib.suppress(NotFoundError):  # stopped by somebody else in the meantime
                 replicas.stop(tools, one.name)
-        # Gone for every reader in one step; what a kill in between leaves is swept from the staging side.
-        doomed = tools.layout.staging / name
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        for where, folder in going.items():
+            # Gone for every reader in one step; what a kill in between leaves is swept from the staging side.
+            doomed = tools.layout.staging_of(where) / name
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
+            home = tools.layout.home(where)
+            with seal.linking(home / other for other in tools.layout.names_in(where)):
+                shutil.rmtree(doomed)
+
+
+def using(tools: Tools, name: str, tiers: Collection[Tier]) -> list[Replica]:
+    """The replicas that need the golden ``name`` in ``tiers``: all of its replicas, or of one tier those it serves."""
+    every = set(tools.layout.tiers(name)) <= set(tiers)
+    made = replicas.all_of(tools.layout.replicas)
+    return [one for one in made if one.golden == name and (every or one.tier in tiers)]
 
 
 def prune(settings: Settings, tools: Callable[[], Tools], *, dry_run: bool) -> list[str]:
@@ -149,22 +170,42 @@ def _remove_stray(tools: Tools, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes that one golden takes in the store: allocated, and apparent (holes counted)."""
+    """Bytes that one golden takes in one tier: allocated, and apparent (holes counted)."""
 
     name: str
+    tier: Tier
     allocated: int
     apparent: int
 
 
-def usage(layout: Layout) -> tuple[list[Usage], tmpfs.TmpfsInfo | None]:
-    """What every golden takes, and the tmpfs they lie in."""
+@dataclass(frozen=True)
+class Disk:
+    """The file system of the disk tier, in bytes."""
+
+    size: int
+    used: int
+    free: int
+
+
+def usage(layout: Layout) -> tuple[list[Usage], tmpfs.TmpfsInfo | None, Disk | None]:
+    """What every golden takes, the tmpfs and the disk they lie in.
+
+    A memory file that goldens of a tier share is counted for the first of them.
+    """
     found = []
-    for name in layout.names():
-        allocated = apparent = 0
-        for root, folders, files in os.walk(layout.goldens / name):
-            for entry in (*folders, *files):
-                status = os.lstat(os.path.join(root, entry))
-                allocated += status.st_blocks * 512
-                apparent += status.st_size if entry in files else 0
-        found.append(Usage(name, allocated, apparent))
-    return found, tmpfs.info(layout.store)
+    for tier in TIERS:
+        seen: set[tuple[int, int]] = set()
+        for name in layout.names_in(tier):
+            allocated = apparent = 0
+            for root, folders, files in os.walk(layout.home(tier) / name):
+                for entry in (*folders, *files):
+                    status = os.lstat(os.path.join(root, entry))
+                    if (status.st_dev, status.st_ino) not in seen:
+                        seen.add((status.st_dev, status.st_ino))
+                        allocated += status.st_blocks * 512
+                    apparent += status.st_size if entry in files else 0
+            found.append(Usage(name, tier, allocated, apparent))
+    disk = None
+    with contextlib.suppress(FileNotFoundError):
+        disk = Disk(*shutil.disk_usage(layout.disk))
+    return found, tmpfs.info(layout.store), disk

@@ -90,7 +90,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
     name = check_name(request.name)
     layout, report = tools.layout, tools.report
     with locks.exclusive(layout.golden_locks, "golden", name), contextlib.ExitStack() as stack:
-        if (layout.goldens / name).exists() and not request.replace:
+        if (earlier := layout.tiers(name)) and not request.replace:
             raise BusyError(
                 f"a golden named {name} exists already",
                 remedy=f"choose another name, remove it (gpuckpt rm {name}), or add --replace",
@@ -156,6 +156,9 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 discard(tools, replica)
             try:
                 folder = _publish(staging, layout.goldens / name)
+                if "disk" in earlier:
+                    # One name, one content: the replaced golden must not come back after a reboot.
+                    _withdraw(earlier["disk"], layout.staging_of("disk") / name)
             except BaseException:
                 if left is not None:
                     replica.save()  # not ready after all: the roll-back takes its volumes too
@@ -340,3 +343,10 @@ def _publish(staging: Path, target: Path) -> Path:
     else:
         staging.rename(target)
     return target
+
+
+def _withdraw(folder: Path, doomed: Path) -> None:
+    """Remove a golden: gone for every reader in one step."""
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # what will not go is swept

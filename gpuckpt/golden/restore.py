@@ -194,7 +194,8 @@ def _from_golden(
     first_token_ns, match = _answers(request, tools, phases, golden, replica)
     if request.keep:
         _keep_work_files(bundle, replica)
-    return Restored(commit(replica, tier="tmpfs", memory=golden.memory.mode), phases, first_token_ns, match)
+    tier = tools.layout.tier_of(source.folder)
+    return Restored(commit(replica, tier=tier, memory=golden.memory.mode), phases, first_token_ns, match)
 
 
 def _renew_entropy(tools: Tools) -> None:

@@ -18,12 +18,18 @@ from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host import hugepages
 from gpuckpt.store import locks
-from gpuckpt.store.layout import Layout
+from gpuckpt.store.layout import TIERS, Layout
 
 
 def orphans(layout: Layout) -> tuple[list[Path], list[Path]]:
     """Folders of half-made goldens and half-made replicas that belong to no living process."""
-    staged = [path for path in _folders(layout.staging) if locks.is_free(layout.golden_locks, "golden", path.name)]
+    staged = [
+        path
+        for tier in TIERS
+        for path in _folders(layout.staging_of(tier))
+        if locks.is_free(layout.golden_locks, "golden", path.name)
+        and locks.is_free(layout.golden_locks, "copy", path.name)
+    ]
     made = [
         path
         for path in _folders(layout.replicas)

@@ -6,13 +6,16 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 from gpuckpt.errors import BusyError
 
-Kind = Literal["golden", "replica", "service"]
+Kind = Literal["golden", "copy", "replica", "service"]
+"""``copy``: who brings a golden into another tier, while others may restore it from the one where it lies."""
+Locks = Path | tuple[Path, ...]
+"""A folder of lock files, or several: then a name is held in all of them, taken in this order."""
 
 
 def _open(locks: Path, kind: Kind, name: str) -> int:
@@ -31,46 +34,52 @@ def _acquire(handle: int) -> None:
 
 
 @contextmanager
-def exclusive(locks: Path, kind: Kind, name: str) -> Iterator[None]:
+def exclusive(locks: Locks, kind: Kind, name: str) -> Iterator[None]:
     """Hold the name for the length of a ``with``; raise BusyError at once if another process holds it.
 
     The file stays: removing it would let two holders lock two files of the same name.
     """
-    handle = _open(locks, kind, name)
-    try:
-        try:
-            _acquire(handle)
-        except BlockingIOError:
-            holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise BusyError(
-                f"another command is working on {kind} {name}",
-                cause=f"process {holder} holds it",
-                remedy="wait for it to end, or choose another name",
-            ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    with _opened(locks, kind, name) as handles:
+        for handle in handles:
+            try:
+                _acquire(handle)
+            except BlockingIOError:
+                holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
+                raise BusyError(
+                    f"another command is working on {'golden' if kind == 'copy' else kind} {name}",
+                    cause=f"process {holder} holds it",
+                    remedy="wait for it to end, or choose another name",
+                ) from None
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager
-def shared(locks: Path, kind: Kind, name: str) -> Iterator[None]:
+def shared(locks: Locks, kind: Kind, name: str) -> Iterator[None]:
     """Keep others from taking the name exclusively (several restores may read one golden)."""
-    handle = _open(locks, kind, name)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(
-                f"{kind} {name} is being made or removed by another command", remedy="wait for it to end"
-            ) from None
+    with _opened(locks, kind, name) as handles:
+        for handle in handles:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(
+                    f"{kind} {name} is being made or removed by another command", remedy="wait for it to end"
+                ) from None
         yield
-    finally:
-        os.close(handle)
 
 
-def is_free(locks: Path, kind: Kind, name: str) -> bool:
+@contextmanager
+def _opened(locks: Locks, kind: Kind, name: str) -> Iterator[list[int]]:
+    with ExitStack() as stack:
+        handles = []
+        for folder in (locks,) if isinstance(locks, Path) else locks:
+            handles.append(_open(folder, kind, name))
+            stack.callback(os.close, handles[-1])
+        yield handles
+
+
+def is_free(locks: Locks, kind: Kind, name: str) -> bool:
     """Whether nobody holds the name for himself alone: what a transaction left behind then belongs to nobody.
 
     Asks with a shared lock, and only for a moment: two who ask do not disturb each other.

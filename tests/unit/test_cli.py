@@ -433,6 +433,46 @@ def test_df(machine: Layout) -> None:
     assert run("df").returncode == 0
 
 
+@pytest.fixture
+def without_podman(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """Commands that ask podman about replicas find none; the store's tmpfs is a plain folder."""
+    monkeypatch.setattr(
+        "gpuckpt.golden.tools.tools", lambda settings, report=None, **_: SimpleNamespace(layout=machine, report=report)
+    )
+    monkeypatch.setattr("gpuckpt.host.tmpfs.ensure", lambda store: False)
+    monkeypatch.setattr("gpuckpt.criu.images.undecodable", lambda images: [])
+    machine.prepare_store()
+    return machine
+
+
+def test_tiers_as_a_user_sees_them(without_podman: Layout) -> None:
+    publish(without_podman)
+
+    def tiers() -> list[list[str]]:
+        return [one["tiers"] for one in json.loads(run("ls", "--format", "json").stdout)["goldens"]]
+
+    saved = run("move", "gold", "--to", "disk", "--keep")
+    assert saved.returncode == 0 and "gold: on disk (8.0 KiB" in saved.stdout, saved.stderr
+    assert tiers() == [["tmpfs", "disk"]] and "tmpfs+disk" in run("ls").stdout
+    again = run("move", "gold", "--to", "disk", "--keep")
+    assert again.returncode == 3 and "already" in again.stderr
+    assert run("verify", "gold").stdout.count("whole") == 2
+    assert "tmpfs+disk" in run("inspect", "gold").stdout
+    document = json.loads(run("df", "--format", "json").stdout)
+    assert [one["tier"] for one in document["goldens"]] == ["tmpfs", "disk"] and document["disk"]["free"] > 0
+    shown = run("df").stdout
+    assert f"disk {without_podman.disk}: " in shown
+    assert "removed gold from the tmpfs" in run("rm", "gold", "--tier", "tmpfs").stdout
+    assert tiers() == [["disk"]] and run("rm", "gold", "--tier", "tmpfs").returncode == 6
+    loaded = json.loads(run("move", "gold", "--to", "tmpfs", "--format", "json").stdout)["moved"]
+    assert [(one["name"], one["to"], one["kept"], one["shared"]) for one in loaded] == [("gold", "tmpfs", False, 0)]
+    assert tiers() == [["tmpfs"]]
+    run("move", "gold", "--to", "disk", "--keep")
+    assert "on disk alone" in run("move", "gold", "--to", "disk").stdout
+    run("rm", "gold")
+    assert tiers() == []
+
+
 def test_verify_names_what_is_damaged(machine: Layout) -> None:
     folder = publish(machine)
     (folder / "images" / "pages-1.img").write_bytes(b"x" + bytes(8191))
@@ -509,7 +549,7 @@ def test_a_golden_named_twice_is_removed_once(machine: Layout, monkeypatch: pyte
     removed: list[str] = []
     monkeypatch.setattr("gpuckpt.golden.sweep.sweep", lambda *_: [])
     monkeypatch.setattr("gpuckpt.golden.tools.tools", lambda settings, **_: SimpleNamespace(layout=machine))
-    monkeypatch.setattr("gpuckpt.golden.catalogue.remove", lambda work, name, force: removed.append(name))
+    monkeypatch.setattr("gpuckpt.golden.catalogue.remove", lambda work, name, force, tier: removed.append(name))
     assert run("rm", "gold", "gold").returncode == 0 and removed == ["gold"]
 
 

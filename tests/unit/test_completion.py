@@ -50,6 +50,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "store/goldens" / name).mkdir(parents=True)
     (tmp_path / "store/goldens/llama-file").touch()
     monkeypatch.setenv("GPUCKPT_STORE__PATH", str(tmp_path / "store"))
+    monkeypatch.setenv("GPUCKPT_STORE__DISK", str(tmp_path / "disk"))
     return tmp_path / "store"
 
 
@@ -93,6 +94,12 @@ def test_bash_completes_with_the_script(tmp_path: Path) -> None:
 def test_golden_names_are_folders_that_are_finished(store: Path) -> None:
     assert names([], "") == ["llama", "llama-2", "qwen"]
     assert names([], "ll") == ["llama", "llama-2"]
+
+
+def test_golden_names_of_every_tier(store: Path) -> None:
+    for name in ("llama", "mistral", ".locks"):
+        (store.parent / "disk" / name).mkdir(parents=True)
+    assert names([], "") == ["llama", "llama-2", "mistral", "qwen"]
 
 
 def test_replica_names_are_those_of_stop_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

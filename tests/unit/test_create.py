@@ -24,6 +24,7 @@ from gpuckpt.errors import (
     VerificationError,
 )
 from gpuckpt.golden import replica as replicas
+from gpuckpt.golden import tiers
 from gpuckpt.golden.create import Created, create
 from gpuckpt.golden.sweep import sweep
 from gpuckpt.manifest import Port, Process, Volume
@@ -443,6 +444,16 @@ def replaced(world: World) -> str:
     golden = manifests.read(world.layout.golden("gold"))
     assert golden.canary is not None
     return golden.canary.body_blake3
+
+
+def test_a_name_is_taken_in_every_tier(world: World) -> None:
+    made(world)
+    tiers.move(world.tools, "gold", "disk", keep=False)
+    with pytest.raises(BusyError, match="exists already"):
+        made(world)
+    made(world, replace=True)
+    assert list(world.layout.tiers("gold")) == ["tmpfs"], "the old one must not come back after a reboot"
+    assert list(world.layout.staging_of("disk").iterdir()) == []
 
 
 def test_replace_changes_the_golden_in_one_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -494,7 +494,7 @@ def test_nothing_to_sweep_needs_no_podman(world: World) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(world: World) -> None:
-    with held_elsewhere(world.layout.golden_locks, "golden", "gold") as child:
+    with held_elsewhere(world.layout.golden_locks[0], "golden", "gold") as child:
         half_made(world, "gold")
         child.kill()
         child.wait()
@@ -508,7 +508,7 @@ def test_what_a_killed_process_left_is_removed(world: World) -> None:
 def test_what_a_living_process_makes_stays(world: World) -> None:
     half_made(world, "gold")
     with (
-        held_elsewhere(world.layout.golden_locks, "golden", "gold"),
+        held_elsewhere(world.layout.golden_locks[0], "golden", "gold"),
         held_elsewhere(world.layout.replica_locks, "replica", "gold"),
     ):
         assert orphans(world.layout) == ([], [])
@@ -608,7 +608,7 @@ def ours(world: World, name: str, status: str) -> None:
 
 def snapshot(world: World) -> tuple[object, ...]:
     """All that a command could have changed."""
-    files = sorted(str(path) for path in world.folder.rglob("*") if path.parent.name != "locks")
+    files = sorted(str(path) for path in world.folder.rglob("*") if path.parent.name not in ("locks", ".locks"))
     return files, dict(world.containers.containers), dict(world.overlay.mounted)
 
 

@@ -28,7 +28,20 @@ class Redis:
 
     def __init__(self, program: str, name: str) -> None:
         path = f"{folder}/{name}.sock"
-        options = ["--port", "0", "--unixsocket", path, "--dir", folder, "--dbfilename", "saved.rdb", "--save", "", "--enable-debug-command", "yes"]
+        options = [
+            "--port",
+            "0",
+            "--unixsocket",
+            path,
+            "--dir",
+            folder,
+            "--dbfilename",
+            "saved.rdb",
+            "--save",
+            "",
+            "--enable-debug-command",
+            "yes",
+        ]
         # Debian has the server also as redis-check-rdb: it goes by the name that it is called by.
         self.process = subprocess.Popen(["redis-server", *options], executable=program)
         self.connection = socket.socket(socket.AF_UNIX)
