@@ -122,6 +122,17 @@ class Operation(Struct, frozen=True):
                 found.append((STAGES[stage], round(float(at) * 1e9) - offset))
         return found
 
+    def resumed(self) -> bool:
+        """Whether the processes run again, and nothing of the user's is still to be run before they may be used."""
+        try:
+            over = "\npost-resume " in (self.folder / "stages").read_text()
+            hooks = next(
+                line for line in (self.folder / "context").read_text().splitlines() if line.startswith("HOOKS=")
+            )
+        except (FileNotFoundError, StopIteration):
+            return False
+        return over and not Path(hooks.partition("=")[2], "post-resume").is_dir()
+
     def require_marks(self, *copies: Path) -> None:
         """Raise PreflightError if the action script did not run, or ``copies`` that a dump makes are not there.
 

@@ -55,8 +55,8 @@ class Source:
     trouble: GpuckptError | None = None
 
     def key(self, options: Options) -> str:
-        """What a replica was prepared for: this golden, and these options."""
-        return digest_bytes(f"{self.digest} {options}".encode())
+        """What a replica was prepared for: this golden, where it lies, and these options."""
+        return digest_bytes(f"{self.digest} {self.folder} {options}".encode())
 
 
 @contextmanager

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -179,23 +181,68 @@ def _from_golden(
         with phase(tools, phases, "container"):
             replica = prepare.prepare(tools, source, replica, options)
     bundle = Path(replica.bundle)
-    with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
-        replica.operation.begin()
-        clone.identify(replica)
-        _renew_entropy(tools)
-        try:
-            tools.containers.restore(replica.container, tcp_established=options.tcp_established)
-        except GpuckptError as error:
-            raise failures.restore_failure(tools, replica, bundle, error) from error
-    replica.operation.require_marks()
-    phases.split("restore", replica.operation.marks(), first="podman: restore")
-    if failed := failures.step_failure(replica, "restore", RestoreError):
-        raise failed
-    first_token_ns, match = _answers(request, tools, phases, golden, replica)
+    replica.operation.begin()
+    clone.identify(replica)
+    _renew_entropy(tools)
+    with _restoring(tools, replica, bundle, tcp_established=options.tcp_established) as restoring:
+        with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
+            restoring.until_resumed()
+        phases.split("restore", replica.operation.marks(), first="podman: restore")
+        first_token_ns, match = _answers(request, tools, phases, golden, replica)
     if request.keep:
         _keep_work_files(bundle, replica)
     tier = tools.layout.tier_of(source.folder)
     return Restored(commit(replica, tier=tier, memory=golden.memory.mode), phases, first_token_ns, match)
+
+
+class _Restoring(threading.Thread):
+    """podman's restore, which ends some time after the processes run: podman and the runtime have books to keep."""
+
+    def __init__(self, tools: Tools, replica: Replica, *, tcp_established: bool) -> None:
+        super().__init__(daemon=True)
+        self._restore = partial(tools.containers.restore, replica.container, tcp_established=tcp_established)
+        self._operation = replica.operation
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._restore()
+        except BaseException as error:
+            self.error = error
+
+    def until_resumed(self) -> None:
+        """Start it, and wait until the processes run, or it is over; raises what it raised."""
+        self.start()
+        while self.is_alive() and not self._operation.resumed():
+            self.join(0.001)
+        if self.error is not None:
+            raise self.error
+
+
+@contextlib.contextmanager
+def _restoring(tools: Tools, replica: Replica, bundle: Path, *, tcp_established: bool) -> Iterator[_Restoring]:
+    """A restore that ends with the body, which may use the server as soon as its processes run.
+
+    An interrupt is not kept waiting: removing the container ends podman's restore of it.
+    """
+    restoring = _Restoring(tools, replica, tcp_established=tcp_established)
+    trouble: BaseException | None = None
+    try:
+        yield restoring
+    except (GpuckptError, OSError) as error:
+        trouble = error
+    if restoring.ident is not None:
+        restoring.join()
+    # Why there is no server is a better reason than that it does not answer.
+    if isinstance(restoring.error, GpuckptError):
+        raise failures.restore_failure(tools, replica, bundle, restoring.error) from restoring.error
+    if restoring.error is not None:
+        raise restoring.error
+    replica.operation.require_marks()
+    if failed := failures.step_failure(replica, "restore", RestoreError):
+        raise failed
+    if trouble is not None:
+        raise trouble
 
 
 def _renew_entropy(tools: Tools) -> None:
