@@ -106,7 +106,7 @@ def test_an_allocator_that_drops_memory_at_once(
             zeroed, checked = get(bench, replica, "/churn").split()[1::2]
             assert int(zeroed) > 100 << 20 and int(checked) > 100 << 20
             # It did ask for golden memory to be dropped, and was told that it was not. (glibc asks unseen.)
-            assert not stem or _advice(bench, replica)[1] > drops and _advice(bench, replica)[2] > refusals
+            assert not stem or (_advice(bench, replica)[1] > drops and _advice(bench, replica)[2] > refusals)
 
 
 def _advice(bench: Bench, replica: str) -> tuple[str, int, int]:

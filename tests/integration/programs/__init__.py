@@ -43,7 +43,11 @@ def compiled(folder: Path) -> str:
 
 
 def creation(
-    bench: Bench, *command: str, warmup: tuple[str, ...] = (), env: Mapping[str, str] | None = None, mode: str = "mapped"
+    bench: Bench,
+    *command: str,
+    warmup: tuple[str, ...] = (),
+    env: Mapping[str, str] | None = None,
+    mode: str = "mapped",
 ) -> tuple[str, ...]:
     """The command that makes a golden of a server, which sees the folder of its program."""
     folders = {str(Path(word).parent) for word in command if word.startswith("/") and not word.startswith("/usr/")}
