@@ -70,7 +70,7 @@ type node struct {
 // One goroutine's part: new memory of all sizes must be zeros, also where old memory was given back.
 func churnOne(seed uint64, trouble chan<- string) {
 	var kept [][]byte
-	for i := 0; i < 20; i++ {
+	for i := 0; i < 10; i++ {
 		for size := 32; size <= 4<<20; size *= 4 {
 			block := make([]byte, size+i)
 			if !zeros(block) {
@@ -101,15 +101,13 @@ func churnOne(seed uint64, trouble chan<- string) {
 func churn() (string, bool) {
 	trouble := make(chan string, 64)
 	before := digest()
-	for round := 0; round < 2; round++ {
-		var all sync.WaitGroup
-		for i := 0; i < 4; i++ {
-			all.Add(1)
-			go func(seed uint64) { defer all.Done(); churnOne(seed, trouble) }(uint64(i))
-		}
-		all.Wait()
-		debug.FreeOSMemory()
+	var all sync.WaitGroup
+	for i := 0; i < 4; i++ {
+		all.Add(1)
+		go func(seed uint64) { defer all.Done(); churnOne(seed, trouble) }(uint64(i))
 	}
+	all.Wait()
+	debug.FreeOSMemory()
 	if len(trouble) > 0 {
 		return <-trouble, false
 	}

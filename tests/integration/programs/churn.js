@@ -32,15 +32,15 @@ function requireZeros(array, what) {
 async function churn() {
   const before = digest();
   let allocated = 0;
-  for (let round = 0; round < 4; round++) {
+  for (let round = 0; round < 3; round++) {
     let kept = [];
-    for (let i = 0; i < 24; i++) {
+    for (let i = 0; i < 10; i++) {
       for (const size of [64, 5000, 90000, 1 << 20]) {
         for (const [what, array] of [["a buffer", Buffer.alloc(size)], ["an array", new Float64Array(size >> 3)]]) {
           requireZeros(array, what);
           array.fill(i + 1);
           allocated += size;
-          if (i % 7 === 0) kept.push([i + 1, array]);
+          if (i % 3 === 0) kept.push([i + 1, array]);
         }
       }
       // Young objects and old ones, of many sizes, so that pages of the heap empty.

@@ -28,20 +28,7 @@ class Redis:
 
     def __init__(self, program: str, name: str) -> None:
         path = f"{folder}/{name}.sock"
-        options = [
-            "--port",
-            "0",
-            "--unixsocket",
-            path,
-            "--dir",
-            folder,
-            "--dbfilename",
-            "saved.rdb",
-            "--save",
-            "",
-            "--enable-debug-command",
-            "yes",
-        ]
+        options = ["--port", "0", "--unixsocket", path, "--dir", folder, "--dbfilename", "saved.rdb", "--save", ""]
         # Debian has the server also as redis-check-rdb: it goes by the name that it is called by.
         self.process = subprocess.Popen(["redis-server", *options], executable=program)
         self.connection = socket.socket(socket.AF_UNIX)
@@ -109,19 +96,20 @@ def delete(keys: range) -> None:
             expected.pop(key, None)
 
 
-def digest(server: Redis) -> str:
-    """Redis' own digest of all that ``server`` holds; it does not depend on the order."""
-    return str(server.one("DEBUG", "DIGEST"))
+def sample() -> str:
+    """What a canary may take its time for."""
+    keys = sorted(expected)[:: len(expected) // 100]
+    return f"{redis.one('DBSIZE')} {redis.one('MGET', *(f'key {key}' for key in keys))}"
 
 
-def compare() -> str:
-    """Every value with what was written."""
-    if redis.one("DBSIZE") != len(expected):
-        raise RuntimeError(f"redis holds {redis.one('DBSIZE')!r} keys, {len(expected)} were written")
+def compare(server: Redis) -> str:
+    """Every value that ``server`` holds with what was written."""
+    if (count := server.one("DBSIZE")) != len(expected):
+        raise RuntimeError(f"redis holds {count} keys, {len(expected)} were written")
     keys = sorted(expected)
     for start in range(0, len(keys), BATCH):
         batch = keys[start : start + BATCH]
-        answers = redis.one("MGET", *(f"key {key}" for key in batch))
+        answers = server.one("MGET", *(f"key {key}" for key in batch))
         if answers != [value(key, expected[key]).encode() for key in batch]:
             raise RuntimeError(f"a value of the keys from {batch[0]} to {batch[-1]} is wrong")
     return f"{len(keys)} right"
@@ -133,16 +121,16 @@ def churn() -> str:
     generation += 1
     delete(range(0, KEYS, 2))
     redis.one("MEMORY", "PURGE")
-    write(range(KEYS * generation, KEYS * generation + KEYS), generation)
+    fresh = range(KEYS * generation, KEYS * generation + KEYS // 2)
+    write(fresh, generation)
     write(range(1, KEYS, 4), generation)
-    delete(range(KEYS * generation, KEYS * generation + KEYS, 2))
+    delete(fresh[::4])
     redis.one("MEMORY", "PURGE")
-    return compare()
+    return compare(redis)
 
 
 def save_in_background() -> str:
     """A forked child writes the file while the parent goes on writing; another server reads the file back."""
-    before = digest(redis)
     redis.one("BGSAVE")
     for batch in batches(range(0, KEYS, 10)):
         redis.all([("SET", f"other {key}", "x" * 500) for key in batch])
@@ -156,13 +144,11 @@ def save_in_background() -> str:
     try:
         while "loading:1" in second.state():
             time.sleep(0.05)
-        saved = digest(second)
+        compare(second)
     finally:
         second.stop()
         os.unlink(f"{folder}/saved.rdb")
-    if before != saved or before != digest(redis):
-        raise RuntimeError(f"the server held {before}, the saved file holds {saved}, the server {digest(redis)}")
-    return compare()
+    return compare(redis)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -172,8 +158,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         pages = {
             "/health": lambda: "ok",
-            "/digest": lambda: digest(redis),
-            "/compare": compare,
+            "/digest": sample,
+            "/compare": lambda: compare(redis),
             "/churn": churn,
             "/bgsave": save_in_background,
         }
