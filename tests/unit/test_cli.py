@@ -448,8 +448,8 @@ def without_podman(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> Layout:
 def test_tiers_as_a_user_sees_them(without_podman: Layout) -> None:
     publish(without_podman)
 
-    def tiers() -> list[str]:
-        return [one["tiers"] for one in json.loads(run("ls", "--format", "json").stdout)["goldens"]]  # type: ignore[return-value]
+    def tiers() -> list[list[str]]:
+        return [one["tiers"] for one in json.loads(run("ls", "--format", "json").stdout)["goldens"]]
 
     saved = run("move", "gold", "--to", "disk", "--keep")
     assert saved.returncode == 0 and "gold: on disk (8.0 KiB" in saved.stdout, saved.stderr
