@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import shutil
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,26 +104,6 @@ def place(layout: Layout, name: str, to: Tier, report: Reporter) -> Placed:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return Placed(name, to, folder, copied, shared)
-
-
-def read_ahead(folder: Path) -> None:
-    """Have the kernel begin to read a golden's files from its disk, in the order of their sizes, and return at once.
-
-    A restore touches most of the memory within its first second; one page fault after the other would read it in
-    small pieces.
-    """
-
-    def ask() -> None:
-        with contextlib.suppress(OSError):
-            files = [entry for part in ("images", "memory") for entry in os.scandir(folder / part)]
-            for entry in sorted(files, key=lambda one: one.stat().st_size):
-                handle = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(handle)
-
-    threading.Thread(target=ask, name="read-ahead", daemon=True).start()
 
 
 def _other(tier: Tier) -> Tier:

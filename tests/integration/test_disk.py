@@ -83,7 +83,7 @@ def test_a_golden_is_staged_again(bench: Bench) -> None:
 
 def test_a_terminal_sees_bytes_and_rate(bench: Bench) -> None:
     name = bench.name()
-    bench.create(name, "--megabytes", "512", options=MAPPED)
+    bench.create(name, "--deleted-file", str(256 << 20), options=MAPPED)
     # script(1) makes a terminal.
     words = ["script", "-qec", " ".join([*GPUCKPT, "move", name, "--to", "disk"]), "/dev/null"]
     shown = subprocess.run(words, env=bench.env | {"TERM": "xterm"}, capture_output=True, text=True, check=False)
@@ -94,7 +94,7 @@ def test_a_terminal_sees_bytes_and_rate(bench: Bench) -> None:
 @pytest.mark.parametrize("to", ["disk", "tmpfs"])
 def test_a_killed_move_is_swept(bench: Bench, to: str) -> None:
     name = bench.name()
-    bench.create(name, "--megabytes", "256", options=MAPPED)
+    bench.create(name, "--deleted-file", str(256 << 20), options=MAPPED)
     if to == "tmpfs":
         bench.ok("move", name, "--to", "disk")
     before = tiers(bench)
@@ -114,7 +114,7 @@ def test_a_killed_move_is_swept(bench: Bench, to: str) -> None:
 
 def test_an_interrupted_move_leaves_nothing(bench: Bench) -> None:
     name = bench.name()
-    bench.create(name, "--megabytes", "256", options=MAPPED)
+    bench.create(name, "--deleted-file", str(256 << 20), options=MAPPED)
     child = bench.start("move", name, "--to", "disk")
     while not staged(bench):
         assert child.poll() is None

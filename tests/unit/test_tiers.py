@@ -418,9 +418,9 @@ def test_two_goldens_of_one_name(world: World) -> None:
 def test_the_disk_tier_may_be_anywhere(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "store", tmp_path / "state", tmp_path / "run", tmp_path / "disk")
     layout.prepare()
-    assert list(layout.golden_locks) == [tmp_path / "disk" / ".locks"]
+    assert [*layout.golden_locks] == [tmp_path / "disk" / ".locks"]
     layout.prepare_store()
-    assert list(layout.golden_locks) == [tmp_path / "disk" / ".locks", tmp_path / "store" / "locks"]
+    assert [*layout.golden_locks] == [tmp_path / "disk" / ".locks", tmp_path / "store" / "locks"]
     assert layout.names() == [] and layout.disk.stat().st_mode & 0o777 == 0o700
     for folder in (layout.disk / "locks", layout.goldens / "b"):
         folder.mkdir()
@@ -431,11 +431,3 @@ def test_the_disk_tier_may_be_anywhere(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
         layout.golden("a")
     assert isinstance(caught.value, GpuckptError) and "b, locks" in str(caught.value.cause)
-
-
-def test_reading_ahead_of_a_golden_that_goes_is_no_error(world: World) -> None:
-    tiers.read_ahead(golden(world))
-    tiers.read_ahead(world.folder / "nowhere")
-    for thread in threading.enumerate():
-        if thread.name == "read-ahead":
-            thread.join()
