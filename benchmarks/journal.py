@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,7 +111,7 @@ class Journal:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         whole = self.document | self._summarise(self.document)
         _replace(self.file, json.dumps(whole, indent=1) + "\n")
-        _replace(self.file.with_suffix(".csv"), "".join(_lines(self.document["runs"])))
+        _replace(self.file.with_suffix(".csv"), _table(self.document["runs"]))
 
 
 def summary(samples: list[Sample], quantity: str) -> Document | None:
@@ -143,18 +144,13 @@ def rows(runs: dict[str, list[Sample]]) -> Iterator[tuple[str, int, str, float]]
                         yield series, index, f"phase: {phase['name']}", float(phase["seconds"])
 
 
-class _Line:
-    """csv.writer writes into something; this hands back what it wrote."""
-
-    def write(self, text: str) -> str:
-        return text
-
-
-def _lines(runs: dict[str, list[Sample]]) -> Iterator[str]:
-    writer = csv.writer(_Line(), lineterminator="\n")
-    yield writer.writerow(("series", "index", "quantity", "value"))  # type: ignore[misc]
-    for row in rows(runs):
-        yield writer.writerow(row)  # type: ignore[misc]
+def _table(runs: dict[str, list[Sample]]) -> str:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="
+")
+    writer.writerow(("series", "index", "quantity", "value"))
+    writer.writerows(rows(runs))
+    return table.getvalue()
 
 
 def _replace(file: Path, text: str) -> None:

@@ -62,6 +62,29 @@ def bootstrap_interval(
     return percentile(drawn, tail), percentile(drawn, 100 - tail)
 
 
+def ratio_interval(
+    above: Sequence[float],
+    below: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Where the ratio of two medians lies: the percentile bootstrap, each side drawn on its own.
+
+    Raises ValueError if a side has no values.
+    """
+    if not above or not below:
+        raise ValueError("an interval of no values is not defined")
+    chance = random.Random(seed)
+    drawn = [
+        median(chance.choices(above, k=len(above))) / median(chance.choices(below, k=len(below)))
+        for _ in range(resamples)
+    ]
+    tail = (1 - level) / 2 * 100
+    return percentile(drawn, tail), percentile(drawn, 100 - tail)
+
+
 @dataclass(frozen=True)
 class Summary:
     """Measured times in the order of measurement, and what is reported of them."""

@@ -20,7 +20,6 @@ import random
 import socket
 import socketserver
 import struct
-import sys
 from http.server import BaseHTTPRequestHandler
 
 PAGE = 4096
@@ -95,7 +94,7 @@ def main() -> None:
     mappings = max(options.mappings // options.processes, 1)
     samples = SAMPLES // options.processes
 
-    children = []
+    children: list[tuple[socket.socket, socket.SocketIO]] = []
     for number in range(1, options.processes):
         ours, its = socket.socketpair()
         if os.fork() == 0:
@@ -155,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
