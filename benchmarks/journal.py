@@ -146,8 +146,7 @@ def rows(runs: dict[str, list[Sample]]) -> Iterator[tuple[str, int, str, float]]
 
 def _table(runs: dict[str, list[Sample]]) -> str:
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="
-")
+    writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("series", "index", "quantity", "value"))
     writer.writerows(rows(runs))
     return table.getvalue()

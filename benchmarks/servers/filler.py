@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--mappings", type=int, default=1)
     options = parser.parse_args()
-    size = (options.megabytes << 20) // options.processes
+    size = options.megabytes * 10**6 // options.processes
     mappings = max(options.mappings // options.processes, 1)
     samples = SAMPLES // options.processes
 
