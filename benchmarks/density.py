@@ -148,7 +148,7 @@ def summarise(document: Document) -> Document:
             ("cgroup_bytes_per_extra_replica", "cgroup_bytes"),
         )
     }
-    by_count = {}
+    by_count: dict[str, Any] = {}
     for name, samples in document["runs"].items():
         if name.startswith("replicas_"):
             by_count[name.removeprefix("replicas_")] = {

@@ -32,8 +32,11 @@ class Unavailable(Exception):
 class Method(Protocol):
     """One way of doing what is compared. ``n``: how many samples it wants, None for as many as the run."""
 
-    name: str
-    n: int | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def n(self) -> int | None: ...
 
     def prepare(self) -> None:
         """Off the clock, once; raises Unavailable where it cannot work."""
