@@ -2,8 +2,7 @@
 
 python3 filler.py (SOCKET | PORT) [--megabytes N] [--processes N] [--mappings N]
 
-The memory is written with bytes that look random, different in every page, so that neither zero pages nor equal ones
-help anybody. It is spread evenly over the processes, and in each over its share of the mappings. Between two mappings
+The memory is written with pseudo-random bytes, so that neither zero pages nor equal ones nor compression help anybody. It is spread evenly over the processes, and in each over its share of the mappings. Between two mappings
 lies a page that may only be read: the kernel would merge neighbours of one kind, so there are twice as many.
 
 /health answers at once; /sample hashes a thousand pages spread over all the memory (the same work whatever the
@@ -19,7 +18,6 @@ import os
 import random
 import socket
 import socketserver
-import struct
 from http.server import BaseHTTPRequestHandler
 
 PAGE = 4096
@@ -33,18 +31,14 @@ class Memory:
     def __init__(self, size: int, mappings: int, seed: int) -> None:
         self.guards: list[mmap.mmap] = []
         self.parts: list[mmap.mmap] = []
-        block = bytearray(random.Random(seed).randbytes(BLOCK))
+        chance = random.Random(seed)
         each = max(size // mappings // PAGE, 1) * PAGE if size else 0
-        page = 0
         for _ in range(mappings if each else 0):
             part = mmap.mmap(-1, each, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.guards.append(mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ))
             for at in range(0, each, BLOCK):
                 length = min(BLOCK, each - at)
-                for offset in range(0, length, PAGE):
-                    struct.pack_into("<Q", block, offset, page)
-                    page += 1
-                part[at : at + length] = bytes(memoryview(block)[:length])
+                part[at : at + length] = chance.randbytes(length)
             self.parts.append(part)
         self.each = each
 
