@@ -22,6 +22,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator
 
 from benchmarks.environment import in_words
 from benchmarks.style import COLOURS, QUIET, REST, STYLE, ink_on, short, size
@@ -122,8 +123,12 @@ def _composition(axes: Axes, row: int, phases: dict[str, float]) -> None:
 
 def sweeps(result: Document, file: Path) -> None:
     """The first token over memory, processes and mappings; mapped and copied."""
-    names = {"memory": "memory of the server, GB", "processes": "processes (1 GB in all)",
-             "mappings": "mappings (1 GB in all)"}  # fmt: skip
+    fixed = f"{result.get('sweeps_fixed_gb', 1):g} GB in all"
+    names = {
+        "memory": "memory of the server, GB",
+        "processes": f"processes ({fixed})",
+        "mappings": f"mappings ({fixed})",
+    }
     shown = [axis for axis in names if axis in result.get("sweeps", {})]
     figure, panels = pyplot.subplots(
         1, len(shown), figsize=(1.5 + 3.6 * len(shown), 4.4), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.07}
@@ -150,6 +155,7 @@ def sweeps(result: Document, file: Path) -> None:
         axes.set_xticks([float(x) for x in xs], [f"{float(x):g}" for x in xs])
         axes.minorticks_off()
         axes.margins(x=0.12, y=0.22)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} s")
         axes.grid(axis="y", color="#EEEEEE")
         axes.set_axisbelow(True)

@@ -66,6 +66,7 @@ class Peer:
     word: str
     criu_options: tuple[str, ...] = ()
     started_ns: int = field(default=0, init=False)
+    running_ns: int = field(default=0, init=False)
 
     @property
     def name(self) -> str:
@@ -104,7 +105,7 @@ class Peer:
         self.config.write_text("\n".join([*options, *self.criu_options, *more]) + "\n")
 
     def start(self) -> None:
-        """`podman run`; :attr:`started_ns` is when it was spawned. The server is not waited for."""
+        """`podman run`, spawned at :attr:`started_ns` and back at :attr:`running_ns`; the server is not waited for."""
         sockets = self.folder / "socket"
         sockets.mkdir(parents=True, exist_ok=True)
         self.endpoint.socket.unlink(missing_ok=True)  # type: ignore[union-attr]
@@ -112,6 +113,7 @@ class Peer:
         words = ["run", "-d", "--name", self.name, *self._arguments(), self.image, *self.golden["launch"]["argv"]]
         self.started_ns = now_ns()
         self.podman(*words)
+        self.running_ns = now_ns()
 
     def _arguments(self) -> Iterator[str]:
         launch = self.golden["launch"]

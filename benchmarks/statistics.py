@@ -7,6 +7,7 @@ interpolation, numpy's default, would report for five samples a time that none o
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -85,6 +86,12 @@ def ratio_interval(
     return percentile(drawn, tail), percentile(drawn, 100 - tail)
 
 
+@functools.lru_cache(maxsize=4096)
+def _interval(values: tuple[float, ...]) -> tuple[float, float]:
+    # Results are computed anew after every sample, of which most series got none.
+    return bootstrap_interval(values)
+
+
 @dataclass(frozen=True)
 class Summary:
     """Measured times in the order of measurement, and what is reported of them."""
@@ -106,7 +113,7 @@ class Summary:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of the median."""
-        return bootstrap_interval(self.all)
+        return _interval(self.all)
 
     def as_dict(self) -> dict[str, float | int | list[float]]:
         low, high = self.interval

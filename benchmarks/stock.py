@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.asking import Answered
 from benchmarks.driver import Server
 from benchmarks.journal import Journal, Sample
 from benchmarks.ours import Goldens, no_such_program, timed
@@ -74,7 +75,7 @@ class Bench:
         peer.start()
         answered = peer.first_token()
         if self.server.streams:
-            self.journal.add("cold", cold_sample(peer.started_ns, answered.first_token_ns, answered.difference))
+            self.journal.add("cold", cold_sample(peer, answered))
         for _ in range(3):
             peer.first_token()
         for compression in ("none", "zstd"):
@@ -93,8 +94,16 @@ class Bench:
         self.journal.fact("podman_checkpoint", {"seconds": seconds, "bytes": size})
 
 
-def cold_sample(started_ns: int, first_token_ns: int, difference: str | None) -> Sample:
-    return {"ttft_s": round((first_token_ns - started_ns) / 1e9, 6), "canary_match": difference is None}
+def cold_sample(peer: Peer, answered: Answered) -> Sample:
+    ttft, command = (answered.first_token_ns - peer.started_ns) / 1e9, (peer.running_ns - peer.started_ns) / 1e9
+    return {
+        "ttft_s": round(ttft, 6),
+        "canary_match": answered.difference is None,
+        "phases": [
+            {"name": "podman run", "seconds": round(command, 6)},
+            {"name": "server start", "seconds": round(ttft - command, 6)},
+        ],
+    }
 
 
 @dataclass
@@ -113,7 +122,7 @@ class Cold:
         try:
             peer.start()
             answered = peer.first_token()
-            return cold_sample(peer.started_ns, answered.first_token_ns, answered.difference)
+            return cold_sample(peer, answered)
         finally:
             peer.remove()
 

@@ -87,9 +87,10 @@ class Run:
 
     def out_of_time(self) -> bool:
         """Is the budget spent? Then the journal says so, and the body should return."""
-        if self.budget.spent:
+        spent = self.budget.spent
+        if spent:
             self.journal.document["status"] = "budget"
-        return self.budget.spent
+        return spent
 
     def prepare(self, methods: Iterable[Method], stack: contextlib.ExitStack) -> list[Method]:
         """Prepare each method; those that cannot work here are noted and left out."""

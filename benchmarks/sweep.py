@@ -128,7 +128,7 @@ def fits(point: Point, *, copies: int) -> bool:
 
 def summarise(document: Document) -> Document:
     """For each axis and mode the points with their times; and the flatness."""
-    found: Document = {"sweeps": {}}
+    found: Document = {"sweeps": {}, "sweeps_fixed_gb": document["options"]["fixed"]}
     for name, samples in document["runs"].items():
         axis, x, *rest = name.split(" ")
         if axis not in AXES or len(rest) != 1 or not samples:

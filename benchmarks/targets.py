@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,5 +93,10 @@ def ratios(methods: Document) -> Document:
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Document:
     """The ratio of two medians and its 95 % interval, both sides resampled on their own."""
-    low, high = ratio_interval(above, below)
+    low, high = _interval(tuple(above), tuple(below))
     return {"value": round(median(above) / median(below), 4), "interval": [round(low, 4), round(high, 4)]}
+
+
+@functools.lru_cache(maxsize=1024)
+def _interval(above: tuple[float, ...], below: tuple[float, ...]) -> tuple[float, float]:
+    return ratio_interval(above, below)  # once for the same samples: results are computed anew after every sample

@@ -2,8 +2,9 @@
 
 python3 filler.py (SOCKET | PORT) [--megabytes N] [--processes N] [--mappings N]
 
-The memory is written with pseudo-random bytes, so that neither zero pages nor equal ones nor compression help anybody. It is spread evenly over the processes, and in each over its share of the mappings. Between two mappings
-lies a page that may only be read: the kernel would merge neighbours of one kind, so there are twice as many.
+The memory is written with pseudo-random bytes, so that neither zero pages nor equal ones nor compression help anybody.
+It is spread evenly over the processes, and in each over its share of the mappings. Between two mappings lies a page
+that may only be read: the kernel would merge neighbours of one kind, so there are twice as many.
 
 /health answers at once; /sample hashes a thousand pages spread over all the memory (the same work whatever the
 size); /digest hashes all of it; /write?N writes into N pages.
