@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.environment import prefix
 from gpuckpt import proc
-from gpuckpt.config import Settings
 from gpuckpt.containers.podman import OWNER
-from gpuckpt.criu.binary import find
-from gpuckpt.errors import GpuckptError
+from gpuckpt.errors import GpuckptError, NotFoundError
 from gpuckpt.host import hugepages
 
 PREFIX = "gpuckpt-bench"
@@ -137,10 +136,12 @@ def podman_command() -> list[str]:
 
 
 def criu_program() -> Path:
-    """The CRIU that gpuckpt uses here."""
-    from benchmarks.environment import prefix
-
-    return find(Settings.model_validate({"paths": {"prefix": prefix()}})).path
+    """The CRIU that gpuckpt uses here: its own, else the one on PATH."""
+    own = prefix() / "bin" / "criu"
+    found = own if own.exists() else shutil.which("criu", path=proc.environment()["PATH"])
+    if not found:
+        raise NotFoundError("no CRIU on this machine", remedy="make setup")
+    return Path(found)
 
 
 def _end_service(file: Path) -> None:
