@@ -19,7 +19,7 @@ from benchmarks.journal import Document, Sample, summary
 from benchmarks.ours import Goldens
 from benchmarks.suite import Run
 
-GOLDEN = "bench-archive"
+GOLDEN = "archive"
 QUANTITIES = ("export_s", "import_s", "export_bytes_per_s", "import_bytes_per_s", "archive_bytes")
 
 
@@ -40,10 +40,20 @@ class Archive:
         gpuckpt, copy = self.goldens.gpuckpt, f"{GOLDEN}-copy"
         file = gpuckpt.space.disk / f"{self.name}.tar"
         try:
-            exported = gpuckpt.run("export", GOLDEN, str(file), *self.options, "--format", "json")
+            exported = gpuckpt.run("export", gpuckpt.name(GOLDEN), str(file), *self.options, "--format", "json")
             size = file.stat().st_size
             digest = str(exported.document["blake3"])
-            words = ("import", str(file), "--name", copy, "--trust", "--digest", digest, "--format", "json")
+            words = (
+                "import",
+                str(file),
+                "--name",
+                gpuckpt.name(copy),
+                "--trust",
+                "--digest",
+                digest,
+                "--format",
+                "json",
+            )
             imported = gpuckpt.run(*words)
         finally:
             file.unlink(missing_ok=True)

@@ -178,7 +178,7 @@ def density(result: Document, file: Path) -> None:
     figure.subplots_adjust(left=0.085, right=0.975, top=0.8, bottom=0.24, wspace=0.22)
     kinds = {"available_drop_bytes": ("fall of MemAvailable", COLOURS[0], "o-"),
              "pss_bytes": ("sum of Pss", COLOURS[1], "s--"),
-             "private_bytes": ("sum of private pages", COLOURS[2], "^:")}  # fmt: skip
+             "private_bytes": ("sum of private pages written to", COLOURS[2], "^:")}  # fmt: skip
     for quantity, (label, colour, style) in kinds.items():
         values = [by[str(count)][quantity]["p50"] for count in counts]
         left.plot(counts, [value / 1e9 for value in values], style, color=colour, label=label, markersize=5)

@@ -22,7 +22,7 @@ from benchmarks.suite import Run
 
 def body(run: Run) -> None:
     goldens = Goldens(Gpuckpt(run.space), run.journal)
-    stock = Bench(run.space, goldens, Server.chosen(run.options), "bench-mapped", run.journal)
+    stock = Bench(run.space, goldens, Server.chosen(run.options), "mapped", run.journal)
     run.journal.fact("compile_cache", "none: eager mode compiles nothing")
     with contextlib.ExitStack() as stack:
         # The golden is made for its launch line and its recorded answer; its making is a cold start, too.

@@ -35,7 +35,7 @@ class Create:
         pass
 
     def measure(self) -> Sample:
-        golden = f"bench-{self.mode}"
+        golden = f"{self.mode}"
         try:
             outcome = self.gpuckpt.create(golden, self.server, "--mode", self.mode)
         finally:

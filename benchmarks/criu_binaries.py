@@ -41,7 +41,7 @@ class Binary:
 
     @property
     def golden(self) -> str:
-        return f"bench-{self.name}".replace("/", "-").replace(" ", "-")[:40]
+        return f"{self.name}".replace("/", "-").replace(" ", "-")[:20].rstrip("-.")
 
     def prepare(self) -> None:
         self.gpuckpt.create(self.golden, self.server, "--mode", self.mode, "--criu", str(self.program))

@@ -30,7 +30,7 @@ from gpuckpt.containers.podman import container_name
 
 BUDGET = 2400.0
 COUNTS = (1, 2, 4, 8, 16)
-GOLDEN = "bench-density"
+GOLDEN = "density"
 QUANTITIES = ("wall_s", "first_answer_s", "all_answer_s", "available_drop_bytes", "pss_bytes", "private_bytes")
 
 
@@ -49,7 +49,7 @@ class Clones:
 
     @property
     def replicas(self) -> list[str]:
-        return [f"bench-r{number}" for number in range(1, self.count + 1)]
+        return [f"r{number}" for number in range(1, self.count + 1)]
 
     def prepare(self) -> None:
         self.goldens.gpuckpt.require_option("restore", "--as")
@@ -58,7 +58,7 @@ class Clones:
     def measure(self) -> Sample:
         gpuckpt, canary = self.goldens.gpuckpt, self.goldens.made[GOLDEN]["canary"]
         before = settled()
-        words = [word for name in self.replicas for word in ("--as", name)]
+        words = [word for name in self.replicas for word in ("--as", gpuckpt.name(name))]
         try:
             outcome = gpuckpt.restore(GOLDEN, *words)
             documents = replicas_of(outcome)
@@ -83,7 +83,7 @@ class Clones:
                 and all(each.difference is None for each in answers),
                 "available_drop_bytes": before - after,
                 "pss_bytes": sum(each["Pss"] for each in taken),
-                "private_bytes": sum(each["private"] for each in taken),
+                "private_bytes": sum(each["Private_Dirty"] for each in taken),
                 "anonymous_bytes": sum(each["Pss_Anon"] for each in taken),
                 "cgroup_bytes": sum(filter(None, groups)) if any(groups) else None,
             }

@@ -60,30 +60,38 @@ class Server:
 
 @dataclass(frozen=True)
 class Gpuckpt:
-    """The commands, in one workspace."""
+    """The commands, in one workspace. Names are given without the workspace's word, which :meth:`name` adds."""
 
     space: Workspace
 
     def run(self, *words: str) -> Outcome:
         return harness.run([*words], cwd=self.space.folder, env=self.space.env)
 
+    def name(self, word: str) -> str:
+        """The name of a golden or replica as the commands know it."""
+        return f"{self.space.word}-{word}"
+
     def create(self, name: str, server: Server, *options: str) -> Outcome:
-        words = ("create", name, *server.options, *options, "--format", "json", "--", *server.words)
+        words = ("create", self.name(name), *server.options, *options, "--format", "json", "--", *server.words)
         return self.run(*words)
 
     def restore(self, name: str, *options: str) -> Outcome:
-        return self.run("restore", name, *options, "--format", "json")
+        return self.run("restore", self.name(name), *options, "--format", "json")
 
     def inspect(self, name: str) -> dict[str, Any]:
-        return self.run("inspect", name, "--format", "json").document
+        return self.run("inspect", self.name(name), "--format", "json").document
 
     def stop(self, name: str) -> None:
         """Stop a replica; none of that name is fine too."""
-        self._quietly("stop", name)
+        self._quietly("stop", self.name(name))
+
+    def stop_replica(self, outcome: Outcome) -> None:
+        """Stop the replica that a restore made, whatever it is called."""
+        self._quietly("stop", str(outcome.document["replica"]))
 
     def rm(self, name: str) -> None:
         """Remove a golden and its replicas; none of that name is fine too."""
-        self._quietly("rm", "--force", name)
+        self._quietly("rm", "--force", self.name(name))
 
     def _quietly(self, *words: str) -> None:
         try:

@@ -23,7 +23,7 @@ from benchmarks.suite import Run
 from benchmarks.workspace import PREFIX
 from gpuckpt import proc
 
-GOLDEN = "bench-published"
+GOLDEN = "published"
 MEGABYTES = 100
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": (),

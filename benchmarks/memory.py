@@ -29,7 +29,7 @@ def rollup(text: str) -> dict[str, int]:
 
 
 def of_processes(pids: Iterable[int]) -> dict[str, int]:
-    """The sums over processes; ``private`` is what would be free without them."""
+    """The sums over processes. Private_Dirty is what they have written to; Private_Clean may be a file's."""
     total = dict.fromkeys(_ROLLUP, 0)
     for pid in pids:
         try:
@@ -38,7 +38,7 @@ def of_processes(pids: Iterable[int]) -> dict[str, int]:
             continue
         for key, value in rollup(text).items():
             total[key] += value
-    return total | {"private": total["Private_Clean"] + total["Private_Dirty"]}
+    return total
 
 
 def below(pid: int) -> dict[str, int]:

@@ -61,10 +61,9 @@ class Restore:
 
     def measure(self) -> Sample:
         gpuckpt = self.goldens.gpuckpt
-        try:
-            return sample_of(gpuckpt.restore(self.golden, *self.options))
-        finally:
-            gpuckpt.stop(self.golden)
+        outcome = gpuckpt.restore(self.golden, *self.options)  # one that fails leaves nothing
+        gpuckpt.stop_replica(outcome)
+        return sample_of(outcome)
 
     def close(self) -> None:
         pass
@@ -79,7 +78,7 @@ class Prepared(Restore):
         super().prepare()
 
     def measure(self) -> Sample:
-        self.goldens.gpuckpt.run("restore", self.golden, "--prepare", "1", "--format", "json")
+        self.goldens.gpuckpt.restore(self.golden, "--prepare", "1")
         return super().measure()
 
 
@@ -97,9 +96,11 @@ class Frozen:
         self.canary = self.goldens.need(self.golden, self.server, "mapped")["canary"]
 
     def measure(self) -> Sample:
-        gpuckpt, container = self.goldens.gpuckpt, container_name(self.golden)
+        gpuckpt = self.goldens.gpuckpt
+        outcome = gpuckpt.restore(self.golden)
+        container = container_name(str(outcome.document["replica"]))
         try:
-            endpoint = harness.endpoint_of(gpuckpt.restore(self.golden).document)
+            endpoint = harness.endpoint_of(outcome.document)
             for _ in range(3):
                 until_answered(endpoint, self.canary, timeout=60)
             proc.run([*podman_command(), "pause", container])
@@ -109,7 +110,7 @@ class Frozen:
             back = now_ns()
             return timed(spawned, back, endpoint, self.canary, "podman unpause")
         finally:
-            gpuckpt.stop(self.golden)
+            gpuckpt.stop_replica(outcome)
 
     def close(self) -> None:
         pass

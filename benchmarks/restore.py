@@ -53,14 +53,14 @@ def methods(run: Run) -> dict[str, Method]:
     goldens = Goldens(gpuckpt, run.journal)
     server = Server.chosen(run.options)
     trivial = Server.filler(TRIVIAL_MEGABYTES)
-    stock = Bench(run.space, goldens, server, "bench-mapped", run.journal)
+    stock = Bench(run.space, goldens, server, "mapped", run.journal)
     found: list[Method] = [
-        Restore("mapped", goldens, server, "bench-mapped", "mapped"),
-        Prepared("mapped_prepared", goldens, server, "bench-mapped", "mapped"),
-        Restore("copy_tmpfs", goldens, server, "bench-copy", "copy"),
-        Restore("copy_small_pages", goldens, server, "bench-copy", "copy", ("--no-huge-pages",)),
-        Restore("trivial", goldens, trivial, "bench-trivial", "mapped"),
-        Frozen("podman_pause", goldens, server, "bench-mapped"),
+        Restore("mapped", goldens, server, "mapped", "mapped"),
+        Prepared("mapped_prepared", goldens, server, "mapped", "mapped"),
+        Restore("copy_tmpfs", goldens, server, "copy", "copy"),
+        Restore("copy_small_pages", goldens, server, "copy", "copy", ("--no-huge-pages",)),
+        Restore("trivial", goldens, trivial, "trivial", "mapped"),
+        Frozen("podman_pause", goldens, server, "mapped"),
         Cold(stock, n=run.options.cold_n),
         Podman("podman_tmpfs", stock, "tmpfs"),
         Podman("podman_tmpfs_huge", stock, "tmpfs", huge=True),

@@ -31,7 +31,7 @@ from gpuckpt.errors import UsageError
 from gpuckpt.workload.endpoint import Endpoint
 
 BUDGET = 2400.0
-GOLDEN = "bench-steady"
+GOLDEN = "steady"
 PROMPTS = {"short": 8, "long": 512}
 TOKENS = 64
 FIRST_REQUESTS = 100

@@ -66,7 +66,7 @@ class Restored:
 
     @property
     def golden(self) -> str:
-        return f"bench-{self.point.axis[:3]}-{self.point.label.replace('.', '_')}-{self.mode}"
+        return f"{self.point.axis[:3]}-{self.point.label.replace('.', '_')}-{self.mode}"
 
     def prepare(self) -> None:
         needed = int(self.point.gigabytes * 1e9) * 2 + SPARE  # the server and its golden, or golden and replica
@@ -75,10 +75,9 @@ class Restored:
         self.gpuckpt.create(self.golden, self.point.server, "--mode", self.mode)
 
     def measure(self) -> Sample:
-        try:
-            return sample_of(self.gpuckpt.restore(self.golden)) | {"x": self.point.x}
-        finally:
-            self.gpuckpt.stop(self.golden)
+        outcome = self.gpuckpt.restore(self.golden)  # one that fails leaves nothing
+        self.gpuckpt.stop_replica(outcome)
+        return sample_of(outcome) | {"x": self.point.x}
 
     def close(self) -> None:
         self.gpuckpt.rm(self.golden)

@@ -36,6 +36,11 @@ class Workspace:
     store_size: str = ""
 
     @property
+    def word(self) -> str:
+        """What the names of this run's goldens and containers begin with: podman's names are the whole machine's."""
+        return f"bench-{self.folder.name.removeprefix(PREFIX).strip('-_')}"
+
+    @property
     def state(self) -> Path:
         return self.folder / "state"
 
