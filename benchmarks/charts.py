@@ -223,9 +223,9 @@ def steady(result: Document, file: Path) -> None:
         sides = [state[length][f"{who}_tokens_per_s"]["samples"] for who in ("never_dumped", "mapped")]
         for pair in zip(*sides, strict=True):
             axes.plot([0, 1], pair, "o-", color=REST, markerfacecolor=COLOURS[0], markeredgecolor="white", markersize=6)
-        for place, side in enumerate(sides):
+        for column, side in enumerate(sides):
             text = f"median {median(side):.1f}"
-            axes.text(place, min(side) * 0.97, text, ha="center", va="top", fontsize=8.5)
+            axes.text(column, min(side) * 0.97, text, ha="center", va="top", fontsize=8.5)
         low, high = state[length]["interval"]
         axes.set_title(f"{length} prompt: ratio {state[length]['ratio']:.3f} ({low:.3f} – {high:.3f})", fontsize=9.5)
         axes.set_xticks([0, 1], ["never dumped", "mapped replica"])
