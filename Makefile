@@ -14,9 +14,10 @@ python := $(PREFIX)/venv/bin/python
 # Folders with Python that mypy reads, and those with tests; a folder may be missing or have no Python yet.
 typed := gpuckpt hooks tests $(foreach folder,scripts seccomp benchmarks,$(if $(wildcard $(folder)/*.py),$(folder)))
 fast := $(wildcard tests/unit)
+benchmarks := restore density sweep steady create archive ignore_flags criu_binaries cold
 all := $(wildcard tests/unit tests/property tests/contract tests/integration)
 
-.PHONY: help setup setup-server setup-tests check lint types imports unit test demo format clean
+.PHONY: help setup setup-server setup-tests check lint types imports unit test demo bench format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,16 @@ test: ## set up everything, check, then all tests with real containers (as root)
 demo: ## set up everything, then show what gpuckpt does, step by step (as root)
 	@$(MAKE) setup-server
 	@$(python) -m benchmarks.demo
+
+# One after the other; a part that fails does not keep the others, an interruption ends them all.
+bench: ## measure everything: about 3 hours on 2 cores (BENCH=--quick: a trial); results in build/bench
+	@$(MAKE) setup-server
+	@failed=; for part in $(benchmarks); do \
+	  status=0; $(python) -m benchmarks.$$part $(BENCH) || status=$$?; \
+	  case $$status in 0) ;; 130) exit 130;; *) failed="$$failed $$part";; esac; \
+	done; \
+	$(python) -m benchmarks.report --results build/results; \
+	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 format: $(python) ## let ruff format the tree and mend what it can
 	@$(python) -m ruff check --fix-only .

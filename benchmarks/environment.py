@@ -113,3 +113,8 @@ def _commit() -> str | None:
         return proc.run([*git, "describe", "--always", "--dirty", "--exclude=*"], timeout=20).stdout.strip()
     except GpuckptError:
         return None
+
+
+def load() -> list[float]:
+    """The machine's load averages: other work is in every number."""
+    return [round(value, 2) for value in os.getloadavg()]

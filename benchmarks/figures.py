@@ -20,12 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Polygon
 
 from benchmarks.environment import in_words
+from benchmarks.style import COLOURS, QUIET, REST, STYLE, ink_on, short
 
-# Okabe and Ito's palette: told apart with every common kind of colour blindness, and in print by its lightness.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#D55E00")
-_REST = "#BBBBBB"
-_INK = "#222222"
-_QUIET = "#666666"
 _WEDGE = "#F1F1F1"
 _OTHER = "everything else"
 # Phases whose short names say too little by themselves.
@@ -33,15 +29,6 @@ _SAID = {
     "server start": "server start (imports, weights, KV cache)",
     "podman: restore": "podman, runc",
     "criu: processes and memory": "CRIU: processes and their memory",
-}
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the figure is the same on every machine
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _QUIET,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
 }
 _BAR = 0.62
 
@@ -53,20 +40,20 @@ def ttft(result: dict[str, Any], file: Path) -> Path:
     """
     cold, restore = result["cold_ttft_s"], result["restore_ttft_s"]
     cold_parts = _merged(result["phases"]["cold"], at_most=1)
-    parts = _merged(result["phases"]["restore"], at_most=len(_COLOURS) - 1)
+    parts = _merged(result["phases"]["restore"], at_most=len(COLOURS) - 1)
     palette = _palette(cold_parts, parts)
-    title = f"First token after {_short(restore['p50'])} instead of {_short(cold)}: {result['speedup']:.0f}× faster"
-    with pyplot.rc_context(_STYLE):
+    title = f"First token after {short(restore['p50'])} instead of {short(cold)}: {result['speedup']:.0f}× faster"
+    with pyplot.rc_context(STYLE):
         figure = pyplot.figure(figsize=(9.2, 4.9))
         scale = figure.add_axes((0.105, 0.5, 0.86, 0.28))
         zoom = figure.add_axes((0.105, 0.18, 0.86, 0.145))
         figure.text(0.02, 0.935, title, fontsize=15, fontweight="bold")
-        figure.text(0.02, 0.882, _subtitle(result), fontsize=9.5, color=_QUIET)
+        figure.text(0.02, 0.882, _subtitle(result), fontsize=9.5, color=QUIET)
 
         _stack(scale, 1, cold_parts, palette, gaps=True)
         _stack(scale, 0, parts, palette, gaps=False)
         _label_cold(scale, cold_parts, cold, palette)
-        scale.text(restore["p50"] + cold * 0.01, 0, _short(restore["p50"]), va="center", fontweight="bold")
+        scale.text(restore["p50"] + cold * 0.01, 0, short(restore["p50"]), va="center", fontweight="bold")
         scale.set_yticks([1, 0], ["cold start", "restore"])
         scale.set(xlim=(0, cold * 1.09), ylim=(-_BAR / 2, 1 + _BAR / 2 + 0.12))
         scale.xaxis.tick_top()
@@ -79,7 +66,7 @@ def ttft(result: dict[str, Any], file: Path) -> Path:
         _plain(scale, "top")
         _plain(zoom, "bottom")
         _lens(scale, zoom, restore["p50"])
-        figure.text(0.02, 0.025, in_words(result["machine"]), fontsize=7.5, color=_QUIET)
+        figure.text(0.02, 0.025, in_words(result["machine"]), fontsize=7.5, color=QUIET)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=150)
         pyplot.close(figure)
@@ -105,7 +92,7 @@ def _palette(cold: Parts, restore: Parts) -> dict[str, str]:
     """The same phase has the same colour in both; what only the cold start has is coloured from the other end."""
     ours = [name for name, _ in restore if name != _OTHER]
     its = [name for name, _ in cold if name != _OTHER and name not in ours]
-    return dict(zip(ours, _COLOURS, strict=False)) | dict(zip(its, reversed(_COLOURS), strict=False)) | {_OTHER: _REST}
+    return dict(zip(ours, COLOURS, strict=False)) | dict(zip(its, reversed(COLOURS), strict=False)) | {_OTHER: REST}
 
 
 def _stack(axes: Axes, row: float, parts: Parts, palette: dict[str, str], *, gaps: bool) -> None:
@@ -120,10 +107,10 @@ def _label_cold(axes: Axes, parts: Parts, total: float, palette: dict[str, str])
     begin = 0.0
     for name, seconds in parts:
         if seconds > 0.3 * total:
-            text = f"{_words(name)}: {_short(seconds)}"
-            axes.text(begin + seconds / 2, 1, text, ha="center", va="center", color=_ink_on(palette[name]))
+            text = f"{_words(name)}: {short(seconds)}"
+            axes.text(begin + seconds / 2, 1, text, ha="center", va="center", color=ink_on(palette[name]))
         begin += seconds
-    axes.text(total * 1.01, 1, _short(total), va="center", fontweight="bold")
+    axes.text(total * 1.01, 1, short(total), va="center", fontweight="bold")
 
 
 def _label_parts(axes: Axes, parts: Parts, total: float, palette: dict[str, str]) -> None:
@@ -145,11 +132,11 @@ def _label_parts(axes: Axes, parts: Parts, total: float, palette: dict[str, str]
         led.append((line, middle))
         taken[line] = left + width + 0.008 * total
         height = _BAR / 2 + 0.08 + 0.22 * line
-        axes.plot([middle, middle], [_BAR / 2, height - 0.01], color=_QUIET, linewidth=0.7, clip_on=False)
+        axes.plot([middle, middle], [_BAR / 2, height - 0.01], color=QUIET, linewidth=0.7, clip_on=False)
         axes.text(left + width / 2, height, words, ha="center", va="bottom", fontsize=8.5)
         if seconds > 0.05 * total:
-            ink = _ink_on(palette[name])
-            axes.text(middle, 0, _short(seconds), ha="center", va="center", fontsize=8.5, color=ink)
+            ink = ink_on(palette[name])
+            axes.text(middle, 0, short(seconds), ha="center", va="center", fontsize=8.5, color=ink)
         begin += seconds
 
 
@@ -171,7 +158,7 @@ def _plain(axes: Axes, keep: str) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == keep)
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=9, colors=_QUIET)
+    axes.tick_params(axis="x", labelsize=9, colors=QUIET)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} s")
 
 
@@ -179,26 +166,13 @@ def _words(name: str) -> str:
     return _SAID.get(name, name)
 
 
-def _ink_on(colour: str) -> str:
-    """Black or white, whichever is easier to read on ``colour`` (its relative luminance, roughly)."""
-    red, green, blue = (int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
-    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else _INK
-
-
 def _subtitle(result: dict[str, Any]) -> str:
     restore = result["restore_ttft_s"]
     equal = "same tokens each time" if result["canary_match"] else "TOKENS DIFFER"
     return (
         f"vLLM {result['machine']['vllm']}, {result['model']}. Cold: once. Restore: median of {restore['n']}, "
-        f"p95 {_short(restore['p95'])}; {equal}."
+        f"p95 {short(restore['p95'])}; {equal}."
     )
-
-
-def _short(seconds: float) -> str:
-    """Three figures, which is more than such times repeat to."""
-    if seconds < 0.0995:
-        return f"{seconds * 1000:.0f} ms"
-    return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -98,10 +98,12 @@ def run(
     cwd: Path,
     tick: Callable[[], None] = lambda: None,
     show_progress: bool = False,
+    env: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Run ``gpuckpt ARGUMENTS`` to its end (with --format json, if its result is to be read).
 
     ``tick`` is called five times a second. ``cwd`` should be a folder of ours: gpuckpt reads a .env from it.
+    ``env`` is added to our own environment.
     ``show_progress`` leaves it our stderr, where it shows its stages if that is a terminal. Raises CommandFailed.
     Whatever interrupts us is passed on as SIGTERM, and the command's own roll-back is waited for.
     """
@@ -111,7 +113,7 @@ def run(
     process = subprocess.Popen(
         argv,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=None if show_progress else subprocess.PIPE,
@@ -185,6 +187,11 @@ def differences(endpoint: Endpoint, canary: dict[str, Any]) -> str | None:
         for choice in event.get("choices", []):
             pieces = choice.get("logprobs") or {"tokens": [], "token_logprobs": []}
             got += zip(pieces["tokens"], pieces["token_logprobs"], strict=True)
+    return first_difference(got, canary)
+
+
+def first_difference(got: Sequence[tuple[str, float]], canary: dict[str, Any]) -> str | None:
+    """The first token or logprob in which an answer differs from the recorded one; None if it does not."""
     expected = list(zip(canary["tokens"], canary["logprobs"], strict=True))
     for index, (here, there) in enumerate(zip(got, expected, strict=False)):
         if here != there:

@@ -7,6 +7,7 @@ interpolation, numpy's default, would report for five samples a time that none o
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -62,6 +63,35 @@ def bootstrap_interval(
     return percentile(drawn, tail), percentile(drawn, 100 - tail)
 
 
+def ratio_interval(
+    above: Sequence[float],
+    below: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Where the ratio of two medians lies: the percentile bootstrap, each side drawn on its own.
+
+    Raises ValueError if a side has no values.
+    """
+    if not above or not below:
+        raise ValueError("an interval of no values is not defined")
+    chance = random.Random(seed)
+    drawn = [
+        median(chance.choices(above, k=len(above))) / median(chance.choices(below, k=len(below)))
+        for _ in range(resamples)
+    ]
+    tail = (1 - level) / 2 * 100
+    return percentile(drawn, tail), percentile(drawn, 100 - tail)
+
+
+@functools.lru_cache(maxsize=4096)
+def _interval(values: tuple[float, ...]) -> tuple[float, float]:
+    # Results are computed anew after every sample, of which most series got none.
+    return bootstrap_interval(values)
+
+
 @dataclass(frozen=True)
 class Summary:
     """Measured times in the order of measurement, and what is reported of them."""
@@ -83,7 +113,7 @@ class Summary:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of the median."""
-        return bootstrap_interval(self.all)
+        return _interval(self.all)
 
     def as_dict(self) -> dict[str, float | int | list[float]]:
         low, high = self.interval

@@ -1,0 +1,94 @@
+"""Make a page of results out of what was measured, and the index of all pages.
+
+    python -m benchmarks.report                      build/bench → results/DATE-MACHINE/, results/README.md
+    python -m benchmarks.report --results /tmp/out   the same elsewhere
+    python -m benchmarks.report --index              only the index anew
+
+Everything in the pages is computed from the JSON files; nothing in them is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness, merge, pages
+
+Document = dict[str, Any]
+_WORDS = ("xeon", "epyc", "ryzen", "core", "neoverse", "graviton", "ampere", "arm")
+
+
+def folder_name(result: Document) -> str:
+    """DATE-MACHINE, for example 2026-11-21-xeon-2c or 2026-11-21-epyc-16c-h100."""
+    machine = result["machine"]
+    model = machine["cpu_model"].lower()
+    word = next((word for word in _WORDS if word in model), re.split(r"\W+", model.strip())[0] or "machine")
+    parts = [result["begun"][:10], word, f"{machine['cores']}c"]
+    if machine["gpus"]:
+        names = machine["gpus"][0].lower().split(",")[0].split()
+        parts.append(next((name for name in names if re.fullmatch(r"[a-z]+\d+\w*", name)), "gpu"))
+    return "-".join(parts)
+
+
+def make(source: Path, results: Path) -> Path:
+    """Merge, draw, write the page and the index; returns the folder of the page."""
+    result = merge.merge(merge.read(source))
+    merged = json.dumps(result, indent=1) + "\n"
+    (source / "restore.json").write_text(merged)
+    target = results / folder_name(result)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "restore.json").write_text(merged)
+    for name in (*merge.PARTS, *merge.WHOLE, "cold"):
+        for suffix in (".json", ".csv"):
+            if (file := source / f"{name}{suffix}").exists():
+                shutil.copyfile(file, target / file.name)
+    if (table := source / "restore.csv").exists():
+        shutil.copyfile(table, target / table.name)
+    from benchmarks import charts  # matplotlib takes a second to import
+
+    drawn = charts.draw(result, target)
+    for name in drawn:
+        for suffix in (".png", ".svg"):
+            shutil.copyfile(target / f"{name}{suffix}", source / f"{name}{suffix}")
+    (target / "README.md").write_text(pages.page(result, target.name, drawn))
+    index(results)
+    return target
+
+
+def index(results: Path) -> Path:
+    """Write README.md of all results: one row for each folder, the newest first."""
+    found = []
+    for folder in sorted(results.iterdir(), reverse=True):
+        for name in ("restore.json", "demo.json"):
+            if (file := folder / name).is_file():
+                found.append((folder.name, name, json.loads(file.read_text())))
+    page = results / "README.md"
+    page.write_text(pages.index(found))
+    return page
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--out", type=Path, default=harness.ROOT / "build" / "bench", help="what was measured")
+    made.add_argument("--results", type=Path, default=harness.ROOT / "results", help="where pages go")
+    made.add_argument("--index", action="store_true", help="only write the index anew")
+    options = made.parse_args(argv)
+    try:
+        written = index(options.results) if options.index else make(options.out, options.results)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What the numbers should reach, and which of it they do. Works on the merged restore.json alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.statistics import median, ratio_interval
+
+Document = dict[str, Any]
+
+# Name of the ratio, what is above the line, what below: medians of `ttft_s`.
+RATIOS = (
+    ("cold_over_mapped", "cold", "mapped"),
+    ("podman_tmpfs_over_mapped", "podman_tmpfs", "mapped"),
+    ("podman_tmpfs_huge_over_mapped", "podman_tmpfs_huge", "mapped"),
+    ("podman_disk_over_mapped", "podman_disk", "mapped"),
+    ("import_over_mapped", "podman_import", "mapped"),
+    ("copy_tmpfs_over_mapped", "copy_tmpfs", "mapped"),
+    ("mapped_over_podman_pause", "mapped", "podman_pause"),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number at ``path`` in the merged document, and the least (or, ``at_most``, the most) that it should be."""
+
+    name: str
+    path: str
+    limit: float
+    at_most: bool = False
+    unit: str = ""
+
+    def met(self, value: float) -> bool:
+        return value <= self.limit if self.at_most else value >= self.limit
+
+
+TARGETS = (
+    Target("cold start over mapped restore", "ratios.cold_over_mapped.value", 90, unit="×"),
+    Target("podman from tmpfs over mapped restore", "ratios.podman_tmpfs_over_mapped.value", 10, unit="×"),
+    Target("podman import over mapped restore", "ratios.import_over_mapped.value", 25, unit="×"),
+    Target("first token of a mapped restore, p50", "mapped.ttft_s.p50", 0.35, at_most=True, unit="s"),
+    Target("memory of a further replica", "density.bytes_per_extra_replica", 100e6, at_most=True, unit="bytes"),
+    Target("decoding against the never-dumped server", "steady_state.ratio", 0.98, unit=""),
+    Target("8 GB over 0.5 GB, mapped", "flatness", 1.25, at_most=True, unit=""),
+    Target("16 replicas all answered", "clones16.all_answered", 1, unit="bool"),
+    Target("16 replicas answered as recorded", "clones16.canaries_equal", 1, unit="bool"),
+    Target("restore itself over a trivial server's", "ratios.restore_over_trivial.value", 2, at_most=True, unit="×"),
+)
+
+
+def at(document: Document, path: str) -> Any:
+    """The value at a dotted path, or None."""
+    found: Any = document
+    for word in path.split("."):
+        found = found.get(word) if isinstance(found, dict) else None
+    return found
+
+
+def targets(document: Document) -> list[Document]:
+    """Every target with its value and whether it is met; None for both where it was not measured."""
+    found = []
+    for target in TARGETS:
+        value = at(document, target.path)
+        known = value is not None
+        found.append(
+            {
+                "name": target.name,
+                "path": target.path,
+                "limit": target.limit,
+                "direction": "at most" if target.at_most else "at least",
+                "unit": target.unit,
+                "value": value,
+                "met": target.met(float(value)) if known else None,
+            }
+        )
+    return found
+
+
+def ratios(methods: Document) -> Document:
+    """Ratios of medians with their intervals, of the methods that were measured."""
+    found = {}
+    for name, above, below in RATIOS:
+        if above in methods and below in methods:
+            found[name] = ratio(methods[above]["ttft_s"]["samples"], methods[below]["ttft_s"]["samples"])
+    pair = [at(methods, f"{name}.restore_s.samples") for name in ("mapped", "trivial")]
+    if all(pair):
+        found["restore_over_trivial"] = ratio(*pair)
+    return found
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Document:
+    """The ratio of two medians and its 95 % interval, both sides resampled on their own."""
+    low, high = _interval(tuple(above), tuple(below))
+    return {"value": round(median(above) / median(below), 4), "interval": [round(low, 4), round(high, 4)]}
+
+
+@functools.lru_cache(maxsize=1024)
+def _interval(above: tuple[float, ...], below: tuple[float, ...]) -> tuple[float, float]:
+    return ratio_interval(above, below)  # once for the same samples: results are computed anew after every sample
