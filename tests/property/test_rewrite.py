@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuckpt.criu.images import PAGE, load, save, stored_pages
-from gpuckpt.criu.rewrite import HUGE, rewrite
+from gpuckpt.criu.pages import HUGE
+from gpuckpt.criu.rewrite import rewrite
 from gpuckpt.errors import GpuckptError, IncompatibleError, VerificationError
 from tests.property.decoding import contents
 
@@ -130,7 +131,7 @@ def test_the_same_memory(processes: list[list[Vma]], base: int) -> None:
         done = rewrite(images, memory, mount_point=MOUNT)
         after = [decoded(images, memory, pid) for pid in range(1, len(processes) + 1)]
         assert after == before
-        assert done.mapped + sum(one.pages for one in done.copied) * PAGE == stored * PAGE
+        assert done.mapped + done.zeros + sum(one.pages for one in done.copied) * PAGE == stored * PAGE
         for path in images.glob("mm-*.img"):
             for vma in load(path)["entries"][0]["vmas"]:
                 assert vma["start"] < vma["end"]
@@ -160,8 +161,13 @@ def test_equal_memory_is_stored_once(tmp_path: Path) -> None:
     other.mkdir()
     elsewhere.mkdir()
     build(other, [[big]], base=512 * 9)
-    known = {path.name: path for path in memory.iterdir()}
-    second = rewrite(other, elsewhere, mount_point=MOUNT, existing=known.get)
+
+    def link(name: str, size: int, path: Path) -> bool:
+        assert (memory / name).stat().st_size == size
+        path.hardlink_to(memory / name)
+        return True
+
+    second = rewrite(other, elsewhere, mount_point=MOUNT, link=link)
     assert second.shared == 4 << 20
     assert all(path.stat().st_nlink == 2 for path in elsewhere.glob("*.extent"))
 
