@@ -11,6 +11,8 @@ A second profile, gpuckpt-mapped.json, is for goldens whose memory is mapped fro
 madvise(MADV_DONTNEED) would bring the golden's bytes back where the program may count on zeros. Under this profile
 the advice fails with EINVAL from the server's first instruction on, as it does on kernels and mappings that cannot
 drop pages; allocators that look at the answer clear the memory themselves, and nobody is ever given stale bytes.
+mremap(2) fails with ENOMEM: what it adds to a mapping would be the next bytes of the golden's file, or end the process
+behind the file's end (SIGBUS); realloc copies instead.
 
     seccomp/derive.py                     write gpuckpt.json beside this script
     seccomp/derive.py --mapped            write gpuckpt-mapped.json
@@ -72,10 +74,11 @@ def derive(profile: dict[str, Any]) -> dict[str, Any]:
 def derive_mapped(profile: dict[str, Any]) -> dict[str, Any]:
     """:func:`derive`, and madvise(2) refuses with EINVAL what would drop pages of private memory.
 
-    process_madvise(2), which can give a process the same advice through its own pidfd, answers ENOSYS.
+    process_madvise(2), which can give a process the same advice through its own pidfd, answers ENOSYS, mremap(2)
+    ENOMEM.
     """
     derived = derive(profile)
-    dropping = ("madvise", "process_madvise")
+    dropping = ("madvise", "process_madvise", "mremap")
     kept = [rule for rule in (_without(rule, dropping) for rule in derived["syscalls"]) if rule is not None]
     comment = "gpuckpt: on memory that is mapped from a golden, dropped pages would not read as zeros"
     rules = [_advice("SCMP_ACT_ALLOW", advice) for advice in _KEEPING]
@@ -84,7 +87,9 @@ def derive_mapped(profile: dict[str, Any]) -> dict[str, Any]:
         for advice in _DROPPING
     ]
     other = {**_RULE, "names": ["process_madvise"], "comment": comment}
-    return {**derived, "syscalls": [*kept, *rules, other]}
+    growing = {**_RULE, "names": ["mremap"], "errnoRet": errno.ENOMEM, "errno": "ENOMEM"}
+    growing["comment"] = "gpuckpt: what is added to memory that is mapped from a golden would not read as zeros"
+    return {**derived, "syscalls": [*kept, *rules, other, growing]}
 
 
 def _advice(action: str, advice: int) -> dict[str, Any]:

@@ -63,6 +63,11 @@ class Evidence:
         self._filters = _filters(images)
         self._known: dict[tuple[str, tuple[bytes, ...]], str | None] = {}
 
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """The ids of the dump's processes, inside the container."""
+        return tuple(self._threads)
+
     def against_mapping(self, pid: int) -> str | None:
         """Why the memory of the process must be copied, or None if no thread of it can be given stale bytes."""
         try:

@@ -106,7 +106,7 @@ def rewrite(
     fit, ``progress`` gets the bytes handled so far (see :class:`gpuckpt.criu.memory_files.MemoryFiles`). ``keep`` gives
     the reason why a process' memory must be copied, or None.
 
-    If it raises, the images are as they were and no memory file is left: IncompatibleError if the images' format is
+    If it raises, the images are as they were, and what lies in ``memory`` is the caller's to remove: IncompatibleError if the images' format is
     not the known one, VerificationError if they are damaged, OSError (no space left), and what ``room`` raises. An
     interruption in the last step, a few renames, leaves a mixture: the caller must discard the dump then.
     """
@@ -133,7 +133,7 @@ def rewrite(
             fresh.append(_save_beside(images / "files.img", files))
             done.digests, done.shared = writer.digests, writer.shared
     except BaseException:
-        for path in (*images.glob(f"*{_FRESH}"), *memory.iterdir()):
+        for path in images.glob(f"*{_FRESH}"):
             path.unlink()
         raise
     for path in fresh:

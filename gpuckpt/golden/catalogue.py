@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host import tmpfs
 from gpuckpt.manifest import Manifest
-from gpuckpt.store import locks
+from gpuckpt.store import locks, sharing
 from gpuckpt.store.layout import Layout, check_name
 
 
@@ -82,9 +81,9 @@ def remove(tools: Tools, name: str, *, force: bool = False) -> None:
                 replicas.stop(tools, one.name)
         # Gone for every reader in one step; what a kill in between leaves is swept from the staging side.
         doomed = tools.layout.staging / name
-        shutil.rmtree(doomed, ignore_errors=True)
+        sharing.remove(tools.layout, doomed, ignore_errors=True)
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+        sharing.remove(tools.layout, doomed)
 
 
 def prune(settings: Settings, tools: Callable[[], Tools], *, dry_run: bool) -> list[str]:

@@ -13,7 +13,7 @@ from blake3 import blake3
 from gpuckpt.manifest import FileRecord
 
 _CHUNK = 8 << 20
-OWN = ("manifest.json", "seal.json")  # written by the store itself, after the digests
+OWN = ("manifest.json", "seal.json", "seal.json.new")  # written by the store itself, after the digests
 
 
 def digest_file(path: Path) -> str:
