@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from gpuckpt.criu.prune import drop_empty_archives
 from gpuckpt.errors import (
     BusyError,
     CheckpointError,
@@ -130,8 +131,9 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
         address = Address(ip=present.ip, mac=present.mac) if present.ip and present.mac else None
 
         mapped = mapping.COPIED
-        if launch.mapped:
-            with phase(tools, phases, "rewrite"):
+        with phase(tools, phases, "rewrite"):
+            drop_empty_archives(staging / "images")
+            if launch.mapped:
                 mapped = mapping.map_memory(tools, staging, forced=request.mode == "mapped")
         with phase(tools, phases, "digests"):
             _make_private(staging)

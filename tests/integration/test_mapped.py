@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import tarfile
 import time
 from pathlib import Path
 
@@ -32,6 +34,29 @@ def test_mapped_memory_is_the_same_and_is_not_written(bench: Bench) -> None:
     assert bench.left() == []
     assert {name: record["size"] for name, record in _files(bench, name).items()} == digests
     bench.ok("verify", name)
+
+
+@pytest.mark.parametrize("mode", ["mapped", "copy"])
+def test_empty_tmpfs_mounts_come_back_without_archives(bench: Bench, mode: str) -> None:
+    name = bench.name()
+    bench.create(name, options=("--mode", mode))
+    images = bench.store / "goldens" / name / "images"
+    assert not any(_members(path) == ["."] for path in images.glob("tmpfs-dev-*"))
+    bench.ok("restore", name)
+
+    def described(command: str) -> str:
+        words = ["podman", "exec", f"gpuckpt-{name}", "sh", "-c", command]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    assert described("stat -c '%F %a %u %g' /dev/shm; ls -A /dev/shm") == "directory 1777 0 0\n"
+    assert "size=1048576k" in described("grep ' /dev/shm ' /proc/self/mountinfo")
+    masked = described("grep -E ' /(proc/acpi|sys/firmware) ' /proc/self/mountinfo")
+    assert len(masked.splitlines()) == 2 and all(" ro" in line for line in masked.splitlines()), masked
+
+
+def _members(archive: Path) -> list[str]:
+    with tarfile.open(archive, "r:gz") as tar:
+        return tar.getnames()
 
 
 def _files(bench: Bench, name: str) -> dict[str, dict[str, int]]:
