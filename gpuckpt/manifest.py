@@ -159,13 +159,16 @@ class CopiedMemory(_Record, frozen=True, kw_only=True):
 class Memory(_Record, frozen=True, kw_only=True):
     """How memory comes back: ``mapped`` from memory files, or ``copy``.
 
-    Of a mapped golden: bytes that are mapped, bytes of these that other processes or goldens share, the number of
-    mappings, and what is copied all the same.
+    ``reason`` says why memory that was to be mapped is copied. Of a mapped golden: bytes that are mapped, bytes of
+    these that other processes or goldens share, bytes of zeros that are stored no more, the number of mappings, and
+    what is copied all the same.
     """
 
     mode: Literal["mapped", "copy"]
+    reason: str = ""
     mapped: int = 0
     shared: int = 0
+    zeros: int = 0
     mappings: int = 0
     copied: tuple[CopiedMemory, ...] = ()
 

@@ -57,10 +57,10 @@ _SERVER = "gpuckpt.server_arguments"
 @click.option("--tcp-established", is_flag=True, help="Keep open TCP connections in the golden.")
 @click.option(
     "--mode",
-    type=click.Choice(["copy", "mapped"]),
-    default="copy",
+    type=click.Choice(["auto", "mapped", "copy"]),
+    default="auto",
     show_default=True,
-    help="How memory comes back: copied page by page, or mapped from files (new; see the README).",
+    help="How memory comes back: mapped from files or, page by page, copied. auto: mapped wherever that is safe.",
 )
 @click.option("--replace", is_flag=True, help="Replace an existing golden of this name, in one step.")
 @click.option("--criu", "criu_path", metavar="PATH", help="The criu program to use.")
@@ -118,6 +118,7 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
                 "cold_ttft_s": manifest.cold_ttft_s,
                 "first_token_monotonic_ns": created.first_token_ns,
                 "canary": manifest.canary is not None,
+                "memory": manifest.memory.mode,
                 "wall_s": phases.wall_seconds,
                 "phases": phases.as_list(),
                 "left_running": str(created.replica.endpoint) if created.replica else None,

@@ -58,6 +58,19 @@ def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
     ]
     rows += [("root file system", sizes.rootfs), ("CRIU metadata", sizes.metadata), ("total", sizes.total)]
     print_table(["", "BYTES"], [(label, size(count)) for label, count in rows], right=["BYTES"])
+    memory = golden.memory
+    click.echo(f"\nMemory: {memory.mode}" + (f", {memory.reason}" if memory.reason else ""))
+    if memory.mode == "mapped":
+        click.echo(
+            f"  {memory.mappings} mappings, {size(memory.shared)} shared, {size(memory.zeros)} of zeros left out"
+        )
+    if memory.copied:
+        names = {process.pid: process.name for process in golden.processes}
+        print_table(
+            ["COPIED", "PID", "BYTES", "WHY"],
+            [(names.get(one.pid, "?"), str(one.pid), size(one.bytes), one.reason) for one in memory.copied],
+            right=["PID", "BYTES"],
+        )
     click.echo("\nProcesses")
     depth: dict[int, int] = {}
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gpuckpt.errors import PreflightError, VerificationError
+from gpuckpt.errors import IncompatibleError, PreflightError, VerificationError
 from gpuckpt.manifest import Process
 
 PAGE = 4096
@@ -38,14 +38,39 @@ def load(path: Path, *, payload: bool = False) -> dict[str, Any]:
         raise VerificationError(f"{path.name} cannot be decoded", cause=f"{type(error).__name__}: {error}") from error
 
 
-def save(path: Path, image: dict[str, Any]) -> None:
-    """Encode one image, as :func:`load` gives it with its payload, in place of the old one by a rename."""
+def load_exactly(path: Path) -> dict[str, Any]:
+    """Decode one image that is to be changed and encoded again; one of those whose entries have no payload.
+
+    pycriu leaves out fields that it does not know. Raises IncompatibleError if encoding the image again does not give
+    the same bytes, or if its kind is not known: a newer CRIU wrote it; VerificationError if it cannot be decoded.
+    """
     import pycriu
 
-    fresh = path.with_suffix(".new")
-    fresh.touch(mode=0o600)
-    fresh.write_bytes(pycriu.images.dumps(image))
-    fresh.rename(path)
+    data = path.read_bytes()
+    try:
+        image = load(path, payload=True)
+        same = pycriu.images.dumps(image) == data
+    except VerificationError as error:
+        if isinstance(error.__cause__, pycriu.images.MagicException):
+            raise IncompatibleError(
+                f"{path.name} is of a kind that gpuckpt does not know", remedy="use a gpuckpt that knows this CRIU"
+            ) from error
+        raise
+    if not same:
+        raise IncompatibleError(
+            f"{path.name} holds what gpuckpt does not know and would lose",
+            cause="encoded again, the image is not the same: a newer CRIU wrote it",
+            remedy="use a gpuckpt that knows this CRIU, or create with --mode copy",
+        )
+    return image
+
+
+def save(path: Path, image: dict[str, Any]) -> None:
+    """Encode one image, as :func:`load` gives it with its payload, readable by root alone."""
+    import pycriu
+
+    path.touch(mode=0o600)
+    path.write_bytes(pycriu.images.dumps(image))
 
 
 def undecodable(images: Path) -> list[str]:

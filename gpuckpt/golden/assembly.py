@@ -13,6 +13,7 @@ from gpuckpt.host.seccomp import profile_path
 from gpuckpt.manifest import Address, Launch
 from gpuckpt.store.digests import digest_bytes, digest_file
 from gpuckpt.workload.base import MEMORY_FOLDER, SOCKET_FOLDER
+from gpuckpt.workload.guest import present
 
 
 def assemble(
@@ -55,7 +56,7 @@ def assemble(
         hook_seconds=tools.settings.criu.hook_timeout,
         copies=copies,
     )
-    binds = [(mount.source, mount.destination, mount.read_only) for mount in launch.mounts]
+    binds = [(mount.source, mount.destination, mount.read_only) for mount in map(present, launch.mounts)]
     binds.append((str(replica.sockets), SOCKET_FOLDER, False))
     binds.append((str(memory), MEMORY_FOLDER, True))
     spec = ContainerSpec(

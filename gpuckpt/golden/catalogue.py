@@ -19,7 +19,7 @@ from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host import tmpfs
 from gpuckpt.manifest import Manifest
-from gpuckpt.store import locks, seal
+from gpuckpt.store import locks, sharing
 from gpuckpt.store.layout import TIERS, Layout, Tier, check_name
 
 
@@ -99,12 +99,10 @@ def remove(tools: Tools, name: str, *, force: bool = False, tier: Tier | None = 
                 replicas.stop(tools, one.name)
         for where, folder in going.items():
             # Gone for every reader in one step; what a kill in between leaves is swept from the staging side.
-            doomed = tools.layout.staging_of(where) / name
-            shutil.rmtree(doomed, ignore_errors=True)
+            home, doomed = tools.layout.home(where), tools.layout.staging_of(where) / name
+            sharing.remove(home, doomed, ignore_errors=True)
             folder.rename(doomed)
-            home = tools.layout.home(where)
-            with seal.linking(home / other for other in tools.layout.names_in(where)):
-                shutil.rmtree(doomed)
+            sharing.remove(home, doomed)
 
 
 def using(tools: Tools, name: str, tiers: Collection[Tier]) -> list[Replica]:

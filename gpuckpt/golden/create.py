@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from gpuckpt.criu.prune import drop_empty_archives
 from gpuckpt.errors import (
     BusyError,
     CheckpointError,
@@ -38,8 +39,8 @@ from gpuckpt.manifest import (
     Ulimit,
     Volume,
 )
-from gpuckpt.store import digests, locks, seal
-from gpuckpt.store.layout import check_name, exchange
+from gpuckpt.store import digests, locks, seal, sharing
+from gpuckpt.store.layout import Layout, check_name, exchange
 from gpuckpt.timing import PhaseTable
 from gpuckpt.workload.base import Adapter
 
@@ -66,7 +67,7 @@ class CreateRequest:
     leave_running: bool = False
     tcp_established: bool = False
     replace: bool = False
-    mode: Literal["mapped", "copy"] = "copy"
+    mode: Literal["auto", "mapped", "copy"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
 
     Either it is published whole, or nothing remains: no container, mount, file or changed kernel setting. Raises
     BusyError (the name is taken), CheckpointError (the server or CRIU failed), OutOfSpaceError, DeadlineError,
-    VerificationError (the canary does not repeat), NotFoundError (model, image or folder missing).
+    VerificationError (the canary does not repeat), NotFoundError (model, image or folder missing), IncompatibleError
+    (memory that must be mapped cannot be). After one OutOfSpaceError the golden is there all the same, as it says:
+    room was lacking only for its memory to be mapped.
     """
     name = check_name(request.name)
     layout, report = tools.layout, tools.report
@@ -96,7 +99,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 remedy=f"choose another name, remove it (gpuckpt rm {name}), or add --replace",
             )
         launch = _launch(request, tools)
-        staging = stack.enter_context(_staging(layout.staging / name))
+        staging = stack.enter_context(_staging(layout, layout.staging / name))
         replica = stack.enter_context(making(tools, name, name))
 
         with phase(tools, phases, "container"):
@@ -127,13 +130,14 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
         phases.split("dump", replica.operation.marks(), first="podman: dump")
         address = Address(ip=present.ip, mac=present.mac) if present.ip and present.mac else None
 
-        memory, known = mapping.COPIED, dict[str, str]()
-        if launch.mapped:
-            with phase(tools, phases, "rewrite"):
-                memory, known = mapping.map_memory(tools, staging)
+        mapped = mapping.COPIED
+        with phase(tools, phases, "rewrite"):
+            drop_empty_archives(staging / "images")
+            if launch.mapped:
+                mapped = mapping.map_memory(tools, staging, forced=request.mode == "mapped")
         with phase(tools, phases, "digests"):
             _make_private(staging)
-            contents = digests.record(staging, lambda done: report.bytes(done, 0), known=known)
+            contents = digests.record(staging, lambda done: report.bytes(done, 0), known=mapped.digests)
         with phase(tools, phases, "publish"):
             manifest = describe(
                 tools,
@@ -146,7 +150,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 phases=phases,
                 cold_ttft_s=(first_token_ns - phases.started_ns) / 1e9,
                 contents=contents,
-                memory=memory,
+                memory=mapped.memory,
             )
             manifest.write(staging)
             seal.write(staging)
@@ -165,6 +169,12 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 raise
     prepare.discard_prepared(tools, name)  # those of a golden that was replaced
     phases.stop()
+    if mapped.lacking is not None and request.mode == "mapped":
+        raise OutOfSpaceError(
+            f"golden {name} was made and kept, but its memory is copied, not mapped",
+            cause=str(mapped.lacking),
+            remedy="use it as it is, or make room (gpuckpt df, gpuckpt rm) and create it again with --replace",
+        ) from mapped.lacking
     return Created(manifest, folder, phases, first_token_ns, left)
 
 
@@ -187,7 +197,7 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
         argv = (*map(str, _words(config.get("Entrypoint"))), *argv)
     return Launch(
         argv=argv,
-        env=env | line.env | request.env,
+        env=line.environment(env, request.env),
         workdir=request.workdir or str(config.get("WorkingDir") or "/"),
         user=str(config.get("User") or ""),
         image=request.image,
@@ -200,8 +210,9 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
             for limit in container_ulimits()
         ),
         shm_size=request.shm_size,
-        mapped=request.mode == "mapped",
-        seccomp_blake3=seccomp_digest(mapped=request.mode == "mapped"),
+        # It must be in force before the dump: what a process was told about its memory cannot be taken back.
+        mapped=request.mode != "copy",
+        seccomp_blake3=seccomp_digest(mapped=request.mode != "copy"),
         capabilities=(),
         tcp_established=request.tcp_established,
     )
@@ -225,9 +236,9 @@ def _volumes(tools: Tools, replica: Replica, launch: Launch) -> tuple[Replica, d
 
 
 @contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
+def _staging(layout: Layout, folder: Path) -> Iterator[Path]:
     """The folder that becomes the golden; deleted unless it was published (renamed away)."""
-    shutil.rmtree(folder, ignore_errors=True)  # a killed creation's, whose lock we now hold
+    sharing.remove(layout.goldens, folder, ignore_errors=True)  # a killed creation's, whose lock we now hold
     (folder / "images").mkdir(parents=True, mode=0o700)
     (folder / "volumes").mkdir(mode=0o700)
     (folder / "memory").mkdir()
@@ -235,7 +246,7 @@ def _staging(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        sharing.remove(layout.goldens, folder, ignore_errors=True)
 
 
 def _exercise(request: CreateRequest, tools: Tools, replica: Replica, phases: PhaseTable) -> tuple[Canary | None, int]:

@@ -7,7 +7,6 @@ whose lock is free belongs to nobody.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from gpuckpt.errors import BusyError, GpuckptError
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host import hugepages
-from gpuckpt.store import locks
+from gpuckpt.store import locks, sharing
 from gpuckpt.store.layout import TIERS, Layout
 
 
@@ -81,7 +80,7 @@ def _remove_golden(layout: Layout, folder: Path) -> bool:
     with locks.exclusive(layout.golden_locks, "golden", folder.name):
         if not folder.exists():
             return False
-        shutil.rmtree(folder)
+        sharing.remove(next(layout.home(tier) for tier in TIERS if layout.staging_of(tier) == folder.parent), folder)
         return True
 
 

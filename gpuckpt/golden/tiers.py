@@ -7,21 +7,19 @@ While it runs, the golden can be restored from the tier where it lies.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpuckpt import manifest as manifests
-from gpuckpt.errors import BusyError, GpuckptError, NothingToDo, OutOfSpaceError, UsageError, VerificationError
+from gpuckpt.errors import BusyError, NothingToDo, OutOfSpaceError, UsageError, VerificationError
 from gpuckpt.golden import catalogue
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.tools import Reporter, Tools
 from gpuckpt.host.tmpfs import available_memory
 from gpuckpt.manifest import Manifest
-from gpuckpt.store import copying, digests, locks, seal
+from gpuckpt.store import copying, digests, locks, seal, sharing
 from gpuckpt.store.layout import TIERS, Layout, Tier, exchange
 
 
@@ -90,7 +88,7 @@ def place(layout: Layout, name: str, to: Tier, report: Reporter) -> Placed:
         if not seal.fits(source):
             raise _damaged(name, ["manifest.json has changed since the golden was sealed"])
         staging = layout.staging_of(to) / name
-        shutil.rmtree(staging, ignore_errors=True)  # a killed copy's, whose lock we now hold
+        sharing.remove(layout.home(to), staging, ignore_errors=True)  # a killed copy's, whose lock we now hold
         try:
             copied, shared = _fill(layout, name, source, staging, to, manifest, report)
             folder = _publish(staging, layout.home(to) / name, to)
@@ -102,7 +100,7 @@ def place(layout: Layout, name: str, to: Tier, report: Reporter) -> Placed:
                 ) from error
             raise
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            sharing.remove(layout.home(to), staging, ignore_errors=True)
     return Placed(name, to, folder, copied, shared)
 
 
@@ -170,26 +168,14 @@ def _link(layout: Layout, source: Path, staging: Path, to: Tier, manifest: Manif
 
     An extent's name is the digest of its content, and it is taken only where that is still true.
     """
-    wanted = {path.name for path in (source / "memory").glob("*.extent")}
-    others = [layout.home(to) / other for other in layout.names_in(to) if other != source.name]
+    shared = sharing.Sharing(layout.home(to))
     linked = set[str]()
-    with seal.linking(others):
-        for other in others:
-            intact = seal.intact(other)
-            try:
-                theirs = manifests.read(other).files
-            except GpuckptError:
-                continue  # damaged, or removed in the meantime
-            for extent in sorted(wanted):
-                relative, path = f"memory/{extent}", other / "memory" / extent
-                record = manifest.files.get(relative)
-                if record is None or theirs.get(relative) != record:
-                    continue
-                with contextlib.suppress(FileNotFoundError):  # missing there, or removed in the meantime
-                    if relative in intact or digests.digest_file(path) == record.blake3:
-                        os.link(path, staging / relative)
-                        linked.add(relative)
-                        wanted.discard(extent)
+    for path in sorted((source / "memory").glob("*.extent")):
+        relative = f"memory/{path.name}"
+        record = manifest.files.get(relative)
+        if record is not None and shared.link(path.name, record.size, staging / relative):
+            linked.add(relative)
+    shared.settle()
     return linked
 
 

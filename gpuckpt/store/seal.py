@@ -8,64 +8,123 @@ Inodes and times mean something only in the file system that they were read from
 another one after a reboot, so the seal names the file system by its own id (statvfs(3), f_fsid): ext4 and btrfs make
 it of their UUID, tmpfs draws one for each mount. Where it is made of the device number (XFS) and that changes, or
 where there is none, the golden is read once more; nothing else is lost.
+
+Making or removing a hard link moves the ctime too, without a change of content: :mod:`gpuckpt.store.sharing` tells the
+seals of what it did.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from gpuckpt.manifest import Manifest
-from gpuckpt.store.digests import OWN, differences, digest_bytes, digest_file, key, walk
+from gpuckpt.store.digests import OWN, differences, digest_bytes, digest_file, entries, key, walk
 
-_SEAL, _NEW = "seal.json", "seal.json.new"
-assert _SEAL in OWN and _NEW in OWN
+_SEAL, _FRESH = "seal.json", "seal.json.new"
+assert {_SEAL, _FRESH} <= set(OWN)
 
-Note = list[int]
-
-
-def _file_system(folder: Path) -> str:
-    known = os.statvfs(folder).f_fsid
-    return f"id {known:x}" if known else f"device {folder.lstat().st_dev:x}"
+Note = tuple[int, ...]
 
 
-def _note(status: os.stat_result, device: int) -> Note:
-    """``device`` is that of the golden's folder: a file on another one must not pass for one on this."""
+def note(status: os.stat_result, device: int) -> Note:
+    """What is noted of a file: inode, size, and the times (ns) of its last write and its last change.
+
+    ``device`` is that of the golden's folder: a file on another one must not pass for one on this.
+    """
     foreign = 0 if status.st_dev == device else status.st_dev
-    return [foreign, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return foreign, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _notes(folder: Path) -> dict[str, Note]:
-    device = folder.lstat().st_dev
-    return {key(relative): _note(status, device) for relative, status in walk(folder)}
+def _file_system(folder: int | Path) -> str:
+    known = os.statvfs(folder).f_fsid
+    return f"id {known:x}" if known else f"device {os.stat(folder).st_dev:x}"
 
 
 def write(folder: Path) -> None:
     """Seal a golden whose files were just digested or verified."""
-    _save(folder, _notes(folder), digest_bytes((folder / "manifest.json").read_bytes()))
+    with _held(folder) as handle:
+        device = os.fstat(handle).st_dev
+        notes = {key(relative): note(status, device) for relative, status in walk(folder)}
+        _save(handle, notes, digest_bytes((folder / "manifest.json").read_bytes()))
 
 
-def _save(folder: Path, notes: dict[str, Note], manifest: str) -> None:
-    fresh = folder / _NEW
-    fresh.touch(mode=0o600)
-    fresh.write_text(json.dumps({"file_system": _file_system(folder), "files": notes, "manifest": manifest}))
-    fresh.replace(folder / _SEAL)
+def notes_of(folder: Path) -> dict[str, Note]:
+    """The notes of a golden by path; none where the seal is missing, is none, or is of another file system."""
+    return _read(folder)[0]
+
+
+def renew(folder: Path, moved: Mapping[Note, Note]) -> None:
+    """Take over what became of files by links that were made or removed: ``moved`` leads from a note to the next.
+
+    Only a note that held just before is followed, and only to what the file is now.
+    """
+    with _held(folder) as handle:
+        notes, sealed = _parse(_text_in(handle), _file_system(handle))
+        device = os.fstat(handle).st_dev
+        changed = False
+        for relative, before in notes.items():
+            after = before
+            while after in moved:
+                after = moved[after]
+            if after != before and sealed is not None and note((folder / relative).lstat(), device) == after:
+                notes[relative] = after
+                changed = True
+        if changed and sealed is not None:
+            _save(handle, notes, sealed)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[int]:
+    """The golden's folder, opened and locked for a change of its seal.
+
+    By the handle, not by its path: the name may get another golden in the meantime (create --replace).
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _save(handle: int, notes: Mapping[str, Note], manifest: str) -> None:
+    # A reader sees the old seal or the new one, never half of it.
+    fresh = os.open(_FRESH, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=handle)
+    with os.fdopen(fresh, "w") as file:
+        json.dump({"file_system": _file_system(handle), "files": notes, "manifest": manifest}, file)
+    os.rename(_FRESH, _SEAL, src_dir_fd=handle, dst_dir_fd=handle)
+
+
+def _text_in(handle: int) -> str:
+    try:
+        with os.fdopen(os.open(_SEAL, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=handle)) as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 def _read(folder: Path) -> tuple[dict[str, Note], str | None]:
-    """The notes and the manifest's digest; nothing where the seal is missing or is none.
-
-    No notes either if they were taken in another file system.
-    """
     try:
-        seal = json.loads((folder / _SEAL).read_text())
-        notes, manifest = dict(seal["files"]), str(seal["manifest"])
-    except (OSError, ValueError, KeyError, TypeError):
+        text = (folder / _SEAL).read_text()
+    except OSError:
         return {}, None
-    return notes if seal.get("file_system") == _file_system(folder) else {}, manifest
+    return _parse(text, _file_system(folder))
+
+
+def _parse(text: str, file_system: str) -> tuple[dict[str, Note], str | None]:
+    """The notes and the manifest's digest; nothing where there is no seal, no notes if they are of elsewhere."""
+    try:
+        seal = json.loads(text)
+        notes = {relative: tuple(noted) for relative, noted in seal["files"].items()}
+        manifest = str(seal["manifest"])
+        return (notes if seal.get("file_system") == file_system else {}), manifest
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}, None
 
 
 def fits(folder: Path) -> bool:
@@ -79,50 +138,22 @@ def broken(folder: Path, golden: Manifest, progress: Callable[[int], None] = lam
 
     Files whose notes differ are read and compared with their digests; if these are right the seal is renewed.
     """
-    notes, _ = _read(folder)
-    if not fits(folder):
+    notes, sealed = _read(folder)
+    if sealed is not None and digest_bytes((folder / "manifest.json").read_bytes()) != sealed:
         return ["manifest.json has changed since the golden was sealed"]
-    found = differences(folder, golden.files, golden.links, contents=False, attributes_blake3=golden.attributes_blake3)
-    device = folder.lstat().st_dev
-    stale = [relative for relative, status in walk(folder) if notes.get(key(relative)) != _note(status, device)]
+    here = entries(folder)
+    found = differences(
+        folder, golden.files, golden.links, contents=False, attributes_blake3=golden.attributes_blake3, here=here
+    )
+    device = os.stat(folder).st_dev
+    stale = [(name, path) for name, (path, status) in here.items() if notes.get(name) != note(status, device)]
     done = 0
-    for relative in stale:
-        expected = golden.files.get(key(relative))
-        if expected and digest_file(folder / relative) != expected.blake3:
-            found.append(f"{relative} has changed: its digest differs from the recorded one")
+    for name, path in stale:
+        expected = golden.files.get(name)
+        if expected and digest_file(folder / path) != expected.blake3:
+            found.append(f"{name} has changed: its digest differs from the recorded one")
         done += expected.size if expected else 0
         progress(done)
     if stale and not found:
         write(folder)
     return found
-
-
-def intact(folder: Path) -> set[str]:
-    """The files of a golden that are as they were when their digests were last true, by their keys."""
-    notes, _ = _read(folder)
-    return {name for name, note in _notes(folder).items() if notes.get(name) == note}
-
-
-@contextmanager
-def linking(folders: Iterable[Path]) -> Iterator[None]:
-    """Keep the goldens' seals while hard links to their memory files come and go inside the ``with``.
-
-    A link moves the change time of the file it leads to. The notes of files that were as sealed before, and differ
-    in nothing but that time afterwards, are taken anew. Whoever else writes a file meanwhile moves its modification
-    time too; a short ``with`` leaves no room for more.
-    """
-    before = [(folder, *_read(folder), _notes(folder)) for folder in folders]
-    try:
-        yield
-    finally:
-        for folder, sealed, manifest, then in before:
-            if manifest is None or not folder.is_dir():
-                continue
-            now = _notes(folder)
-            moved = {
-                name: now[name]
-                for name, note in then.items()
-                if sealed.get(name) == note and name in now and now[name] != note and now[name][:4] == note[:4]
-            }
-            if moved:
-                _save(folder, sealed | moved, manifest)

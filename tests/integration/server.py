@@ -37,6 +37,8 @@ counter = 0
 # Memory that a program may drop and count on to read as zeros afterwards.
 droppable = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 droppable.write(b"x" * len(droppable))
+growable = mmap.mmap(-1, 1 << 18, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+growable.write(b"y" * len(growable))
 
 # A connection of the server with itself, over the container's own loopback.
 listener = socket.create_server(("127.0.0.1", 0))
@@ -83,6 +85,14 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(f"refused: errno {error.errno}")
             else:
                 self.answer("stale bytes" if droppable[:].strip(b"\0") else "zeros")
+        elif self.path == "/grow":
+            size = len(growable)
+            try:
+                growable.resize(2 * size)
+            except OSError as error:
+                self.answer(f"refused: errno {error.errno}")
+            else:
+                self.answer("stale bytes" if growable[size:].strip(b"\0") else "zeros")
         elif self.path == "/hostname":
             self.answer(socket.gethostname())
         elif self.path.startswith("/read/"):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
 
+from gpuckpt.store import seal
 from tests.integration.conftest import Bench
 
 MAPPED = ("--mode", "mapped")
@@ -32,6 +36,29 @@ def test_mapped_memory_is_the_same_and_is_not_written(bench: Bench) -> None:
     bench.ok("verify", name)
 
 
+@pytest.mark.parametrize("mode", ["mapped", "copy"])
+def test_empty_tmpfs_mounts_come_back_without_archives(bench: Bench, mode: str) -> None:
+    name = bench.name()
+    bench.create(name, options=("--mode", mode))
+    images = bench.store / "goldens" / name / "images"
+    assert not any(_members(path) == ["."] for path in images.glob("tmpfs-dev-*"))
+    bench.ok("restore", name)
+
+    def described(command: str) -> str:
+        words = ["podman", "exec", f"gpuckpt-{name}", "sh", "-c", command]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    assert described("stat -c '%F %a %u %g' /dev/shm; ls -A /dev/shm") == "directory 1777 0 0\n"
+    assert "size=1048576k" in described("grep ' /dev/shm ' /proc/self/mountinfo")
+    masked = described("grep -E ' /(proc/acpi|sys/firmware) ' /proc/self/mountinfo")
+    assert len(masked.splitlines()) == 2 and all(" ro" in line for line in masked.splitlines()), masked
+
+
+def _members(archive: Path) -> list[str]:
+    with tarfile.open(archive, "r:gz") as tar:
+        return tar.getnames()
+
+
 def _files(bench: Bench, name: str) -> dict[str, dict[str, int]]:
     memory = bench.store / "goldens" / name / "memory"
     return {path.name: {"size": path.stat().st_size} for path in memory.iterdir()}
@@ -42,9 +69,11 @@ def test_dropped_memory_is_never_stale(bench: Bench) -> None:
     bench.create(mapped, options=MAPPED)
     bench.ok("restore", mapped)
     assert bench.get(mapped, "/drop") == "refused: errno 22"
+    assert bench.get(mapped, "/grow") == "refused: errno 12"
     bench.create(copied, options=("--mode", "copy"))
     bench.ok("restore", copied)
     assert bench.get(copied, "/drop") == "zeros"
+    assert bench.get(copied, "/grow") == "zeros"
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
@@ -96,7 +125,8 @@ def bench_digest(bench: Bench, name: str) -> str:
     return bench.get(name, "/digest")
 
 
-def test_the_store_becomes_full_in_the_rewrite(bench: Bench) -> None:
+@pytest.mark.parametrize("mode", ["auto", "mapped"])
+def test_the_store_becomes_full_in_the_rewrite(bench: Bench, mode: str) -> None:
     name = bench.name()
     hook = bench.folder / "hooks.d" / "post-dump" / "10-fill"
     hook.parent.mkdir(parents=True)
@@ -105,10 +135,41 @@ def test_the_store_becomes_full_in_the_rewrite(bench: Bench) -> None:
         f"#!/bin/sh\nhead -c $(( $(stat -f -c '%a*%S' {bench.store}) - 20000000 )) /dev/zero > {bench.store}/filler\n"
     )
     hook.chmod(0o755)
-    failed = bench.run(
-        *bench.creation(name, "--megabytes", "64", options=MAPPED), env={"GPUCKPT_STORE__SIZE": "256MiB"}
+    done = bench.run(
+        *bench.creation(name, "--megabytes", "64", options=("--mode", mode)), env={"GPUCKPT_STORE__SIZE": "256MiB"}
     )
-    assert failed.code == 11, failed.err
+    assert done.code == (11 if mode == "mapped" else 0), done.err
+    assert "copied, not mapped" in done.err
+    assert bench.left() == []
+    Path(bench.store, "filler").unlink()
+    # The dump is there as it was, and says why it is copied.
+    memory = bench.ok("inspect", name, "--format", "json").json["memory"]
+    assert (memory["mode"], "no room" in memory["reason"]) == ("copy", True)
+    assert list((bench.store / "goldens" / name / "memory").iterdir()) == []
+    bench.ok("verify", name)
+    bench.ok("restore", name)
+    assert bench.get(name, "/health") == "ok"
+
+
+def test_killed_in_the_rewrite(bench: Bench) -> None:
+    name = bench.name()
+    child = bench.start(*bench.creation(name, "--megabytes", "512", options=("--mode", "auto")))
+    memory = bench.store / "staging" / name / "memory"
+    limit = time.monotonic() + 120
+    while not (memory.is_dir() and any(memory.iterdir())):
+        assert child.poll() is None and time.monotonic() < limit
+        time.sleep(0.005)
+    child.kill()
+    child.communicate()
+    bench.run("prune")
     assert bench.left() == []
     assert bench.goldens() == []
-    Path(bench.store, "filler").unlink()
+
+
+def test_a_link_leaves_the_other_seal_whole(bench: Bench) -> None:
+    one, two = bench.name("one"), bench.name("two")
+    bench.create(one, "--megabytes", "64", options=MAPPED)
+    bench.create(two, "--megabytes", "64", options=MAPPED)
+    for folder in (bench.store / "goldens" / one, bench.store / "goldens" / two):
+        for relative, noted in seal.notes_of(folder).items():
+            assert noted == seal.note((folder / relative).lstat(), folder.stat().st_dev), relative

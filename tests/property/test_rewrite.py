@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuckpt.criu.images import PAGE, load, save, stored_pages
-from gpuckpt.criu.rewrite import HUGE, rewrite
-from gpuckpt.errors import GpuckptError, IncompatibleError, VerificationError
+from gpuckpt.criu.pages import HUGE
+from gpuckpt.criu.rewrite import rewrite
+from gpuckpt.errors import IncompatibleError, VerificationError
 from tests.property.decoding import contents
 
 MOUNT = "/run/gpuckpt-memory"
@@ -22,7 +24,10 @@ ANONYMOUS, FILE, SHARED, STACK, HEAP = 513, 65, 129, 517, 545
 
 @dataclass(frozen=True)
 class Vma:
-    """A made-up mapping: pages, kind, odd flags, and the (begin, length, byte) of its stored runs."""
+    """A made-up mapping: pages, kind, odd flags, and the (begin, length, byte) of its stored runs.
+
+    Byte 0 is a run of zeros, 1 one whose second half is zeros, others hold different pages.
+    """
 
     pages: int
     gap: int
@@ -49,9 +54,20 @@ def vmas(draw: st.DrawFn) -> Vma:
     )
 
 
-def build(folder: Path, processes: list[list[Vma]], base: int) -> None:
-    """Write images of processes with these mappings, beginning at page ``base``."""
-    files: list[dict[str, Any]] = [_file(1, "/lib/some.so")]
+def build(folder: Path, processes: list[list[Vma]], base: int, library: int = 1) -> None:
+    """Write images of processes with these mappings, beginning at page ``base``; ``library`` is the mapped file's id."""
+    owner = _file(1, "")["reg"]["fown"]
+    memfd = {"id": library + 1, "flags": 2, "pos": 0, "fown": owner, "inode_id": 9}
+    ghost = _file(library + 2, "/tmp/deleted (ghost)")
+    files: list[dict[str, Any]] = [
+        _file(library, "/lib/some.so"), {"type": "MEMFD", "id": library + 1, "memfd": memfd}, ghost
+    ]  # fmt: skip
+    for number, content in ((1, b"shared memory"), (2, bytes(3 * PAGE))):
+        entry = {"vaddr": 0, "compat_nr_pages": 0, "flags": 4, "nr_pages": -(-len(content) // PAGE)}
+        pages_id = 1000 + number
+        save(folder / f"pagemap-shmem-{number}.img", {"magic": "PAGEMAP", "entries": [{"pages_id": pages_id}, entry]})
+        (folder / f"pages-{pages_id}.img").write_bytes(content.ljust(entry["nr_pages"] * PAGE, b"\0"))
+    (folder / "ghost-file-3.img").write_bytes(b"raw")
     for index, mappings in enumerate(processes, 1):
         entries: list[dict[str, Any]] = []
         pagemap: list[dict[str, Any]] = [{"pages_id": index}]
@@ -62,7 +78,7 @@ def build(folder: Path, processes: list[list[Vma]], base: int) -> None:
                 entries.append(
                     {
                         "start": address, "end": address + vma.pages * PAGE, "pgoff": 0,
-                        "shmid": int(vma.status == FILE),
+                        "shmid": library * (vma.status == FILE),
                         "prot": 3, "flags": vma.flags, "status": vma.status, "fd": -1, "madv": vma.advice,
                     }
                 )  # fmt: skip
@@ -71,8 +87,11 @@ def build(folder: Path, processes: list[list[Vma]], base: int) -> None:
                         {"vaddr": address + begin * PAGE, "compat_nr_pages": 0, "flags": 4, "nr_pages": length}
                     )
                     for page in range(length):
-                        # value 0 gives zero pages, others the same few contents again and again: both are common.
-                        pages.write(bytes([value]) * (PAGE - 8) + ((number + page) * min(value, 1)).to_bytes(8, "big"))
+                        # Zero pages, and the same few contents again and again: both are common.
+                        if value == 0 or (value == 1 and 2 * page > length):
+                            pages.write(bytes(PAGE))
+                        else:
+                            pages.write(bytes([value]) * (PAGE - 8) + (number + page).to_bytes(8, "big"))
                 address += vma.pages * PAGE
         save(folder / f"pagemap-{index}.img", {"magic": "PAGEMAP", "entries": _merged(pagemap)})
         mm = {"mm_start_code": 0, "mm_end_code": 0, "mm_start_data": 0, "mm_end_data": 0, "mm_start_stack": 0,
@@ -110,7 +129,9 @@ def decoded(folder: Path, memory: Path, pid: int) -> dict[int, bytes]:
     def page(name: str, offset: int) -> bytes | None:
         if not name.startswith(f"{MOUNT}/"):
             return b"L" * PAGE  # a library: not zeros, so that a page wrongly taken from it is seen
-        content = opened.setdefault(name, (memory / name[len(MOUNT) + 1 :]).read_bytes())
+        if name not in opened:
+            opened[name] = (memory / name[len(MOUNT) + 1 :]).read_bytes()
+        content = opened[name]
         assert offset + PAGE <= len(content), f"{name} ends before {offset:#x}"
         return content[offset : offset + PAGE]
 
@@ -118,19 +139,29 @@ def decoded(folder: Path, memory: Path, pid: int) -> dict[int, bytes]:
 
 
 @settings(max_examples=40)
-@given(st.lists(st.lists(vmas(), min_size=1, max_size=6), min_size=1, max_size=3), st.integers(1, 5000))
-def test_the_same_memory(processes: list[list[Vma]], base: int) -> None:
+@given(
+    st.lists(st.lists(vmas(), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.one_of(st.integers(1, 5000), st.integers(1 << 30, 1 << 34)),
+    st.sampled_from([1, 77, (1 << 31) - 5]),
+    st.sets(st.integers(1, 4)),
+)
+def test_the_same_memory(processes: list[list[Vma]], base: int, library: int, kept: set[int]) -> None:
     with tempfile.TemporaryDirectory() as name:
         images, memory = Path(name, "images"), Path(name, "memory")
         images.mkdir()
         memory.mkdir()
-        build(images, processes, base)
+        build(images, processes, base, library)
         before = [decoded(images, memory, pid) for pid in range(1, len(processes) + 1)]
-        stored = sum(stored_pages(row) for path in images.glob("pagemap-*") for row in load(path)["entries"][1:])
-        done = rewrite(images, memory, mount_point=MOUNT)
+        stored = sum(stored_pages(row) for path in images.glob("pagemap-[0-9]*") for row in load(path)["entries"][1:])
+        others = _others(images, kept)
+        entries = load(images / "files.img", payload=True)["entries"]
+        done = rewrite(images, memory, mount_point=MOUNT, keep=lambda pid: "must be copied" if pid in kept else None)
+        assert _others(images, kept) == others, "what does not belong to a mapped process is left as it is"
+        assert load(images / "files.img", payload=True)["entries"][: len(entries)] == entries
+        assert not any((memory / f"{pid}.small").exists() for pid in kept)
         after = [decoded(images, memory, pid) for pid in range(1, len(processes) + 1)]
         assert after == before
-        assert done.mapped + sum(one.pages for one in done.copied) * PAGE == stored * PAGE
+        assert done.mapped + done.zeros + sum(one.pages for one in done.copied) * PAGE == stored * PAGE
         for path in images.glob("mm-*.img"):
             for vma in load(path)["entries"][0]["vmas"]:
                 assert vma["start"] < vma["end"]
@@ -139,13 +170,33 @@ def test_the_same_memory(processes: list[list[Vma]], base: int) -> None:
         assert {path.name for path in memory.iterdir()} == set(done.digests)
 
 
+def _others(images: Path, kept: set[int]) -> dict[str, bytes]:
+    """The images that a rewrite has nothing to do with."""
+    ours = {f"{kind}-{pid}.img" for kind in ("mm", "pagemap", "pages") for pid in range(1, 5) if pid not in kept}
+    return {path.name: path.read_bytes() for path in images.iterdir() if path.name not in {*ours, "files.img"}}
+
+
 def _check_congruent(images: Path) -> None:
     """Extents are mapped at addresses congruent with their offsets modulo 2 MiB."""
-    names = {entry["id"]: entry["reg"]["name"] for entry in load(images / "files.img")["entries"]}
+    entries = load(images / "files.img")["entries"]
+    names = {entry["id"]: entry["reg"]["name"] for entry in entries if "reg" in entry}
     for path in images.glob("mm-*.img"):
         for vma in load(path)["entries"][0]["vmas"]:
             if names.get(vma["shmid"], "").endswith(".extent"):
                 assert vma["start"] % HUGE == vma["pgoff"] % HUGE
+
+
+def test_blocks_of_zeros_are_stored_nowhere(tmp_path: Path) -> None:
+    images, memory = tmp_path / "images", tmp_path / "memory"
+    images.mkdir()
+    memory.mkdir()
+    # Of a library's own pages zeros must come back too: what is not stored there reads as the file.
+    build(images, [[Vma(2048, 0, ANONYMOUS, 0x22, 0, ((0, 2048, 1),)), Vma(1024, 0, FILE, 2, 0, ((0, 1024, 0),))]], 512)
+    before = decoded(images, memory, 1)
+    done = rewrite(images, memory, mount_point=MOUNT)
+    assert done.zeros == 2 << 20, "the block with the middle page is stored, the one behind it is not"
+    assert decoded(images, memory, 1) == before
+    assert sum(path.stat().st_size for path in memory.iterdir()) == done.mapped == (6 + 4) << 20
 
 
 def test_equal_memory_is_stored_once(tmp_path: Path) -> None:
@@ -160,8 +211,13 @@ def test_equal_memory_is_stored_once(tmp_path: Path) -> None:
     other.mkdir()
     elsewhere.mkdir()
     build(other, [[big]], base=512 * 9)
-    known = {path.name: path for path in memory.iterdir()}
-    second = rewrite(other, elsewhere, mount_point=MOUNT, existing=known.get)
+
+    def link(name: str, size: int, path: Path) -> bool:
+        assert (memory / name).stat().st_size == size
+        path.hardlink_to(memory / name)
+        return True
+
+    second = rewrite(other, elsewhere, mount_point=MOUNT, link=link)
     assert second.shared == 4 << 20
     assert all(path.stat().st_nlink == 2 for path in elsewhere.glob("*.extent"))
 
@@ -177,20 +233,52 @@ def test_a_process_that_must_be_copied_stays_as_it_is(tmp_path: Path) -> None:
     assert [(one.pages, one.reason) for one in done.copied] == [(64, "an allocator that counts on zeros")]
 
 
+def _newer_field(path: Path) -> None:
+    """Add a field that is not known here to the first message of an image: number 500, the value 1."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[8:12], "little")
+    extra = b"\xa0\x1f\x01"
+    path.write_bytes(
+        data[:8] + (size + len(extra)).to_bytes(4, "little") + data[12 : 12 + size] + extra + data[12 + size :]
+    )
+
+
 @pytest.mark.parametrize(
     ("damage", "error"),
-    [("version", IncompatibleError), ("mount", VerificationError), ("outside", VerificationError)],
-)
-def test_images_that_are_not_understood(tmp_path: Path, damage: str, error: type[GpuckptError]) -> None:
+    [("version", IncompatibleError), ("mount", VerificationError), ("outside", VerificationError),
+     ("mm-1.img", IncompatibleError), ("pagemap-1.img", IncompatibleError), ("files.img", IncompatibleError),
+     ("magic", IncompatibleError), ("short", VerificationError), ("same pages", IncompatibleError),
+     ("no space", OSError)],
+)  # fmt: skip
+def test_images_that_are_not_understood(tmp_path: Path, damage: str, error: type[Exception]) -> None:
     images, memory = tmp_path / "images", tmp_path / "memory"
     images.mkdir()
     memory.mkdir()
-    build(images, [[Vma(64, 0, ANONYMOUS, 0x22, 0, ((0, 64, 1),))]], base=1)
+    build(images, [[Vma(1024, 0, ANONYMOUS, 0x22, 0, ((0, 1024, 2),))]] * 2, base=1)
+    if damage.endswith(".img"):
+        _newer_field(images / damage)
+    if damage == "magic":
+        path = images / "mm-1.img"
+        path.write_bytes(path.read_bytes()[:4] + b"new!" + path.read_bytes()[8:])
+    if damage == "short":
+        with (images / "pages-1.img").open("r+b") as pages:
+            pages.truncate(5 * PAGE)
+    if damage == "same pages":
+        pagemap = load(images / "pagemap-2.img", payload=True)
+        pagemap["entries"][0]["pages_id"] = 1
+        save(images / "pagemap-2.img", pagemap)
     if damage == "version":
         save(images / "inventory.img", {"magic": "INVENTORY", "entries": [{"img_version": 3}]})
     if damage == "outside":
         pagemap = load(images / "pagemap-1.img", payload=True)
         pagemap["entries"][1]["vaddr"] += 65 * PAGE
         save(images / "pagemap-1.img", pagemap)
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+
+    def room(count: int) -> None:
+        if damage == "no space" and any(memory.iterdir()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
     with pytest.raises(error):
-        rewrite(images, memory, mount_point="/elsewhere" if damage == "mount" else MOUNT)
+        rewrite(images, memory, mount_point="/elsewhere" if damage == "mount" else MOUNT, room=room)
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before

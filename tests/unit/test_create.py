@@ -51,6 +51,7 @@ WHOLE_ORDER = [
     "measure memory",
     "stage: dump",
     "dump",
+    "stage: rewrite",
     "stage: digests",
     "stage: publish",
     "remove container",

@@ -1,0 +1,138 @@
+"""Which processes of a dump could drop or grow mapped memory and count on zeros where a file's bytes would be.
+
+Private anonymous memory reads as zeros after madvise(2) with MADV_DONTNEED, MADV_DONTNEED_LOCKED or
+MADV_GUARD_INSTALL, and so does what mremap(2) adds to it. A private mapping of a memory file reads as the file instead,
+and past the file's end it kills (SIGBUS). So a process is only mapped if the kernel refuses it these calls, for each of
+its threads, in every ABI of the machine. The evidence is in the dump: the filters that the threads were frozen with.
+
+That refusal is enough was looked up in the sources of what uses these calls. None of them misbehaves silently, so no
+library has to be looked for in a process:
+
+- glibc: malloc_trim, heaps of other arenas and stacks of ended threads do not look at madvise's answer, and never count
+  on zeros after it (calloc takes the high-water mark ``mprotect_size`` for dirty); realloc copies when mremap fails.
+- musl: the answer is not used; calloc looks at the memory; realloc copies when mremap fails.
+- jemalloc: tries MADV_DONTNEED at its start and clears memory itself where that does not work; reports it on stderr.
+- mimalloc: purged memory stays marked as dirty, which calloc clears. gperftools', Google's tcmalloc: calloc clears always.
+- Go: falls back from madvise to mapping anew; spans are cleared when they are used again (``needzero``).
+- V8, PartitionAlloc: discarding promises no zeros, and a failure is checked: it would end the server loudly while the
+  golden is made. What must be zeros is mapped anew. OpenJDK, CoreCLR, mono: uncommit by mapping anew; answers of
+  madvise are not used, nor are zeros expected of it.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpuckpt.criu import seccomp_filter
+from gpuckpt.criu.images import load
+from gpuckpt.criu.seccomp_filter import Call
+from gpuckpt.errors import GpuckptError
+
+# Advice (linux/mman.h): DONTNEED, DONTNEED_LOCKED, GUARD_INSTALL.
+DROPPING = (4, 24, 102)
+# By the machine type in core-PID.img: AUDIT_ARCH_* (linux/audit.h), numbers of madvise, process_madvise and mremap.
+# A process of the machine can make the calls of every one of its ABIs, whatever it was compiled for.
+_X32 = 0x40000000
+_ABIS = {
+    "X86_64": (
+        (0xC000003E, 28, 440, 25),
+        (0xC000003E, 28 | _X32, 440 | _X32, 25 | _X32),
+        (0x40000003, 219, 440, 163),
+    ),
+    "AARCH64": ((0xC00000B7, 233, 440, 216), (0x40000028, 220, 440, 163)),
+}
+# The kernel looks at the lower half of an advice only (it is an int), a filter may compare all 64 bits.
+_UPPER_HALVES = (0, 1 << 32, 0xFFFFFFFF << 32)
+_LETTING_THROUGH = (
+    seccomp_filter.ALLOW,
+    seccomp_filter.LOG,
+    seccomp_filter.TRACE,
+    seccomp_filter.USER_NOTIF,
+)
+
+
+class Evidence:
+    """The seccomp filters of a dump's threads, and what they let through."""
+
+    def __init__(self, images: Path) -> None:
+        self._images = images
+        self._threads = {int(entry["pid"]): entry["threads"] for entry in load(images / "pstree.img")["entries"]}
+        self._filters = _filters(images)
+        self._known: dict[tuple[str, tuple[bytes, ...]], str | None] = {}
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """The ids of the dump's processes, inside the container."""
+        return tuple(self._threads)
+
+    def against_mapping(self, pid: int) -> str | None:
+        """Why the memory of the process must be copied, or None if no thread of it can be given stale bytes."""
+        try:
+            for thread in self._threads[pid]:
+                core = load(self._images / f"core-{thread}.img")["entries"][0]
+                if reason := self._of_thread(core):
+                    return reason
+        except (GpuckptError, OSError, LookupError, TypeError, ValueError) as error:
+            # What is not understood is no evidence; copying is always right.
+            return f"its seccomp filters cannot be read: {error}"
+        return None
+
+    def _of_thread(self, core: dict[str, Any]) -> str | None:
+        thread = core["thread_core"]
+        mode = str(thread.get("seccomp_mode", "disabled"))
+        if mode in ("strict", "1"):
+            return None  # read, write, exit and sigreturn are all it can do
+        chain: list[bytes] = []
+        if mode in ("filter", "2"):
+            chain = self._chain(int(thread["seccomp_filter"]))
+        if not chain:
+            return "no seccomp filter keeps it from dropping memory"
+        key = str(core["mtype"]), tuple(chain)
+        if key not in self._known:
+            self._known[key] = _let_through(*key)
+        return self._known[key]
+
+    def _chain(self, index: int) -> list[bytes]:
+        """The programs of a filter and of those that were installed before it."""
+        found: list[bytes] = []
+        at: int | None = index
+        while at is not None:
+            if len(found) > len(self._filters):
+                raise ValueError("the filters of seccomp.img go round in a circle")
+            program, at = self._filters[at]
+            found.append(program)
+        return found
+
+
+def _filters(images: Path) -> list[tuple[bytes, int | None]]:
+    """The programs in seccomp.img (images/seccomp.proto), and the index of the one installed before each."""
+    path = images / "seccomp.img"
+    if not path.exists():
+        return []
+    return [
+        (base64.b64decode(entry["filter"]), entry.get("prev"))
+        for image in load(path, payload=True)["entries"]
+        for entry in image["seccomp_filters"]
+    ]
+
+
+def _let_through(machine: str, chain: tuple[bytes, ...]) -> str | None:
+    if machine not in _ABIS:
+        return f"calls of the machine {machine} are not known here"
+    for what, call in _probes(machine):
+        if seccomp_filter.answer(chain, call) & 0xFFFF0000 in _LETTING_THROUGH:
+            return f"its seccomp filter lets {what} through"
+    return None
+
+
+def _probes(machine: str) -> Iterator[tuple[str, Call]]:
+    address, length = 0x7F0000200000, 0x200000
+    for arch, madvise, process_madvise, mremap in _ABIS[machine]:
+        for advice in (low | high for low in DROPPING for high in _UPPER_HALVES):
+            yield f"madvise({advice:#x})", Call(arch, madvise, (address, length, advice))
+            yield f"process_madvise({advice:#x})", Call(arch, process_madvise, (3, address, 1, advice, 0))
+        for flags in (0, 1):  # in place, or anywhere (MREMAP_MAYMOVE)
+            yield "mremap", Call(arch, mremap, (address, length, 2 * length, flags))
