@@ -90,7 +90,7 @@ def _process(images: Path, pid: int, runs: list[tuple[int, int]], block: bytes) 
                 pages.write(stamp + body[: count - len(stamp)])
             total += length
     save(images / f"pagemap-{pid}.img", {"magic": "PAGEMAP", "entries": pagemap})
-    names = ("start_code end_code start_data end_data start_stack start_brk brk arg_start arg_end env_start env_end")
+    names = "start_code end_code start_data end_data start_stack start_brk brk arg_start arg_end env_start env_end"
     mm: dict[str, Any] = {f"mm_{name}": 0 for name in names.split()}
     mm |= {"exe_file_id": 1, "mm_saved_auxv": [0, 0], "vmas": vmas}
     save(images / f"mm-{pid}.img", {"magic": "MM", "entries": [mm]})
@@ -119,7 +119,7 @@ def main() -> None:
             print(f"{rates[-1]:.2f} GB/s: {total / 1e9:.2f} GB in {seconds:.2f} s, {written / 1e9:.2f} GB written")
             shutil.rmtree(images)
             shutil.rmtree(memory)
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "rewrite",
         "environment": environment.machine(),
         "dump_bytes": total,

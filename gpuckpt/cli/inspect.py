@@ -58,7 +58,9 @@ def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
     memory = golden.memory
     click.echo(f"\nMemory: {memory.mode}" + (f", {memory.reason}" if memory.reason else ""))
     if memory.mode == "mapped":
-        click.echo(f"  {memory.mappings} mappings, {size(memory.shared)} shared, {size(memory.zeros)} of zeros left out")
+        click.echo(
+            f"  {memory.mappings} mappings, {size(memory.shared)} shared, {size(memory.zeros)} of zeros left out"
+        )
     if memory.copied:
         names = {process.pid: process.name for process in golden.processes}
         print_table(

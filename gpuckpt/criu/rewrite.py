@@ -106,9 +106,10 @@ def rewrite(
     fit, ``progress`` gets the bytes handled so far (see :class:`gpuckpt.criu.memory_files.MemoryFiles`). ``keep`` gives
     the reason why a process' memory must be copied, or None.
 
-    If it raises, the images are as they were, and what lies in ``memory`` is the caller's to remove: IncompatibleError if the images' format is
-    not the known one, VerificationError if they are damaged, OSError (no space left), and what ``room`` raises. An
-    interruption in the last step, a few renames, leaves a mixture: the caller must discard the dump then.
+    If it raises, the images are as they were, and what lies in ``memory`` is the caller's to remove: IncompatibleError
+    if the images' format is not the known one, VerificationError if they are damaged, OSError (no space left), and what
+    ``room`` raises. An interruption in the last step, a few renames, leaves a mixture: the caller must discard the dump
+    then.
     """
     version = load(images / "inventory.img")["entries"][0]["img_version"]
     if version != IMAGE_VERSION:
@@ -214,9 +215,7 @@ def _plan(
     return _Process(pid, pagemap, mm, source, stored, without(runs, moved), vmas)
 
 
-def _by_mapping(
-    pid: int, vmas: list[dict[str, Any]], runs: list[Run]
-) -> Iterator[tuple[dict[str, Any], list[Run]]]:
+def _by_mapping(pid: int, vmas: list[dict[str, Any]], runs: list[Run]) -> Iterator[tuple[dict[str, Any], list[Run]]]:
     """Each mapping with the stored runs in it; a run that spans several is cut at their edges."""
     queue = iter(runs)
     run = next(queue, None)
@@ -287,9 +286,7 @@ def _write(images: Path, process: _Process, table: _FileTable) -> list[Path]:
     entries[1:] = [
         {"vaddr": run.start, "compat_nr_pages": 0, "flags": flags, "nr_pages": run.pages} for run in process.rest
     ]
-    process.mm["entries"][0]["vmas"] = [
-        part for vma, pieces in process.vmas for part in _split(vma, pieces, table)
-    ]
+    process.mm["entries"][0]["vmas"] = [part for vma, pieces in process.vmas for part in _split(vma, pieces, table)]
     return [
         pages,
         _save_beside(images / f"pagemap-{process.pid}.img", process.pagemap),

@@ -74,7 +74,7 @@ def run(program: bytes, data: bytes) -> int:
             at += 1
             kind = operation & 7
             operand = index if operation & _X else constant
-            if kind == _LD or kind == _LDX:
+            if kind in (_LD, _LDX):
                 value = _load(operation & 0xE0, constant, words, scratch)
                 accumulator, index = (value, index) if kind == _LD else (accumulator, value)
             elif kind == _ST:
@@ -84,7 +84,13 @@ def run(program: bytes, data: bytes) -> int:
             elif kind == _ALU:
                 accumulator = _calculate(operation & 0xF0, accumulator, operand)
             elif kind == _JMP:
-                at += constant if operation & 0xF0 == 0 else if_true if _holds(operation, accumulator, operand) else if_false
+                at += (
+                    constant
+                    if operation & 0xF0 == 0
+                    else if_true
+                    if _holds(operation, accumulator, operand)
+                    else if_false
+                )
             elif kind == _RET:
                 return accumulator if operation & 0x18 == 0x10 else constant
             elif operation & 0xF8 == _TXA:

@@ -100,7 +100,9 @@ def test_forced_without_room_is_a_copied_golden_and_its_lack(
 
 
 def test_a_process_that_is_copied_is_listed(world: World, staging: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = Rewritten(mapped=8192, copied=[Copied(2, 0x1000, 3, "why"), Copied(2, 0x9000, 1, "why"), Copied(1, 0, 1, "x")])
+    done = Rewritten(
+        mapped=8192, copied=[Copied(2, 0x1000, 3, "why"), Copied(2, 0x9000, 1, "why"), Copied(1, 0, 1, "x")]
+    )
     monkeypatch.setattr(mapping, "rewrite", lambda *_, **__: done)
     memory = mapping.map_memory(world.tools, staging, forced=False).memory
     assert memory.mode == "mapped"

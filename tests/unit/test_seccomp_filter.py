@@ -44,7 +44,7 @@ REFUSING = {
 
 
 def refusing(*, forget: tuple[int, int] | None = None, advice: tuple[int, ...] = (4, 24, 102)) -> bytes:
-    """A filter that refuses what the profile for mapped memory does, but for the call ``forget`` (architecture, number)."""
+    """A filter that refuses what the profile for mapped memory does, but for ``forget``: architecture, number."""
     steps: list[tuple[int, ...]] = []
     for abi, calls in REFUSING.items():
         arch, x32 = abi & 0xFFFFFFFF, (1 << 30) * (abi >> 64)
@@ -94,7 +94,9 @@ def test_arithmetic_wraps_at_32_bits(left: int, right: int, word: int) -> None:
     for code, value in expected.items():
         steps = program((0x00, left), (code, right), (RET_A, 0))
         assert seccomp_filter.run(steps, bytes(64)) == value & 0xFFFFFFFF
-    halves = program((LD_ABS, argument(2, high=True)), (ST, 3), (LD_ABS, argument(2)), (TAX, 0), (LD_MEM, 3), (RET_A, 0))
+    halves = program(
+        (LD_ABS, argument(2, high=True)), (ST, 3), (LD_ABS, argument(2)), (TAX, 0), (LD_MEM, 3), (RET_A, 0)
+    )
     assert seccomp_filter.run(halves, Call(X86_64, 0, (0, 0, word)).pack()) == word >> 32
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpuckpt import manifest as manifests
-from gpuckpt.store import seal, sharing
+from gpuckpt.store import digests, seal, sharing
 from gpuckpt.store.layout import Layout
 from gpuckpt.store.sharing import Sharing
 from tests.fakes import publish, settings_for
@@ -29,11 +29,10 @@ def layout(tmp_path: Path) -> Layout:
 def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that a check of a seal reads."""
     found: list[str] = []
-    original = seal.digest_file
 
     def digest(path: Path) -> str:
         found.append(path.name)
-        return original(path)
+        return digests.digest_file(path)
 
     monkeypatch.setattr(seal, "digest_file", digest)
     return found
