@@ -119,8 +119,12 @@ def main() -> None:
             print(f"{rates[-1]:.2f} GB/s: {total / 1e9:.2f} GB in {seconds:.2f} s, {written / 1e9:.2f} GB written")
             shutil.rmtree(images)
             shutil.rmtree(memory)
+<<<<<<< HEAD
     speed = Summary(tuple(rates))
     result = {
+=======
+    result: dict[str, Any] = {
+>>>>>>> wt-rewrite
         "benchmark": "rewrite",
         "environment": environment.machine(),
         "dump_bytes": total,

@@ -12,7 +12,8 @@ library has to be looked for in a process:
   on zeros after it (calloc takes the high-water mark ``mprotect_size`` for dirty); realloc copies when mremap fails.
 - musl: the answer is not used; calloc looks at the memory; realloc copies when mremap fails.
 - jemalloc: tries MADV_DONTNEED at its start and clears memory itself where that does not work; reports it on stderr.
-- mimalloc: purged memory stays marked as dirty, which calloc clears. gperftools', Google's tcmalloc: calloc clears always.
+- mimalloc: purged memory stays marked as dirty, which calloc clears. gperftools' and Google's tcmalloc: calloc always
+  clears.
 - Go: falls back from madvise to mapping anew; spans are cleared when they are used again (``needzero``).
 - V8, PartitionAlloc: discarding promises no zeros, and a failure is checked: it would end the server loudly while the
   golden is made. What must be zeros is mapped anew. OpenJDK, CoreCLR, mono: uncommit by mapping anew; answers of

@@ -117,7 +117,8 @@ def pieces_of(runs: Sequence[Run], vma: dict[str, Any]) -> list[Piece]:
 def without_zeros(runs: Sequence[Run], is_zero: Callable[[int, int], bool]) -> tuple[list[Run], list[Run]]:
     """``runs`` without their aligned blocks of 2 MiB that hold nothing but zeros, and these blocks.
 
-    Huge pages of which a program wrote a corner leave many. ``is_zero`` looks at a range of the pages image: begin, end.
+    Huge pages of which a program wrote a corner leave many. ``is_zero`` looks at a range of the pages image (begin,
+    end).
     """
     kept: list[Run] = []
     dropped: list[Run] = []

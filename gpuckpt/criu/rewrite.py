@@ -106,9 +106,10 @@ def rewrite(
     fit, ``progress`` gets the bytes handled so far (see :class:`gpuckpt.criu.memory_files.MemoryFiles`). ``keep`` gives
     the reason why a process' memory must be copied, or None.
 
-    If it raises, the images are as they were, and what lies in ``memory`` is the caller's to remove: IncompatibleError if the images' format is
-    not the known one, VerificationError if they are damaged, OSError (no space left), and what ``room`` raises. An
-    interruption in the last step, a few renames, leaves a mixture: the caller must discard the dump then.
+    If it raises, the images are as they were, and what lies in ``memory`` is the caller's to remove: IncompatibleError
+    if the images' format is not the known one, VerificationError if they are damaged, OSError (no space left), and what
+    ``room`` raises. An interruption in the last step, a few renames, leaves a mixture: the caller must discard the dump
+    then.
     """
     version = load(images / "inventory.img")["entries"][0]["img_version"]
     if version != IMAGE_VERSION:

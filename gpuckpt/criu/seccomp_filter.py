@@ -74,7 +74,7 @@ def run(program: bytes, data: bytes) -> int:
             at += 1
             kind = operation & 7
             operand = index if operation & _X else constant
-            if kind == _LD or kind == _LDX:
+            if kind in (_LD, _LDX):
                 value = _load(operation & 0xE0, constant, words, scratch)
                 accumulator, index = (value, index) if kind == _LD else (accumulator, value)
             elif kind == _ST:

@@ -55,7 +55,10 @@ def vmas(draw: st.DrawFn) -> Vma:
 
 
 def build(folder: Path, processes: list[list[Vma]], base: int, library: int = 1) -> None:
-    """Write images of processes with these mappings, beginning at page ``base``; ``library`` is the mapped file's id."""
+    """Write images of processes with these mappings, beginning at page ``base``; ``library`` is the mapped file's id.
+
+    Beside it there is what no rewrite may touch: a memfd, a ghost file, shared memory.
+    """
     owner = _file(1, "")["reg"]["fown"]
     memfd = {"id": library + 1, "flags": 2, "pos": 0, "fown": owner, "inode_id": 9}
     ghost = _file(library + 2, "/tmp/deleted (ghost)")

@@ -44,7 +44,7 @@ REFUSING = {
 
 
 def refusing(*, forget: tuple[int, int] | None = None, advice: tuple[int, ...] = (4, 24, 102)) -> bytes:
-    """A filter that refuses what the profile for mapped memory does, but for the call ``forget`` (architecture, number)."""
+    """A filter that refuses what the profile for mapped memory does, but for ``forget``: architecture, number."""
     steps: list[tuple[int, ...]] = []
     for abi, calls in REFUSING.items():
         arch, x32 = abi & 0xFFFFFFFF, (1 << 30) * (abi >> 64)
