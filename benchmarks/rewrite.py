@@ -119,22 +119,17 @@ def main() -> None:
             print(f"{rates[-1]:.2f} GB/s: {total / 1e9:.2f} GB in {seconds:.2f} s, {written / 1e9:.2f} GB written")
             shutil.rmtree(images)
             shutil.rmtree(memory)
-<<<<<<< HEAD
-    speed = Summary(tuple(rates))
-    result = {
-=======
     result: dict[str, Any] = {
->>>>>>> wt-rewrite
         "benchmark": "rewrite",
         "environment": environment.machine(),
         "dump_bytes": total,
         "memory_file_bytes": written,
         "mappings": done.mappings,
-        "gb_per_s": speed.as_dict(),
+        "gb_per_s": Summary(tuple(rates)).as_dict(),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"median {speed.p50:.2f} GB/s of {len(rates)} runs; {arguments.output}")
+    print(f"median {result['gb_per_s']['p50']:.2f} GB/s of {len(rates)} runs; {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -300,7 +300,8 @@ def test_a_golden_in_use_stays_in_its_tier(world: World) -> None:
 def intact(folder: Path) -> set[str]:
     """The files that are as they were when they were sealed."""
     notes, device = seal.notes_of(folder), folder.stat().st_dev
-    return {name for name, (_, status) in digests.entries(folder).items() if notes.get(name) == seal.note(status, device)}
+    here = digests.entries(folder)
+    return {name for name, (_, status) in here.items() if notes.get(name) == seal.note(status, device)}
 
 
 # --- extents that goldens share -------------------------------------------------------------------------------
