@@ -125,7 +125,7 @@ def test_an_interrupted_move_leaves_nothing(bench: Bench) -> None:
 
 def test_a_full_disk(bench: Bench) -> None:
     name = bench.name()
-    bench.create(name, "--megabytes", "64", options=MAPPED)
+    bench.create(name, "--deleted-file", str(64 << 20), options=MAPPED)
     small = bench.folder / "small"
     small.mkdir(mode=0o700)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m,mode=0700", "small", small], check=True)
