@@ -125,26 +125,17 @@ def test_an_interrupted_move_leaves_nothing(bench: Bench) -> None:
 
 def test_a_full_disk(bench: Bench) -> None:
     name = bench.name()
-    bench.create(name, "--megabytes", "64", options=MAPPED)
+    bench.create(name, "--deleted-file", str(64 << 20), options=MAPPED)
     small = bench.folder / "small"
     small.mkdir(mode=0o700)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m,mode=0700", "small", small], check=True)
     elsewhere = {"GPUCKPT_STORE__DISK": str(small)}
     failed = bench.run("move", name, "--to", "disk", env=elsewhere)
     assert failed.code == 11 and "MiB free" in failed.err
-    # There is room at the begin, but somebody else takes it.
-    subprocess.run(["mount", "-o", "remount,size=100m", small], check=True)
-    child = bench.start("move", name, "--to", "disk", env=elsewhere)
-    while not list(small.glob(".staging/*/memory/*")):
-        assert child.poll() is None
-    with (small / "filler").open("wb", buffering=0) as filler:
-        try:
-            while True:
-                filler.write(bytes(1 << 20))
-        except OSError:
-            pass
-    _, err = child.communicate()
-    assert child.returncode == 11 and "became full" in err
+    # There seems to be room, but it ends in the middle of the copy: no inodes are left.
+    subprocess.run(["mount", "-o", "remount,size=200m,nr_inodes=20", small], check=True)
+    failed = bench.run("move", name, "--to", "disk", env=elsewhere)
+    assert failed.code == 11 and "became full" in failed.err
     assert list(small.glob(".staging/*")) == [] and tiers(bench) == {name: ["tmpfs"]}
     subprocess.run(["umount", small], check=True)
 
