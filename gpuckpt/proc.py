@@ -168,6 +168,18 @@ def processes_below(pid: int) -> list[int]:
     return found
 
 
+def mapped_files(pids: Sequence[int]) -> set[str]:
+    """Paths of the files that these processes have mapped, as they see them."""
+    found: set[str] = set()
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+                found.update(words[5].rstrip("\n") for line in maps if len(words := line.split(None, 5)) > 5)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return {path for path in found if path.startswith("/")}
+
+
 def _text(data: bytes | str | None) -> str:
     if data is None:
         return ""

@@ -106,7 +106,9 @@ class FakeContainers:
         self.volumes: dict[str, Path] = {}
         self.images: dict[str, str] = {}
         self.log = "listening\nready\n"
+        self.dies_when_mapped = 0  # exit code of a server that cannot live under the profile for mapped memory
         self.dies_on_start = False
+        self.programs: set[str] = set()  # of the container's processes
         self.ignores_options = False  # a runtime that does not know the annotation with CRIU's options
         self.criu_log = ""  # what CRIU says when a dump or restore is told to fail
 
@@ -154,6 +156,8 @@ class FakeContainers:
             (upper / "srv" / "written").write_text("by the server")
             if self.dies_on_start:
                 found.status, found.exit_code = "exited", 3
+            if self.dies_when_mapped and found.spec.launch.mapped:
+                found.status, found.exit_code = "exited", self.dies_when_mapped
 
     def prepare(self, container: str) -> None:
         with self.journal.step("prepare container"):
@@ -440,6 +444,10 @@ def tools_for(folder: Path) -> World:
         with journal.step("measure memory"):
             return 4096
 
+    def programs_of(pid: int) -> set[str]:
+        assert pid == 4242, "the programs of the container's init are asked for"
+        return set(containers.programs)
+
     @contextmanager
     def huge_pages(run: Path) -> Iterator[bool]:
         journal.note("huge pages on")
@@ -463,6 +471,7 @@ def tools_for(folder: Path) -> World:
         overlay=overlay,
         huge_pages=huge_pages,
         memory_of=memory_of,
+        programs_of=programs_of,
         renew_entropy=renew_entropy,
         report=report,
     )

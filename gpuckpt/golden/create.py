@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from msgspec import structs
+
 from gpuckpt.criu.prune import drop_empty_archives
 from gpuckpt.errors import (
     BusyError,
@@ -19,12 +21,14 @@ from gpuckpt.errors import (
     DaemonUnreachableError,
     DeadlineError,
     GpuckptError,
+    IncompatibleError,
+    NotFoundError,
     OutOfSpaceError,
 )
-from gpuckpt.golden import failures, mapping, prepare
+from gpuckpt.golden import failures, mapping, prepare, profile
 from gpuckpt.golden.assembly import assemble, link_images, seccomp_digest
 from gpuckpt.golden.describe import describe
-from gpuckpt.golden.replica import Replica, commit, discard, making
+from gpuckpt.golden.replica import Replica, commit, discard, empty_again, making
 from gpuckpt.golden.serving import container_trouble, wait_healthy
 from gpuckpt.golden.tools import Tools, phase
 from gpuckpt.host.limits import container_ulimits
@@ -101,23 +105,8 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
         launch = _launch(request, tools)
         staging = stack.enter_context(_staging(layout, layout.staging / name))
         replica = stack.enter_context(making(tools, name, name))
-
-        with phase(tools, phases, "container"):
-            replica, volumes = _volumes(tools, replica, launch)
-            written = {replica.folder / "upper": staging / "rootfs"}
-            written |= {folder: staging / "volumes" / name for name, folder in volumes.items()}
-            with container_trouble(replica, kind=CheckpointError):
-                replica, container = assemble(
-                    tools,
-                    replica,
-                    launch,
-                    memory=staging / "memory",
-                    tcp_established=launch.tcp_established,
-                    copies=tuple(written.items()),
-                )
-                tools.containers.start(container)
-        with phase(tools, phases, "server start"):
-            wait_healthy(request.adapter, tools, replica, timeout=request.start_timeout, kind=CheckpointError)
+        started = _started(request, tools, phases, launch, replica, staging)
+        replica, launch, container, written = started.replica, started.launch, started.container, started.written
         canary, first_token_ns = _exercise(request, tools, replica, phases)
 
         present = tools.containers.inspect(container)
@@ -178,7 +167,75 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
     return Created(manifest, folder, phases, first_token_ns, left)
 
 
+@dataclass(frozen=True)
+class _Started:
+    """A server that is healthy in its container, and what a dump copies of it: from where, to where."""
+
+    replica: Replica
+    launch: Launch
+    container: str
+    written: dict[Path, Path]
+
+
+def _started(
+    request: CreateRequest, tools: Tools, phases: PhaseTable, launch: Launch, replica: Replica, staging: Path
+) -> _Started:
+    """Start the server; with ``--mode auto`` once more, to be copied, if it cannot live where memory is mapped."""
+    if not launch.mapped:
+        return _start(request, tools, phases, launch, replica, staging)
+    try:
+        started = _start(request, tools, phases, launch, replica, staging)
+        present = tools.containers.inspect(started.container)
+        reason = profile.unfit(tools.programs_of(present.pid))
+        trouble: GpuckptError | None = None
+    except CheckpointError as error:
+        trouble = error
+        try:
+            reason = profile.died_of_it(tools.containers.inspect(replica.container).exit_code)
+        except NotFoundError:
+            reason = None
+        if reason is None:
+            raise
+    if reason is None:
+        return started
+    if request.mode == "mapped":
+        raise IncompatibleError(
+            f"the memory of {request.name} cannot be mapped: {reason}",
+            cause=trouble.message if trouble else None,
+            remedy="leave --mode out, or create with --mode copy",
+            log=trouble.log if trouble else (),
+        ) from trouble
+    tools.report.note(f"starting once more, to be copied, not mapped: {reason}")
+    launch = structs.replace(launch, mapped=False, seccomp_blake3=seccomp_digest(mapped=False))
+    return _start(request, tools, phases, launch, empty_again(tools, replica), staging)
+
+
+def _start(
+    request: CreateRequest, tools: Tools, phases: PhaseTable, launch: Launch, replica: Replica, staging: Path
+) -> _Started:
+    with phase(tools, phases, "container"):
+        replica, volumes = _volumes(tools, replica, launch)
+        written = {replica.folder / "upper": staging / "rootfs"}
+        written |= {folder: staging / "volumes" / name for name, folder in volumes.items()}
+        with container_trouble(replica, kind=CheckpointError):
+            replica, container = assemble(
+                tools,
+                replica,
+                launch,
+                memory=staging / "memory",
+                tcp_established=launch.tcp_established,
+                copies=tuple(written.items()),
+            )
+            tools.containers.start(container)
+    with phase(tools, phases, "server start"):
+        wait_healthy(request.adapter, tools, replica, timeout=request.start_timeout, kind=CheckpointError)
+    return _Started(replica, launch, container, written)
+
+
 def _launch(request: CreateRequest, tools: Tools) -> Launch:
+    mapped = (
+        request.mode != "copy"
+    )  # decided before the dump: what a process was told about memory cannot be taken back
     port = request.publish.container_port if request.publish else None
     python = None
     config: dict[str, object] = {}
@@ -210,9 +267,8 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
             for limit in container_ulimits()
         ),
         shm_size=request.shm_size,
-        # It must be in force before the dump: what a process was told about its memory cannot be taken back.
-        mapped=request.mode != "copy",
-        seccomp_blake3=seccomp_digest(mapped=request.mode != "copy"),
+        mapped=mapped,
+        seccomp_blake3=seccomp_digest(mapped=mapped),
         capabilities=(),
         tcp_established=request.tcp_established,
     )

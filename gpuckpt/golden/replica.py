@@ -194,8 +194,7 @@ def making(tools: Tools, name: str, golden: str, *, key: str = "") -> Iterator[R
         try:
             replica.save()
             if not taken:
-                replica.sockets.mkdir()
-                replica.sockets.chmod(0o777)  # the server's user makes its socket there; the parent is root's alone
+                _make_sockets(replica)
             yield replica
         except BaseException:
             try:
@@ -207,6 +206,23 @@ def making(tools: Tools, name: str, golden: str, *, key: str = "") -> Iterator[R
             kept = load(folder)
             if kept is not None and kept.state not in SETTLED:
                 discard(tools, kept)
+
+
+def empty_again(tools: Tools, replica: Replica) -> Replica:
+    """Take a replica in the making back to its begin, for another try: no container, mount or file of its server."""
+    current = load(replica.folder) or replica
+    current.operation.end_hooks()
+    tools.containers.remove(current.container, tools.layout.state)
+    tools.overlay.unmount(current.folder)
+    for name in ("upper", "work", "socket", "images"):
+        shutil.rmtree(current.folder / name, ignore_errors=True)
+    _make_sockets(current)
+    return current
+
+
+def _make_sockets(replica: Replica) -> None:
+    replica.sockets.mkdir()
+    replica.sockets.chmod(0o777)  # the server's user makes its socket there; the parent is root's alone
 
 
 def _check_socket(path: Path) -> None:

@@ -25,7 +25,7 @@ from gpuckpt.errors import (
 from gpuckpt.golden import clone, failures, identity, prepare
 from gpuckpt.golden.assembly import assemble
 from gpuckpt.golden.prepare import Options, Source
-from gpuckpt.golden.replica import Replica, alive, commit, load, making, stop
+from gpuckpt.golden.replica import Replica, alive, commit, empty_again, making, stop
 from gpuckpt.golden.serving import container_trouble, wait_healthy
 from gpuckpt.golden.tools import Reporter, Silent, Tools, phase
 from gpuckpt.host.tmpfs import available_memory
@@ -188,7 +188,7 @@ def _from_golden(
         with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
             restoring.until_resumed()
         phases.split("restore", replica.operation.marks(), first="podman: restore")
-        first_token_ns, match = _answers(request, tools, phases, golden, replica)
+        first_token_ns, match = _answers(request, tools, phases, golden, replica, restoring)
     if request.keep:
         _keep_work_files(bundle, replica)
     tier = tools.layout.tier_of(source.folder)
@@ -294,12 +294,18 @@ def _huge_pages(request: RestoreRequest, tools: Tools, golden: Manifest) -> Iter
 
 
 def _answers(
-    request: RestoreRequest, tools: Tools, phases: PhaseTable, golden: Manifest, replica: Replica
+    request: RestoreRequest,
+    tools: Tools,
+    phases: PhaseTable,
+    golden: Manifest,
+    replica: Replica,
+    restoring: threading.Thread,
 ) -> tuple[int | None, bool | None]:
     """Replay the canary, or without one wait for health; what the server answers decides whether it is ready."""
     workload = adapter_of(golden.workload)
     if not request.canary or golden.canary is None:
         with phase(tools, phases, "health"):
+            restoring.join()  # until then podman knows of no process
             wait_healthy(workload, tools, replica, timeout=min(60.0, request.start_timeout), kind=RestoreError)
         return None, None
     begin = now_ns()
@@ -317,7 +323,8 @@ def _answers(
             raise failure from error
         except DaemonUnreachableError as error:
             # The socket may accept a moment before the server runs again; a dead server never will.
-            if not alive(tools, replica) or time.monotonic() > deadline:
+            dead = not restoring.is_alive() and not alive(tools, replica)  # before, podman knows of no process
+            if dead or time.monotonic() > deadline:
                 failure = failures.server_failure(
                     tools, replica, f"the restored server of {replica.name} does not answer", kind=RestoreError
                 )
@@ -353,13 +360,7 @@ def _cold(
     """Start the golden's server the long way: same launch line, no image of it needed."""
     workload = adapter_of(golden.workload)
     with phase(tools, phases, "cold: container"):
-        current = load(replica.folder) or replica
-        tools.containers.remove(current.container, tools.layout.state)
-        tools.overlay.unmount(current.folder)
-        for name in ("upper", "work", "socket", "images"):
-            shutil.rmtree(current.folder / name, ignore_errors=True)
-        current.sockets.mkdir()
-        current.sockets.chmod(0o777)
+        current = empty_again(tools, replica)
         with container_trouble(current, kind=RestoreError):
             empty = current.folder / "memory"
             empty.mkdir(exist_ok=True)

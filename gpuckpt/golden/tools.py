@@ -87,6 +87,7 @@ class Tools(Struct, frozen=True):
     overlay: Overlay
     huge_pages: Callable[[Path], AbstractContextManager[bool]]
     memory_of: Callable[[int], int]
+    programs_of: Callable[[int], set[str]]
     renew_entropy: Callable[[], None]
     report: Reporter
 
@@ -94,6 +95,11 @@ class Tools(Struct, frozen=True):
 def memory_below(pid: int) -> int:
     """Bytes that a dump of ``pid`` and its descendants would carry."""
     return proc.memory_of(proc.processes_below(pid))
+
+
+def programs_below(pid: int) -> set[str]:
+    """Paths of the programs and libraries that ``pid`` and its descendants run."""
+    return proc.mapped_files(proc.processes_below(pid))
 
 
 @contextmanager
@@ -127,6 +133,7 @@ def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | No
         overlay=rootfs,
         huge_pages=hugepages.transparent_huge_pages_always,
         memory_of=memory_below,
+        programs_of=programs_below,
         renew_entropy=entropy.renew,
         report=report or Silent(),
     )

@@ -17,14 +17,15 @@ from gpuckpt.errors import (
     CheckpointError,
     DeadlineError,
     GpuckptError,
+    IncompatibleError,
     InterruptedByUser,
     NotFoundError,
     OutOfSpaceError,
     PreflightError,
     VerificationError,
 )
+from gpuckpt.golden import profile, tiers
 from gpuckpt.golden import replica as replicas
-from gpuckpt.golden import tiers
 from gpuckpt.golden.create import Created, create
 from gpuckpt.golden.sweep import sweep
 from gpuckpt.manifest import Port, Process, Volume
@@ -39,6 +40,7 @@ WHOLE_ORDER = [
     "start container",
     "stage: server start",
     "health",
+    "inspect container",
     "stage: first token",
     "first token",
     "stage: warm-up",
@@ -410,6 +412,55 @@ def test_a_missing_image_is_noticed_before_anything_is_made(world: World) -> Non
         made(world, image="absent")
     assert world.journal.events == []
     assert world.left_over() == []
+
+
+# --- servers that cannot live where memory is mapped ----------------------------------------------------------
+
+
+def test_v8_is_started_once_more_to_be_copied(world: World) -> None:
+    world.containers.programs = {"/usr/bin/node", "/usr/lib/libc.so.6"}
+    result = made(world)
+    assert not result.manifest.launch.mapped and result.manifest.memory.mode == "copy"
+    assert world.journal.events.count("start container") == 2 and world.left_over() == []
+    assert any("V8" in line and "copied" in line for line in world.report.notes)
+
+
+def test_a_server_that_dies_of_the_profile_is_started_once_more(world: World) -> None:
+    world.containers.dies_when_mapped = 133
+    world.adapter.unhealthy = 1
+    result = made(world)
+    assert not result.manifest.launch.mapped and any("SIGTRAP" in line for line in world.report.notes)
+
+
+def test_a_server_that_just_ends_is_not(world: World) -> None:
+    world.containers.dies_when_mapped = 1
+    world.adapter.unhealthy = 1
+    with pytest.raises(CheckpointError, match="ended"):
+        made(world)
+    assert world.journal.events.count("start container") == 1 and world.left_over() == []
+
+
+@pytest.mark.parametrize("dies", [0, 134])
+def test_who_insists_on_mapping_is_refused(world: World, dies: int) -> None:
+    world.containers.programs = {"/usr/lib/x86_64-linux-gnu/libnode.so.108"}
+    world.containers.dies_when_mapped = dies
+    world.adapter.unhealthy = 1 if dies else 0
+    with pytest.raises(IncompatibleError, match="cannot be mapped"):
+        made(world, mode="mapped")
+    assert world.left_over() == []
+
+
+def test_who_asks_for_a_copy_gets_one_at_once(world: World) -> None:
+    world.containers.programs = {"/usr/bin/node"}
+    assert not made(world, mode="copy").manifest.launch.mapped
+    assert world.journal.events.count("start container") == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["/opt/venv/bin/python3.11", "/usr/lib/libnodejs-notes.txt", "/srv/node/server.py", "/usr/bin/nodeenv"]
+)
+def test_what_is_not_v8(path: str) -> None:
+    assert profile.unfit({path}) is None
 
 
 # --- names ----------------------------------------------------------------------------------------------------
