@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from gpuckpt.criu import seccomp_filter
 from gpuckpt.criu.images import load
 from gpuckpt.criu.seccomp_filter import Call
@@ -47,6 +49,7 @@ _ABIS = {
 }
 # The kernel looks at the lower half of an advice only (it is an int), a filter may compare all 64 bits.
 _UPPER_HALVES = (0, 1 << 32, 0xFFFFFFFF << 32)
+_TSYNC = 1  # SECCOMP_FILTER_FLAG_TSYNC (linux/seccomp.h)
 _LETTING_THROUGH = (
     seccomp_filter.ALLOW,
     seccomp_filter.LOG,
@@ -72,23 +75,34 @@ class Evidence:
     def against_mapping(self, pid: int) -> str | None:
         """Why the memory of the process must be copied, or None if no thread of it can be given stale bytes."""
         try:
+            shared = self._of_all_threads(pid)
             for thread in self._threads[pid]:
                 core = load(self._images / f"core-{thread}.img")["entries"][0]
-                if reason := self._of_thread(core):
+                if reason := self._of_thread(core, shared):
                     return reason
         except (GpuckptError, OSError, LookupError, TypeError, ValueError) as error:
             # What is not understood is no evidence; copying is always right.
             return f"its seccomp filters cannot be read: {error}"
         return None
 
-    def _of_thread(self, core: dict[str, Any]) -> str | None:
+    def _of_all_threads(self, pid: int) -> list[bytes]:
+        """The programs that the kernel is to give all threads of the process, or none.
+
+        CRIU does not write down for each thread what all have in common: it marks the main thread's filters with
+        SECCOMP_FILTER_FLAG_TSYNC, by which seccomp(2) gives a filter to every thread (criu/seccomp.c).
+        """
+        thread = load(self._images / f"core-{pid}.img")["entries"][0]["thread_core"]
+        if _mode(thread) != "filter":
+            return []
+        index = int(thread["seccomp_filter"])
+        return self._chain(index) if self._filters[index].flags & _TSYNC else []
+
+    def _of_thread(self, core: dict[str, Any], shared: list[bytes]) -> str | None:
         thread = core["thread_core"]
-        mode = str(thread.get("seccomp_mode", "disabled"))
-        if mode in ("strict", "1"):
+        mode = _mode(thread)
+        if mode == "strict":
             return None  # read, write, exit and sigreturn are all it can do
-        chain: list[bytes] = []
-        if mode in ("filter", "2"):
-            chain = self._chain(int(thread["seccomp_filter"]))
+        chain = self._chain(int(thread["seccomp_filter"])) if mode == "filter" else shared
         if not chain:
             return "no seccomp filter keeps it from dropping memory"
         key = str(core["mtype"]), tuple(chain)
@@ -103,18 +117,30 @@ class Evidence:
         while at is not None:
             if len(found) > len(self._filters):
                 raise ValueError("the filters of seccomp.img go round in a circle")
-            program, at = self._filters[at]
-            found.append(program)
+            found.append(self._filters[at].program)
+            at = self._filters[at].before
         return found
 
 
-def _filters(images: Path) -> list[tuple[bytes, int | None]]:
-    """The programs in seccomp.img (images/seccomp.proto), and the index of the one installed before each."""
+class _Filter(Struct, frozen=True):
+    """A filter of seccomp.img (images/seccomp.proto): its program, flags, the index of the one installed before it."""
+
+    program: bytes
+    flags: int
+    before: int | None
+
+
+def _mode(thread: dict[str, Any]) -> str:
+    mode = str(thread.get("seccomp_mode", "disabled"))
+    return {"1": "strict", "2": "filter"}.get(mode, mode)
+
+
+def _filters(images: Path) -> list[_Filter]:
     path = images / "seccomp.img"
     if not path.exists():
         return []
     return [
-        (base64.b64decode(entry["filter"]), entry.get("prev"))
+        _Filter(base64.b64decode(entry["filter"]), int(entry.get("flags", 0)), entry.get("prev"))
         for image in load(path, payload=True)["entries"]
         for entry in image["seccomp_filters"]
     ]

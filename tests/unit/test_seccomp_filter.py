@@ -118,8 +118,10 @@ def test_no_program(damaged: bytes) -> None:
         seccomp_filter.run(damaged, bytes(64))
 
 
-def dump(folder: Path, *threads: dict[str, Any], filters: tuple[tuple[bytes, int | None], ...] = ()) -> Evidence:
-    """Images of one process with these threads."""
+def dump(
+    folder: Path, *threads: dict[str, Any], filters: tuple[tuple[bytes, int | None], ...] = (), flags: int = 0
+) -> Evidence:
+    """Images of one process with these threads; ``flags`` are those of all filters."""
     tree = {"pid": 1, "ppid": 0, "pgid": 1, "sid": 1, "threads": list(range(1, len(threads) + 1))}
     save(folder / "pstree.img", {"magic": "PSTREE", "entries": [tree]})
     for number, thread in enumerate(threads, 1):
@@ -128,7 +130,7 @@ def dump(folder: Path, *threads: dict[str, Any], filters: tuple[tuple[bytes, int
         save(folder / f"core-{number}.img", {"magic": "CORE", "entries": [{"mtype": machine, "thread_core": core}]})
     if filters:
         entries = [
-            {"filter": base64.encodebytes(code).decode()} | ({} if prev is None else {"prev": prev})
+            {"filter": base64.encodebytes(code).decode(), "flags": flags} | ({} if prev is None else {"prev": prev})
             for code, prev in filters
         ]
         save(folder / "seccomp.img", {"magic": "SECCOMP", "entries": [{"seccomp_filters": entries}]})
@@ -169,6 +171,15 @@ def test_other_advice_drops_pages_too(tmp_path: Path) -> None:
 def test_one_thread_without_a_filter(tmp_path: Path, odd: dict[str, Any]) -> None:
     reason = dump(tmp_path, filtered(), odd, filters=((refusing(), None),)).against_mapping(1)
     assert reason == "no seccomp filter keeps it from dropping memory"
+
+
+def test_what_all_threads_have_in_common_is_written_down_once(tmp_path: Path) -> None:
+    """As CRIU does it: the main thread's filter is marked to be given to every thread."""
+    assert dump(tmp_path, filtered(), {}, {}, filters=((refusing(), None),), flags=1).against_mapping(1) is None
+    letting = refusing(forget=(X86_64, 25))
+    other = tmp_path / "other"
+    other.mkdir()
+    assert "mremap" in str(dump(other, filtered(), {}, filters=((letting, None),), flags=1).against_mapping(1))
 
 
 def test_what_is_not_understood_is_no_evidence(tmp_path: Path) -> None:
