@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gpuckpt.golden.prepare import Options
     from gpuckpt.golden.restore import Restored
     from gpuckpt.golden.tools import Tools
+    from gpuckpt.manifest import Port
     from gpuckpt.timing import PhaseTable
 
 
@@ -144,12 +145,11 @@ def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: A
 
 def _replicas(options: dict[str, Any]) -> Iterator[tuple[str | None, Options]]:
     """The replicas that are asked for: their names, None for the one that needs none, and their options."""
-    from gpuckpt.cli.creation import port_from
     from gpuckpt.golden.prepare import Options
     from gpuckpt.store.layout import check_name
 
     names: tuple[str | None, ...] = options["names"] or (None,)
-    ports = [port_from(text) for text in options["publish"]]
+    ports = [_port(text) for text in options["publish"]]
     if options["prepare"] and options["names"]:
         raise UsageError("--prepare chooses the names itself", remedy="leave --as out")
     if len(set(names)) != len(names):
@@ -170,6 +170,12 @@ def _replicas(options: dict[str, Any]) -> Iterator[tuple[str | None, Options]]:
                 publish=ports[index] if ports else None,
             ),
         )
+
+
+def _port(text: str) -> Port:
+    from gpuckpt.cli.creation import port_from  # and all that a creation needs, which a restore does not
+
+    return port_from(text)
 
 
 def _prepare(work: Tools, name: str, number: int, options: Options, *, as_json: bool) -> None:

@@ -24,7 +24,8 @@ from gpuckpt.workload.endpoint import Endpoint
 from gpuckpt.workload.guest import GUEST_ENVIRONMENT, guest_mount
 
 _COMPLETIONS = "/v1/completions"
-_CANARY_PROMPT = "The quick brown fox"
+# One token in most vocabularies: what a restore is judged by should be the restore, not the reading of a prompt.
+_CANARY_PROMPT = "The"
 _CANARY_TOKENS = 16
 
 _ENVIRONMENT = {
