@@ -13,6 +13,7 @@ from gpuckpt import proc
 from gpuckpt.config import Settings
 from gpuckpt.containers import rootfs, service
 from gpuckpt.containers.podman import Container, ContainerSpec, Podman
+from gpuckpt.criu import kerneldata
 from gpuckpt.criu.binary import Criu, find
 from gpuckpt.host import entropy, hugepages, tmpfs
 from gpuckpt.store.layout import Layout
@@ -122,6 +123,8 @@ def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | No
     layout = Layout.of(settings)
     layout.prepare()
     program = find(settings, criu, cache=layout.run)
+    if not kerneldata.known() and tmpfs.info(kerneldata.NOTES.parent) is None:
+        kerneldata.make(program)
     runtime = service.choose_runtime(settings.podman.runtime, cache=layout.run)
     api = service.connect(layout.run, program.path, runtime=runtime, timeout=settings.podman.timeout)
     return Tools(
