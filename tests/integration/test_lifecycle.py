@@ -25,7 +25,8 @@ def test_from_create_to_rm(bench: Bench) -> None:
     assert bench.goldens() == [name]
 
     shown = bench.ok("inspect", name, "--format", "json").json
-    assert shown["sizes"]["cpu_pages"] > 8 << 20
+    assert shown["memory"]["mode"] == "mapped"
+    assert shown["sizes"]["cpu_pages"] + shown["sizes"]["mapped_pages"] > 8 << 20
     assert shown["sizes"]["gpu"] == 0
     assert {"name", "pid", "threads", "pages_bytes", "parent"} <= shown["processes"][0].keys()
     assert any("listening" in line and "server.sock" in line for line in shown["sockets"]), shown["sockets"]
