@@ -118,7 +118,9 @@ def test_no_program(damaged: bytes) -> None:
         seccomp_filter.run(damaged, bytes(64))
 
 
-def dump(folder: Path, *threads: dict[str, Any], filters: tuple[tuple[bytes, int | None], ...] = ()) -> Evidence:
+def dump(
+    folder: Path, *threads: dict[str, Any], filters: tuple[tuple[bytes, int | None], ...] = (), flags: int = 0
+) -> Evidence:
     """Images of one process with these threads."""
     tree = {"pid": 1, "ppid": 0, "pgid": 1, "sid": 1, "threads": list(range(1, len(threads) + 1))}
     save(folder / "pstree.img", {"magic": "PSTREE", "entries": [tree]})
@@ -128,7 +130,7 @@ def dump(folder: Path, *threads: dict[str, Any], filters: tuple[tuple[bytes, int
         save(folder / f"core-{number}.img", {"magic": "CORE", "entries": [{"mtype": machine, "thread_core": core}]})
     if filters:
         entries = [
-            {"filter": base64.encodebytes(code).decode()} | ({} if prev is None else {"prev": prev})
+            {"filter": base64.encodebytes(code).decode(), "flags": flags} | ({} if prev is None else {"prev": prev})
             for code, prev in filters
         ]
         save(folder / "seccomp.img", {"magic": "SECCOMP", "entries": [{"seccomp_filters": entries}]})
@@ -169,6 +171,14 @@ def test_other_advice_drops_pages_too(tmp_path: Path) -> None:
 def test_one_thread_without_a_filter(tmp_path: Path, odd: dict[str, Any]) -> None:
     reason = dump(tmp_path, filtered(), odd, filters=((refusing(), None),)).against_mapping(1)
     assert reason == "no seccomp filter keeps it from dropping memory"
+
+
+def test_filters_that_the_threads_share_are_recorded_with_the_first(tmp_path: Path) -> None:
+    chain = ((refusing(), None), (program((RET, ALLOW)), 0))
+    assert dump(tmp_path, filtered(1), {}, {}, filters=chain, flags=1).against_mapping(1) is None
+    weak = ((refusing(forget=(X86_64, 25)), None),)
+    reason = dump(tmp_path, filtered(), {}, filters=weak, flags=1).against_mapping(1)
+    assert reason == "its seccomp filter lets mremap through"
 
 
 def test_what_is_not_understood_is_no_evidence(tmp_path: Path) -> None:
