@@ -24,10 +24,9 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from msgspec import Struct
 
 from gpuckpt.criu import seccomp_filter
 from gpuckpt.criu.images import load
@@ -39,6 +38,7 @@ DROPPING = (4, 24, 102)
 # By the machine type in core-PID.img: AUDIT_ARCH_* (linux/audit.h), numbers of madvise, process_madvise and mremap.
 # A process of the machine can make the calls of every one of its ABIs, whatever it was compiled for.
 _X32 = 0x40000000
+_TSYNC = 1  # SECCOMP_FILTER_FLAG_TSYNC
 _ABIS = {
     "X86_64": (
         (0xC000003E, 28, 440, 25),
@@ -49,13 +49,21 @@ _ABIS = {
 }
 # The kernel looks at the lower half of an advice only (it is an int), a filter may compare all 64 bits.
 _UPPER_HALVES = (0, 1 << 32, 0xFFFFFFFF << 32)
-_TSYNC = 1  # SECCOMP_FILTER_FLAG_TSYNC (linux/seccomp.h)
 _LETTING_THROUGH = (
     seccomp_filter.ALLOW,
     seccomp_filter.LOG,
     seccomp_filter.TRACE,
     seccomp_filter.USER_NOTIF,
 )
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """A recorded filter: its program, the index of the one installed before it, its flags (linux/seccomp.h)."""
+
+    program: bytes
+    previous: int | None
+    flags: int
 
 
 class Evidence:
@@ -75,34 +83,38 @@ class Evidence:
     def against_mapping(self, pid: int) -> str | None:
         """Why the memory of the process must be copied, or None if no thread of it can be given stale bytes."""
         try:
-            shared = self._of_all_threads(pid)
+            leader = self._core(pid)
+            common = self._common(leader["thread_core"])
             for thread in self._threads[pid]:
-                core = load(self._images / f"core-{thread}.img")["entries"][0]
-                if reason := self._of_thread(core, shared):
+                if reason := self._of_thread(leader if thread == pid else self._core(thread), common):
                     return reason
         except (GpuckptError, OSError, LookupError, TypeError, ValueError) as error:
             # What is not understood is no evidence; copying is always right.
             return f"its seccomp filters cannot be read: {error}"
         return None
 
-    def _of_all_threads(self, pid: int) -> list[bytes]:
-        """The programs that the kernel is to give all threads of the process, or none.
+    def _core(self, thread: int) -> dict[str, Any]:
+        core: dict[str, Any] = load(self._images / f"core-{thread}.img")["entries"][0]
+        return core
 
-        CRIU does not write down for each thread what all have in common: it marks the main thread's filters with
-        SECCOMP_FILTER_FLAG_TSYNC, by which seccomp(2) gives a filter to every thread (criu/seccomp.c).
+    def _common(self, leader: dict[str, Any]) -> list[bytes]:
+        """The programs of the first thread that a restore gives to the others too.
+
+        Where all threads of a process have equal filters CRIU records them with the first thread alone and the flag
+        TSYNC, and says of the others that they have none (try_use_tsync() in criu/seccomp.c).
         """
-        thread = load(self._images / f"core-{pid}.img")["entries"][0]["thread_core"]
-        if _mode(thread) != "filter":
+        if _mode(leader) != "filter":
             return []
-        index = int(thread["seccomp_filter"])
-        return self._chain(index) if self._filters[index].flags & _TSYNC else []
+        return [found.program for found in self._chain(int(leader["seccomp_filter"])) if found.flags & _TSYNC]
 
-    def _of_thread(self, core: dict[str, Any], shared: list[bytes]) -> str | None:
+    def _of_thread(self, core: dict[str, Any], common: list[bytes]) -> str | None:
         thread = core["thread_core"]
         mode = _mode(thread)
         if mode == "strict":
             return None  # read, write, exit and sigreturn are all it can do
-        chain = self._chain(int(thread["seccomp_filter"])) if mode == "filter" else shared
+        chain = common
+        if mode == "filter":
+            chain = [found.program for found in self._chain(int(thread["seccomp_filter"]))]
         if not chain:
             return "no seccomp filter keeps it from dropping memory"
         key = str(core["mtype"]), tuple(chain)
@@ -110,37 +122,30 @@ class Evidence:
             self._known[key] = _let_through(*key)
         return self._known[key]
 
-    def _chain(self, index: int) -> list[bytes]:
-        """The programs of a filter and of those that were installed before it."""
-        found: list[bytes] = []
+    def _chain(self, index: int) -> list[_Filter]:
+        """A filter and those that were installed before it."""
+        found: list[_Filter] = []
         at: int | None = index
         while at is not None:
             if len(found) > len(self._filters):
                 raise ValueError("the filters of seccomp.img go round in a circle")
-            found.append(self._filters[at].program)
-            at = self._filters[at].before
+            found.append(self._filters[at])
+            at = self._filters[at].previous
         return found
-
-
-class _Filter(Struct, frozen=True):
-    """A filter of seccomp.img (images/seccomp.proto): its program, flags, the index of the one installed before it."""
-
-    program: bytes
-    flags: int
-    before: int | None
 
 
 def _mode(thread: dict[str, Any]) -> str:
     mode = str(thread.get("seccomp_mode", "disabled"))
-    return {"1": "strict", "2": "filter"}.get(mode, mode)
+    return {"0": "disabled", "1": "strict", "2": "filter"}.get(mode, mode)
 
 
 def _filters(images: Path) -> list[_Filter]:
+    """The filters in seccomp.img (images/seccomp.proto)."""
     path = images / "seccomp.img"
     if not path.exists():
         return []
     return [
-        _Filter(base64.b64decode(entry["filter"]), int(entry.get("flags", 0)), entry.get("prev"))
+        _Filter(base64.b64decode(entry["filter"]), entry.get("prev"), int(entry.get("flags", 0)))
         for image in load(path, payload=True)["entries"]
         for entry in image["seccomp_filters"]
     ]

@@ -121,6 +121,8 @@ class Tcp(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
 
 
+# More than one thread, as servers have: what is recorded of them all differs from what is of the first alone.
+threading.Thread(target=threading.Event().wait, daemon=True).start()
 print("ready", threading.active_count(), flush=True)
 if arguments.where.isdigit():
     Tcp(("0.0.0.0", int(arguments.where)), Handler).serve_forever()

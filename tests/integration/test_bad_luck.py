@@ -151,7 +151,7 @@ def test_create_that_is_interrupted(bench: Bench, moment: str, number: signal.Si
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_restore_that_is_interrupted(bench: Bench, number: signal.Signals) -> None:
     name = bench.name()
-    bench.create(name)
+    bench.create(name, options=("--mode", "copy"))  # only copying borrows huge pages
     reached = bench.folder / "reached"
     hook(bench, "pre-restore", f"touch {reached}; sleep 2")
     before = THP.read_text()

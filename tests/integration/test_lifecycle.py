@@ -14,10 +14,11 @@ from blake3 import blake3
 from tests.integration.conftest import PREFIX, THP, Bench
 
 
-def test_from_create_to_rm(bench: Bench) -> None:
+@pytest.mark.parametrize(("mode", "memory"), [("auto", "mapped"), ("copy", "copy")])
+def test_from_create_to_rm(bench: Bench, mode: str, memory: str) -> None:
     name = bench.name()
-    created = bench.create(name, options=("--format", "json")).json
-    assert created["name"] == name
+    created = bench.create(name, options=("--format", "json", "--mode", mode)).json
+    assert (created["name"], created["memory"]) == (name, memory)
     assert created["canary"] is True
     assert created["image_bytes"] > 8 << 20
     assert sum(row["seconds"] for row in created["phases"]) == pytest.approx(created["wall_s"], abs=1e-4)
@@ -25,7 +26,8 @@ def test_from_create_to_rm(bench: Bench) -> None:
     assert bench.goldens() == [name]
 
     shown = bench.ok("inspect", name, "--format", "json").json
-    assert shown["sizes"]["cpu_pages"] > 8 << 20
+    assert shown["memory"]["mode"] == memory
+    assert shown["sizes"]["cpu_pages"] + shown["sizes"]["mapped_pages"] > 8 << 20
     assert shown["sizes"]["gpu"] == 0
     assert {"name", "pid", "threads", "pages_bytes", "parent"} <= shown["processes"][0].keys()
     assert any("listening" in line and "server.sock" in line for line in shown["sockets"]), shown["sockets"]
@@ -38,7 +40,7 @@ def test_from_create_to_rm(bench: Bench) -> None:
     for _ in range(2):
         restored = bench.ok("restore", name, "--format", "json").json
         assert restored["canary_match"] is True
-        assert (restored["tier"], restored["memory"]) == ("tmpfs", "copy")
+        assert (restored["tier"], restored["memory"]) == ("tmpfs", memory)
         assert sum(row["seconds"] for row in restored["phases"]) == pytest.approx(restored["wall_s"], abs=1e-4)
         assert abs(restored["phases"][-1]["seconds"]) < 0.2 * restored["wall_s"]  # unaccounted
         assert THP.read_text() == before
