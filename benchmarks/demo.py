@@ -1,8 +1,9 @@
-"""How long until a model server says its first word: started cold, and restored from a golden.
+"""How long until a model server says its first word: started cold, restored by copying, restored by mapping, cloned.
 
-Makes a model of the 0.5B shape where there is none, starts vLLM with it cold once (that start becomes the golden),
-restores the golden a few times, and compares every answer with that of the server that was never dumped. Writes
-demo.json and ttft.png. Whatever ends it, the replica and the golden are removed (--keep keeps the golden).
+Makes a model of the 0.5B shape where there is none and starts vLLM with it cold, twice: one start becomes a golden
+whose memory is mapped (the default), the other one whose memory is copied. Restores both a few times, makes four clones
+side by side, and compares every answer with that of the server that was never dumped. Writes demo.json and ttft.png.
+Whatever ends it, the replicas and the goldens are removed (--keep keeps the mapped golden).
 
     make demo                             or, when everything is set up:
     python -m benchmarks.demo -n 10 --keep
@@ -32,6 +33,7 @@ from gpuckpt.errors import (
     PreflightError,
     VerificationError,
 )
+from gpuckpt.host.tmpfs import available_memory
 
 JSON_VERSION = 1
 LEAST_RESTORES = 5
@@ -43,6 +45,7 @@ SERVER_ENVIRONMENT = ("VLLM_CPU_KVCACHE_SPACE=1", "VLLM_CPU_NUM_OF_RESERVED_CPU=
 # In the environment of every server of the demo: the mark by which a golden is known as one that it may remove.
 MARK = "GPUCKPT_DEMO"
 SERVER_ARGUMENTS = ("--max-model-len", "2048")
+CLONES = 4
 
 
 class Demo:
@@ -57,7 +60,7 @@ class Demo:
         self.prefix = environment.prefix()
         self.model = self.prefix / "models" / MODEL_NAME
         self.load = os.getloadavg()  # other work on the machine at the begin is in every number
-        self.ours = False  # whether a golden of that name, if there is one, is ours to remove
+        self.ours: list[str] = []  # names of the goldens that are ours to remove
 
     def run(self) -> dict[str, Any]:
         """Everything, in order; the result as it was written to demo.json. Leaves no replica, whatever happens."""
@@ -66,15 +69,20 @@ class Demo:
         self.output.mkdir(parents=True, exist_ok=True)
         finished = False
         try:
-            say(self.terminal.bold(f"gpuckpt demo: vLLM started cold once, then restored {self.restores} times"))
+            say(self.terminal.bold(f"gpuckpt demo: vLLM started cold, then restored {self.restores} times, and cloned"))
             title("1  The model")
             self._make_model()
-            title("2  The cold start, once: what every start costs without gpuckpt")
-            cold = self._create()
+            title("2  The cold start: what every start costs without gpuckpt")
+            cold = self._create(self.name)
             title(f"3  The restore, {self.restores} times: what a start costs with it")
-            restored, equal = self._restore_all()
-            title("4  The result")
-            result = self._result(cold, restored, equal)
+            restored, equal = self._restore_all(self.name)
+            title(f"4  {CLONES} clones of one golden, side by side")
+            clones = self._clone()
+            title("5  For comparison: the same server, its memory copied back as CRIU does it by itself")
+            again = self._create(self.copied, "--mode", "copy")
+            copied, equal_too = self._restore_all(self.copied)
+            title("6  The result")
+            result = self._result([cold, again], restored, [*equal, *equal_too], copied, clones)
             self._write(result)
             for line in table(result):
                 say(line)
@@ -135,10 +143,15 @@ class Demo:
         )
         return f"making the model: {written / 1e9:.2f} of {MODEL_BYTES / 1e9:.2f} GB written"
 
-    def _create(self) -> Outcome:
+    @property
+    def copied(self) -> str:
+        """Name of the golden whose memory is copied."""
+        return f"{self.name}-copied"
+
+    def _create(self, name: str, *options: str) -> Outcome:
         say = self.terminal.say
-        self._make_way()
-        arguments = ["create", self.name, "--replace"]
+        self._make_way(name)
+        arguments = ["create", name, *options, "--replace"]
         for pair in (*SERVER_ENVIRONMENT, f"{MARK}=1"):
             arguments += ["--env", pair]
         tail = ["--", "--model", str(self.model), *SERVER_ARGUMENTS]
@@ -159,10 +172,10 @@ class Demo:
         )
         return outcome
 
-    def _make_way(self) -> None:
-        """Stop what an earlier run left under our name; refuse to touch a golden or replica that is not the demo's."""
+    def _make_way(self, name: str) -> None:
+        """Stop what an earlier run left under this name; refuse to touch a golden or replica that is not the demo's."""
         try:
-            earlier = self._gpuckpt("inspect", self.name).document
+            earlier = self._gpuckpt("inspect", name).document
         except CommandFailed as failure:
             if failure.code != NotFoundError.exit_code:
                 raise
@@ -170,18 +183,18 @@ class Demo:
         if earlier is not None:
             if MARK not in earlier["launch"]["env"]:
                 raise BusyError(
-                    f"there is a golden named {self.name} that no earlier demo made",
+                    f"there is a golden named {name} that no earlier demo made",
                     cause="the demo would replace it, and remove it at the end",
-                    remedy=f"choose another name (python -m benchmarks.demo --name NAME), or gpuckpt rm {self.name}",
+                    remedy=f"choose another name (python -m benchmarks.demo --name NAME), or gpuckpt rm {name}",
                 )
-            self.terminal.say(f"  (replaces the golden {self.name} of an earlier run)")
-            self._quietly("stop", self.name)
-        self.ours = True
+            self.terminal.say(f"  (replaces the golden {name} of an earlier run)")
+            self._stop_replicas(name)
+        self.ours.append(name)
 
-    def _restore_all(self) -> tuple[list[Outcome], list[bool]]:
+    def _restore_all(self, name: str) -> tuple[list[Outcome], list[bool]]:
         say, terminal = self.terminal.say, self.terminal
-        canary = self._gpuckpt("inspect", self.name).document["canary"]
-        say(f"  $ gpuckpt restore {self.name}")
+        canary = self._gpuckpt("inspect", name).document["canary"]
+        say(f"  $ gpuckpt restore {name}")
         say("  A new container each time. The command replays a recorded question and compares tokens and logprobs;")
         say("  then this script asks again by itself and compares with the server that was never dumped.")
         same = f"{len(canary['tokens'])} tokens and logprobs equal, twice"
@@ -189,37 +202,76 @@ class Demo:
         equal: list[bool] = []
         for number in range(1, self.restores + 1):
             with terminal.waiting(lambda number=number: f"restore {number}") as tick:  # type: ignore[misc]
-                outcome = harness.run(["restore", self.name, "--format", "json"], cwd=self.output, tick=tick)
+                outcome = harness.run(["restore", name, "--format", "json"], cwd=self.output, tick=tick)
             try:
                 difference = harness.differences(harness.endpoint_of(outcome.document), canary)
             except GpuckptError as error:
-                error.log = error.log or self._last_words()
+                error.log = error.log or self._last_words(name)
                 raise
             restored.append(outcome)
             equal.append(bool(outcome.document["canary_match"]) and difference is None)
             verdict = terminal.red(difference) if difference else terminal.green(same)
             say(f"  {number:3}  first token after {terminal.bold(f'{outcome.ttft_s:.3f} s')}   {verdict}")
-            self._gpuckpt("stop", self.name)
+            self._gpuckpt("stop", name)
         return restored, equal
 
-    def _result(self, cold: Outcome, restored: Sequence[Outcome], equal: Sequence[bool]) -> dict[str, Any]:
-        summary = Summary(tuple(outcome.ttft_s for outcome in restored))
+    def _clone(self) -> dict[str, Any]:
+        """Make the clones at once; what they took, in time and memory."""
+        say, terminal = self.terminal.say, self.terminal
+        names = [f"{self.name}-{number}" for number in range(1, CLONES + 1)]
+        words = [word for name in names for word in ("--as", name)]
+        say(f"  $ gpuckpt restore {self.name} {' '.join(words)}")
+        before = available_memory()
+        with terminal.waiting(lambda: f"{CLONES} clones") as tick:
+            outcome = harness.run(["restore", self.name, *words, "--format", "json"], cwd=self.output, tick=tick)
+        taken = before - available_memory()
+        made = outcome.document["replicas"]
+        times = [(one["first_token_monotonic_ns"] - outcome.spawned_ns) / 1e9 for one in made]
+        equal = len(made) == CLONES and all(one["canary_match"] for one in made)
+        for one, at in zip(made, times, strict=True):
+            verdict = terminal.green("answer equal") if one["canary_match"] else terminal.red("another answer")
+            say(f"  {one['replica']:<10} first token after {terminal.bold(f'{at:.3f} s')}   {verdict}")
+        say(f"  together they took {taken / 1e6:.0f} MB of memory, {taken / CLONES / 1e6:.0f} MB each")
+        self._gpuckpt("stop", *names)
+        return {
+            "replicas": len(made),
+            "ttft_s": [round(at, 6) for at in times],
+            "all_answered_s": round(max(times, default=0.0), 6),
+            "bytes_per_replica": taken // CLONES,
+            "canary_match": equal,
+        }
+
+    def _result(
+        self,
+        cold: Sequence[Outcome],
+        restored: Sequence[Outcome],
+        equal: Sequence[bool],
+        copied: Sequence[Outcome],
+        clones: dict[str, Any],
+    ) -> dict[str, Any]:
+        summary, copy = (Summary(tuple(outcome.ttft_s for outcome in each)) for each in (restored, copied))
+        usual = min(cold, key=lambda each: each.ttft_s)
         return {
             "version": JSON_VERSION,
             "clock": "from just before the command is spawned to the first streamed token, CLOCK_MONOTONIC",
             "model": MODEL,
-            "cold_ttft_s": round(cold.ttft_s, 6),
+            # Of the start that the phases below belong to: the faster one, so that no ratio is flattered.
+            "cold_ttft_s": round(usual.ttft_s, 6),
+            "cold_ttft_s_each": [round(each.ttft_s, 6) for each in cold],
             "restore_ttft_s": summary.as_dict(),
-            "speedup": round(cold.ttft_s / summary.p50, 3),
-            "canary_match": all(equal),
+            "copy_ttft_s": copy.as_dict(),
+            "clones": clones,
+            "speedup": round(usual.ttft_s / summary.p50, 3),
+            "canary_match": all(equal) and clones["canary_match"],
             "canary_matches": list(equal),
-            "image_bytes": cold.document["image_bytes"],
-            "create_wall_s": round(cold.wall_s, 6),
+            "image_bytes": cold[0].document["image_bytes"],
+            "create_wall_s": round(cold[0].wall_s, 6),
             "tier": restored[0].document["tier"],
             "phases": {
-                "cold": cold.phases_to_first_token(),
+                "cold": usual.phases_to_first_token(),
                 # Of the run in the middle, not medians of each phase: these would not add up.
                 "restore": min(restored, key=lambda each: abs(each.ttft_s - summary.p50)).phases_to_first_token(),
+                "copy": min(copied, key=lambda each: abs(each.ttft_s - copy.p50)).phases_to_first_token(),
             },
             "runs": [
                 {
@@ -245,21 +297,28 @@ class Demo:
         self.terminal.say(f"  {_relative(self.output / 'ttft.png')}    the figure")
 
     def _clean_up(self, *, keep: bool) -> None:
+        for name in self.ours:
+            with self.terminal.waiting(lambda: "cleaning up"):
+                self._stop_replicas(name)
+                if not (keep and name == self.name):
+                    self._quietly("rm", "--force", name)
         if not self.ours:
             return
         if keep:
-            self._quietly("stop", self.name)
             self.terminal.say(f"\nThe golden is kept: gpuckpt restore {self.name}; gpuckpt rm {self.name}")
         else:
-            with self.terminal.waiting(lambda: "cleaning up"):
-                self._quietly("stop", self.name)
-                self._quietly("rm", "--force", self.name)
-            self.terminal.say(f"\nThe golden {self.name} and its replicas are removed again (--keep keeps the golden).")
+            self.terminal.say("\nThe goldens and their replicas are removed again (--keep keeps one golden).")
 
-    def _last_words(self) -> tuple[str, ...]:
+    def _stop_replicas(self, name: str) -> None:
+        """Stop what runs of the golden ``name``."""
+        for golden in self._gpuckpt("ls").document.get("goldens", []):
+            if golden["name"] == name and golden["replicas"]:
+                self._quietly("stop", *(one["name"] for one in golden["replicas"]))
+
+    def _last_words(self, replica: str) -> tuple[str, ...]:
         """What the replica's server printed last, or why that cannot be known."""
         try:
-            return tuple(harness.run(["logs", self.name, "--tail", "20"], cwd=self.output).stdout.splitlines())
+            return tuple(harness.run(["logs", replica, "--tail", "20"], cwd=self.output).stdout.splitlines())
         except CommandFailed as failure:
             return tuple(failure.lines())
 
@@ -278,14 +337,18 @@ class Demo:
 
 def table(result: dict[str, Any]) -> list[str]:
     """The result for a terminal: the times, and the phases of both side by side."""
-    cold, restore = result["cold_ttft_s"], result["restore_ttft_s"]
-    slowest = " (the slowest)" if restore["p95"] == restore["max"] else ""
+    cold, restore, copy, clones = (result[key] for key in ("cold_ttft_s", "restore_ttft_s", "copy_ttft_s", "clones"))
     lines = [
-        f"  {'':<18} {'cold start':>12} {'restore p50':>12} {'restore p95':>12}",
-        f"  {'first token after':<18} {cold:10.2f} s {restore['p50']:10.3f} s {restore['p95']:10.3f} s{slowest}",
-        f"  {'':<18} {'':>12} {cold / restore['p50']:10.1f} × {cold / restore['p95']:10.1f} ×  faster",
+        f"  {'first token after':<34} {'p50':>9}   {'p95':>9}",
+        f"  {'cold start':<34} {cold:9.2f} s",
+        f"  {'restore, memory copied':<34} {copy['p50']:9.3f} s {copy['p95']:9.3f} s "
+        f"{cold / copy['p50']:8.1f} × faster",
+        f"  {'restore, memory mapped (default)':<34} {restore['p50']:9.3f} s {restore['p95']:9.3f} s "
+        f"{cold / restore['p50']:8.1f} × faster",
+        f"  {str(clones['replicas']) + ' clones at once, the last':<34} {clones['all_answered_s']:9.3f} s"
+        f"   {clones['bytes_per_replica'] / 1e6:.0f} MB of memory each",
         "",
-        f"  Where the time goes (restore: the middle one of {restore['n']}); both columns add up to the times above",
+        f"  Where the time goes (mapped restore: the middle one of {restore['n']}); both columns add up",
     ]
     left, right = (
         [f"{row['name']:<27} {row['seconds']:8.3f} s" for row in result["phases"][kind]] for kind in ("cold", "restore")

@@ -34,14 +34,15 @@ _BAR = 0.62
 
 
 def ttft(result: dict[str, Any], file: Path) -> Path:
-    """Draw `demo.json`: cold start and restore on one true scale, and the restore again, enlarged.
+    """Draw `demo.json`: cold start, copying and mapping on one true scale, and the mapped restore again, enlarged.
 
     Returns ``file``, which is written as a PNG.
     """
     cold, restore = result["cold_ttft_s"], result["restore_ttft_s"]
     cold_parts = _merged(result["phases"]["cold"], at_most=1)
     parts = _merged(result["phases"]["restore"], at_most=len(COLOURS) - 1)
-    palette = _palette(cold_parts, parts)
+    copy, copy_parts = result["copy_ttft_s"], _merged(result["phases"]["copy"], at_most=1)
+    palette = _palette(cold_parts, [*parts, *(part for part in copy_parts if part not in parts)])
     title = f"First token after {short(restore['p50'])} instead of {short(cold)}: {result['speedup']:.0f}× faster"
     with pyplot.rc_context(STYLE):
         figure = pyplot.figure(figsize=(9.2, 4.9))
@@ -50,17 +51,19 @@ def ttft(result: dict[str, Any], file: Path) -> Path:
         figure.text(0.02, 0.935, title, fontsize=15, fontweight="bold")
         figure.text(0.02, 0.882, _subtitle(result), fontsize=9.5, color=QUIET)
 
-        _stack(scale, 1, cold_parts, palette, gaps=True)
+        _stack(scale, 2, cold_parts, palette, gaps=True)
+        _stack(scale, 1, copy_parts, palette, gaps=False)
         _stack(scale, 0, parts, palette, gaps=False)
         _label_cold(scale, cold_parts, cold, palette)
-        scale.text(restore["p50"] + cold * 0.01, 0, short(restore["p50"]), va="center", fontweight="bold")
-        scale.set_yticks([1, 0], ["cold start", "restore"])
-        scale.set(xlim=(0, cold * 1.09), ylim=(-_BAR / 2, 1 + _BAR / 2 + 0.12))
+        for row, seconds in ((1, copy["p50"]), (0, restore["p50"])):
+            scale.text(seconds + cold * 0.01, row, short(seconds), va="center", fontweight="bold")
+        scale.set_yticks([2, 1, 0], ["cold start", "copied", "mapped"])
+        scale.set(xlim=(0, cold * 1.09), ylim=(-_BAR / 2, 2 + _BAR / 2 + 0.12))
         scale.xaxis.tick_top()
 
         _stack(zoom, 0, parts, palette, gaps=True)
         _label_parts(zoom, parts, restore["p50"], palette)
-        zoom.set_yticks([0], ["restore,\nenlarged"])
+        zoom.set_yticks([0], ["mapped,\nenlarged"])
         zoom.set(xlim=(0, restore["p50"]), ylim=(-_BAR / 2 - 0.12, _BAR / 2))
         zoom.set_xlabel("time from spawning the command to the first streamed token")
         _plain(scale, "top")
@@ -108,9 +111,9 @@ def _label_cold(axes: Axes, parts: Parts, total: float, palette: dict[str, str])
     for name, seconds in parts:
         if seconds > 0.3 * total:
             text = f"{_words(name)}: {short(seconds)}"
-            axes.text(begin + seconds / 2, 1, text, ha="center", va="center", color=ink_on(palette[name]))
+            axes.text(begin + seconds / 2, 2, text, ha="center", va="center", color=ink_on(palette[name]))
         begin += seconds
-    axes.text(total * 1.01, 1, short(total), va="center", fontweight="bold")
+    axes.text(total * 1.01, 2, short(total), va="center", fontweight="bold")
 
 
 def _label_parts(axes: Axes, parts: Parts, total: float, palette: dict[str, str]) -> None:
@@ -167,11 +170,11 @@ def _words(name: str) -> str:
 
 
 def _subtitle(result: dict[str, Any]) -> str:
-    restore = result["restore_ttft_s"]
+    restore, clones = result["restore_ttft_s"], result["clones"]
     equal = "same tokens each time" if result["canary_match"] else "TOKENS DIFFER"
     return (
-        f"vLLM {result['machine']['vllm']}, {result['model']}. Cold: once. Restore: median of {restore['n']}, "
-        f"p95 {short(restore['p95'])}; {equal}."
+        f"vLLM {result['machine']['vllm']}, {result['model']}. Restores: medians of {restore['n']}, mapped p95 "
+        f"{short(restore['p95'])}; {equal}. {clones['replicas']} clones at once: {short(clones['all_answered_s'])}."
     )
 
 

@@ -107,8 +107,19 @@ def test_phases_to_the_first_token_add_up_and_leave_out_what_follows(late_ns: in
 def made_up(tmp_path: Path) -> dict[str, Any]:
     maker = demo.Demo(name="demo", restores=5, keep=False, output=tmp_path, terminal=Terminal(io.StringIO()))
     cold = outcome(60.0, image_bytes=4 << 30, cold_ttft_s=59.997)
+    later = outcome(66.0, image_bytes=4 << 30, cold_ttft_s=65.997)
     restored = [outcome(ttft, canary_match=True) for ttft in (2.0, 2.1, 2.2, 2.3, 2.9)]
-    return maker._result(cold, restored, [True] * 5)
+    copied = [outcome(ttft, canary_match=True) for ttft in (5.0, 5.1, 5.2, 5.3, 5.9)]
+    return maker._result([cold, later], restored, [True] * 10, copied, CLONES)
+
+
+CLONES = {
+    "replicas": 4,
+    "ttft_s": [2.5, 2.6, 2.7, 2.8],
+    "all_answered_s": 2.8,
+    "bytes_per_replica": 80_000_000,
+    "canary_match": True,
+}
 
 
 def test_demo_keeps_its_json_contract(tmp_path: Path) -> None:
@@ -120,6 +131,8 @@ def test_demo_keeps_its_json_contract(tmp_path: Path) -> None:
     assert result["restore_ttft_s"]["n"] == len(result["restore_ttft_s"]["all"]) == 5
     assert result["speedup"] == pytest.approx(60.0 / 2.2, abs=1e-3)
     assert result["canary_match"] is True
+    assert result["copy_ttft_s"]["p50"] == 5.2 and result["clones"]["all_answered_s"] == 2.8
+    assert result["cold_ttft_s_each"] == [pytest.approx(60.0), pytest.approx(66.0)]
     assert result["image_bytes"] == 4 << 30
     assert sum(row["seconds"] for row in result["phases"]["cold"]) == pytest.approx(60.0)
     assert sum(row["seconds"] for row in result["phases"]["restore"]) == pytest.approx(2.2)
@@ -130,7 +143,7 @@ def test_demo_keeps_its_json_contract(tmp_path: Path) -> None:
 def test_demo_says_when_one_answer_differed(tmp_path: Path) -> None:
     maker = demo.Demo(name="demo", restores=5, keep=False, output=tmp_path, terminal=Terminal(io.StringIO()))
     cold = outcome(60.0, image_bytes=1, cold_ttft_s=59.997)
-    result = maker._result(cold, [outcome(2.0)] * 5, [True, True, False, True, True])
+    result = maker._result([cold], [outcome(2.0)] * 5, [True, True, False, True, True], [outcome(5.0)] * 5, CLONES)
     assert result["canary_match"] is False
     assert any("NOT every answer" in line for line in demo.table(result))
 
@@ -138,6 +151,7 @@ def test_demo_says_when_one_answer_differed(tmp_path: Path) -> None:
 def test_demo_table_shows_both_columns(tmp_path: Path) -> None:
     text = "\n".join(demo.table(made_up(tmp_path)))
     assert "60.00 s" in text and "2.200 s" in text and "27.3 ×" in text
+    assert "5.200 s" in text and "11.5 ×" in text and "2.800 s" in text and "80 MB of memory each" in text
     assert text.count("unaccounted  ") == 2
 
 
@@ -161,7 +175,7 @@ def test_demo_never_touches_a_golden_that_is_not_its_own(tmp_path: Path, monkeyp
     seen = calls(monkeypatch, {"PATH": "/bin"})
     maker = demo.Demo(name="mine", restores=5, keep=False, output=tmp_path, terminal=Terminal(io.StringIO()))
     with pytest.raises(BusyError, match="no earlier demo made"):
-        maker._make_way()
+        maker._make_way(maker.name)
     maker._clean_up(keep=False)
     assert seen == ["inspect"]
 
@@ -172,9 +186,9 @@ def test_demo_cleans_up_its_own(
 ) -> None:
     seen = calls(monkeypatch, earlier)
     maker = demo.Demo(name="demo", restores=5, keep=False, output=tmp_path, terminal=Terminal(io.StringIO()))
-    maker._make_way()
+    maker._make_way(maker.name)
     maker._clean_up(keep=False)
-    assert seen[-2:] == ["stop", "rm"]
+    assert seen[-2:] == ["ls", "rm"]
 
 
 @pytest.mark.parametrize("number", ["0", "4", "-5", "many"])
