@@ -51,14 +51,16 @@ def ttft(result: dict[str, Any], file: Path) -> Path:
         figure.text(0.02, 0.935, title, fontsize=15, fontweight="bold")
         figure.text(0.02, 0.882, _subtitle(result), fontsize=9.5, color=QUIET)
 
-        _stack(scale, 2, cold_parts, palette, gaps=True)
-        _stack(scale, 1, copy_parts, palette, gaps=False)
+        clones = result["clones"]
+        _stack(scale, 3, cold_parts, palette, gaps=True)
+        _stack(scale, 2, copy_parts, palette, gaps=False)
+        _stack(scale, 1, [(_OTHER, clones["all_answered_s"])], palette, gaps=False)
         _stack(scale, 0, parts, palette, gaps=False)
         _label_cold(scale, cold_parts, cold, palette)
-        for row, seconds in ((1, copy["p50"]), (0, restore["p50"])):
+        for row, seconds in ((2, copy["p50"]), (1, clones["all_answered_s"]), (0, restore["p50"])):
             scale.text(seconds + cold * 0.01, row, short(seconds), va="center", fontweight="bold")
-        scale.set_yticks([2, 1, 0], ["cold start", "copied", "mapped"])
-        scale.set(xlim=(0, cold * 1.09), ylim=(-_BAR / 2, 2 + _BAR / 2 + 0.12))
+        scale.set_yticks([3, 2, 1, 0], ["cold start", "copied", f"{clones['replicas']} at once", "mapped"])
+        scale.set(xlim=(0, cold * 1.09), ylim=(-_BAR / 2, 3 + _BAR / 2 + 0.12))
         scale.xaxis.tick_top()
 
         _stack(zoom, 0, parts, palette, gaps=True)
@@ -111,9 +113,9 @@ def _label_cold(axes: Axes, parts: Parts, total: float, palette: dict[str, str])
     for name, seconds in parts:
         if seconds > 0.3 * total:
             text = f"{_words(name)}: {short(seconds)}"
-            axes.text(begin + seconds / 2, 2, text, ha="center", va="center", color=ink_on(palette[name]))
+            axes.text(begin + seconds / 2, 3, text, ha="center", va="center", color=ink_on(palette[name]))
         begin += seconds
-    axes.text(total * 1.01, 2, short(total), va="center", fontweight="bold")
+    axes.text(total * 1.01, 3, short(total), va="center", fontweight="bold")
 
 
 def _label_parts(axes: Axes, parts: Parts, total: float, palette: dict[str, str]) -> None:
@@ -170,11 +172,11 @@ def _words(name: str) -> str:
 
 
 def _subtitle(result: dict[str, Any]) -> str:
-    restore, clones = result["restore_ttft_s"], result["clones"]
+    restore = result["restore_ttft_s"]
     equal = "same tokens each time" if result["canary_match"] else "TOKENS DIFFER"
     return (
         f"vLLM {result['machine']['vllm']}, {result['model']}. Restores: medians of {restore['n']}, mapped p95 "
-        f"{short(restore['p95'])}; {equal}. {clones['replicas']} clones at once: {short(clones['all_answered_s'])}."
+        f"{short(restore['p95'])}; {equal}."
     )
 
 
