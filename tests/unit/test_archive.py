@@ -288,6 +288,28 @@ def test_a_damaged_golden_is_not_exported(ours: Store, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if "gold.tar" in path.name]
 
 
+@pytest.mark.parametrize("honest", [True, False])
+def test_memory_that_goldens_share_is_named_by_its_content(
+    ours: Store, theirs: Store, tmp_path: Path, honest: bool
+) -> None:
+    """A name that is not the content's could put foreign bytes into other goldens."""
+    content = b"memory" * 100
+    name = blake3(content if honest else b"what another golden has").hexdigest()[:40]
+
+    def memory(folder: Path) -> None:
+        (folder / "memory").mkdir(exist_ok=True)
+        (folder / "memory" / f"{name}.extent").write_bytes(content)
+
+    put(ours, memory)
+    ours.export(tmp_path / "gold.tar")
+    if honest:
+        theirs.take(tmp_path / "gold.tar")
+        return
+    with pytest.raises(VerificationError, match="content"):
+        theirs.take(tmp_path / "gold.tar")
+    assert theirs.empty
+
+
 # --- import that is refused -----------------------------------------------------------------------------------
 
 
