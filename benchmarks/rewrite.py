@@ -80,7 +80,11 @@ def _process(images: Path, pid: int, runs: list[tuple[int, int]], block: bytes) 
         for start, length in runs:
             vmas.append({"start": start, "end": start + length, "pgoff": 0, "shmid": 0, "prot": 3, "flags": 0x22,
                          "status": 513, "fd": -1, "madv": 0})  # fmt: skip
-            pagemap.append({"vaddr": start, "compat_nr_pages": 0, "flags": 4, "nr_pages": length // PAGE})
+            # CRIU writes an entry for each MiB, what goes through a pipe at once.
+            pagemap += [
+                {"vaddr": at, "compat_nr_pages": 0, "flags": 4, "nr_pages": min(1 << 20, start + length - at) // PAGE}
+                for at in range(start, start + length, 1 << 20)
+            ]
             for done in range(0, length, HUGE):
                 count = min(HUGE, length - done)
                 empty = count == HUGE and 4 * done < length

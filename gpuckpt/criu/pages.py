@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +53,7 @@ class Piece:
 def runs_of(entries: Sequence[dict[str, Any]]) -> list[Run]:
     """The stored runs of a page map, in order of their addresses, which is also that of their bytes.
 
-    Raises IncompatibleError for an incremental dump.
+    CRIU writes an entry for what goes through a pipe at once, 1 MiB: neighbours are put together again. Raises IncompatibleError for an incremental dump.
     """
     found: list[Run] = []
     offset = 0
@@ -59,9 +61,11 @@ def runs_of(entries: Sequence[dict[str, Any]]) -> list[Run]:
         pages = stored_pages(entry)
         if entry.get("in_parent") or entry.get("flags", 4) & 1:
             raise IncompatibleError("incremental dumps (pages in a parent image) cannot be rewritten")
-        if pages:
+        if pages and found and found[-1].end == entry["vaddr"]:
+            found[-1] = Run(found[-1].start, found[-1].pages + pages, found[-1].offset)
+        elif pages:
             found.append(Run(entry["vaddr"], pages, offset))
-            offset += pages * PAGE
+        offset += pages * PAGE
     return found
 
 
@@ -168,14 +172,15 @@ def part_of(vma: dict[str, Any], start: int, end: int) -> dict[str, Any]:
 
 def content(piece: Piece, start: int, end: int, pages: memoryview) -> memoryview | bytearray:
     """The bytes of [start, end), a part of ``piece``; pages that are not stored are zeros."""
-    for run in piece.runs:
-        if run.start <= start and end <= run.end:
-            offset = run.offset + start - run.start
-            return pages[offset : offset + end - start]
+    first = bisect.bisect_right(piece.runs, start, key=lambda run: run.end)
+    if first < len(piece.runs) and piece.runs[first].start <= start and end <= piece.runs[first].end:
+        offset = piece.runs[first].offset + start - piece.runs[first].start
+        return pages[offset : offset + end - start]
     found = bytearray(end - start)
-    for run in piece.runs:
+    for run in itertools.islice(piece.runs, first, None):
+        if run.start >= end:
+            break
         low, high = max(start, run.start), min(end, run.end)
-        if low < high:
-            offset = run.offset + low - run.start
-            found[low - start : high - start] = pages[offset : offset + high - low]
+        offset = run.offset + low - run.start
+        found[low - start : high - start] = pages[offset : offset + high - low]
     return found

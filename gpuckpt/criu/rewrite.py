@@ -32,7 +32,6 @@ from gpuckpt.criu.images import PAGE, load, load_exactly, save
 from gpuckpt.criu.memory_files import Link, MemoryFiles, Room, Segment, Small
 from gpuckpt.criu.pages import (
     FILE_PRIVATE,
-    HUGE,
     REGULAR,
     Piece,
     Run,
@@ -49,7 +48,7 @@ from gpuckpt.errors import IncompatibleError, VerificationError
 
 IMAGE_VERSION = 2  # CRTOOLS_IMAGES_V1_1 (include/image.h), the one format that is known here
 _MAP_ANONYMOUS = 0x20
-_ZEROS = bytes(HUGE)
+_ZEROS = bytes(64 << 10)
 _FRESH = ".new"  # written beside the old images; a glob for *.img does not see them
 
 
@@ -235,8 +234,11 @@ def _by_mapping(pid: int, vmas: list[dict[str, Any]], runs: list[Run]) -> Iterat
 
 
 def _is_zero(stored: memoryview, begin: int, end: int) -> bool:
-    # The first byte of each page tells most blocks apart; only what passes is compared whole, as bytes by memcmp(3).
-    return not any(stored[begin:end:PAGE].tobytes()) and stored[begin:end].tobytes() == _ZEROS[: end - begin]
+    # The first byte of each page tells most blocks apart. What passes is compared whole: as bytes, that is by memcmp(3),
+    # and in parts that stay in the processor's cache and for which malloc(3) asks the kernel for nothing.
+    return not any(stored[begin:end:PAGE].tobytes()) and all(
+        stored[at : at + len(_ZEROS)].tobytes() == _ZEROS for at in range(begin, end, len(_ZEROS))
+    )
 
 
 class _FileTable:
