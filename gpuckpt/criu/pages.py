@@ -53,7 +53,8 @@ class Piece:
 def runs_of(entries: Sequence[dict[str, Any]]) -> list[Run]:
     """The stored runs of a page map, in order of their addresses, which is also that of their bytes.
 
-    CRIU writes an entry for what goes through a pipe at once, 1 MiB: neighbours are put together again. Raises IncompatibleError for an incremental dump.
+    CRIU writes an entry for what goes through a pipe at once, 1 MiB: neighbours are put together again. Raises
+    IncompatibleError for an incremental dump.
     """
     found: list[Run] = []
     offset = 0
