@@ -234,8 +234,8 @@ def _by_mapping(pid: int, vmas: list[dict[str, Any]], runs: list[Run]) -> Iterat
 
 
 def _is_zero(stored: memoryview, begin: int, end: int) -> bool:
-    # The first byte of each page tells most blocks apart. What passes is compared whole: as bytes, that is by memcmp(3),
-    # and in parts that stay in the processor's cache and for which malloc(3) asks the kernel for nothing.
+    # The first byte of each page tells most blocks apart. What passes is compared whole: as bytes, by memcmp(3), and in
+    # parts that stay in the processor's cache and for which malloc(3) asks the kernel for nothing.
     return not any(stored[begin:end:PAGE].tobytes()) and all(
         stored[at : at + len(_ZEROS)].tobytes() == _ZEROS for at in range(begin, end, len(_ZEROS))
     )
