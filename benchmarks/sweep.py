@@ -145,13 +145,19 @@ def summarise(document: Document) -> Document:
     return found
 
 
+def _axes(text: str) -> str:
+    if unknown := sorted(set(text.split(",")) - set(AXES)):
+        raise argparse.ArgumentTypeError(f"no sweep is called {', '.join(unknown)}; there are {', '.join(AXES)}")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     made = suite.parser("sweep", __doc__, n=10, budget=BUDGET)
     made.add_argument("--sizes", default=",".join(f"{x:g}" for x in SIZES), help="GB (default: %(default)s)")
     made.add_argument("--processes", default=",".join(map(str, PROCESSES)), help="(default: %(default)s)")
     made.add_argument("--mappings", default=",".join(map(str, MAPPINGS)), help="(default: %(default)s)")
     made.add_argument("--fixed", type=float, default=1.0, help="GB where memory is not varied (default: %(default)g)")
-    made.add_argument("--axes", default=",".join(AXES), help="only these sweeps (default: %(default)s)")
+    made.add_argument("--axes", type=_axes, default=",".join(AXES), help="only these sweeps (default: %(default)s)")
     return made
 
 

@@ -471,3 +471,9 @@ def test_analyze_finds_quantities_at_every_depth(tmp_path: Path) -> None:
     found = dict(analyze.quantities(filled(tmp_path)))
     assert {"mapped.ttft_s", "density.by_replicas.16.wall_s", "sweeps.memory.mapped.8.ttft_s"} <= found.keys()
     assert all(value["p50"] == pytest.approx(median(value["samples"])) for value in found.values())
+
+
+def test_a_sweep_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep.parser().parse_args(["--axes", "memory,size"])
+    assert "no sweep is called size" in capsys.readouterr().err
