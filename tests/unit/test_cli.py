@@ -215,6 +215,8 @@ def test_a_signal_ends_a_command_with_130_and_what_it_had_begun(
     machine: Layout, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     folder = machine.state / "begun"
+    # Started under nohup(1) we would ignore a closed terminal, and so would the command, as it should.
+    signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
 
     def interrupted(self: Layout) -> list[str]:
         folder.mkdir()
