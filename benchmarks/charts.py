@@ -42,8 +42,9 @@ METHODS = {
     "dmtcp": "DMTCP",
     "copy_small_pages": "gpuckpt copy, small pages",
     "copy_tmpfs": "gpuckpt copy",
+    "mapped_unprepared": "gpuckpt mapped, unprepared",
     "mapped": "gpuckpt mapped",
-    "mapped_prepared": "gpuckpt mapped, prepared",
+    "mapped_resident": "gpuckpt mapped, resident",
     "podman_pause": "frozen process (unpause)",
     "trivial": "trivial Python server, mapped",
 }

@@ -195,12 +195,14 @@ class Demo:
         say, terminal = self.terminal.say, self.terminal
         canary = self._gpuckpt("inspect", name).document["canary"]
         say(f"  $ gpuckpt restore {name}")
-        say("  A new container each time. The command replays a recorded question and compares tokens and logprobs;")
+        say("  A new container each time, made beforehand (--prepare 1) as podman's own restore wants it to exist.")
+        say("  The command replays a recorded question and compares tokens and logprobs;")
         say("  then this script asks again by itself and compares with the server that was never dumped.")
         same = f"{len(canary['tokens'])} tokens and logprobs equal, twice"
         restored: list[Outcome] = []
         equal: list[bool] = []
         for number in range(1, self.restores + 1):
+            self._gpuckpt("restore", name, "--prepare", "1")
             with terminal.waiting(lambda number=number: f"restore {number}") as tick:  # type: ignore[misc]
                 outcome = harness.run(["restore", name, "--format", "json"], cwd=self.output, tick=tick)
             try:

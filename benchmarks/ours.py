@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +10,17 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.asking import until_answered
-from benchmarks.driver import Gpuckpt, Server, sample_of
+from benchmarks.driver import Gpuckpt, Server, restore_seconds, sample_of
 from benchmarks.journal import Journal, Sample
 from benchmarks.suite import Unavailable
 from benchmarks.workspace import podman_command
 from gpuckpt import proc
+from gpuckpt.config_load import load
 from gpuckpt.containers.podman import container_name
-from gpuckpt.timing import now_ns
+from gpuckpt.golden.replica import stop
+from gpuckpt.golden.restore import RestoreRequest, restore
+from gpuckpt.golden.tools import tools
+from gpuckpt.timing import UNACCOUNTED, PhaseTable, now_ns
 from gpuckpt.workload.endpoint import Endpoint
 
 
@@ -71,7 +76,7 @@ class Restore:
 
 @dataclass
 class Prepared(Restore):
-    """The same, into a slot that was prepared off the clock."""
+    """The same, into a container that was prepared off the clock, as stock podman's is that it restores into."""
 
     def prepare(self) -> None:
         self.goldens.gpuckpt.require_option("restore", "--prepare")
@@ -80,6 +85,37 @@ class Prepared(Restore):
     def measure(self) -> Sample:
         self.goldens.gpuckpt.restore(self.golden, "--prepare", "1")
         return super().measure()
+
+
+@dataclass
+class Resident(Prepared):
+    """The same, by a call in our own process instead of a command: what a resident service takes."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.settings = load(
+            None, environ=os.environ | self.goldens.gpuckpt.space.env, env_file=Path(os.devnull), flags={}
+        ).settings
+        self.measure()  # what a process does only once
+
+    def measure(self) -> Sample:
+        gpuckpt = self.goldens.gpuckpt
+        gpuckpt.restore(self.golden, "--prepare", "1")
+        phases = PhaseTable()
+        with phases.phase("podman service"):
+            work = tools(self.settings)
+        restored = restore(RestoreRequest(gpuckpt.name(self.golden)), work, phases)
+        stop(work, restored.replica.name)
+        if restored.ttft_s is None:
+            raise Unavailable(f"golden {self.golden} has no canary")
+        rows = [row for row in phases.as_list() if row["name"] not in ("canary", UNACCOUNTED)]
+        return {
+            "ttft_s": round(restored.ttft_s, 6),
+            "wall_s": round(phases.wall_seconds, 6),
+            "restore_s": round(restore_seconds(rows), 6),
+            "canary_match": bool(restored.canary_match),
+            "phases": harness.with_rest(rows, restored.ttft_s),
+        }
 
 
 @dataclass

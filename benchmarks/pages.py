@@ -161,7 +161,11 @@ def _others(result: Document, figures: Sequence[str]) -> Iterator[str]:
 
 def _method(result: Document) -> Iterator[str]:
     yield from ("## How it was measured", "")
-    yield f"- The clock runs {result['clock']}; making the container is in it."
+    yield f"- The clock runs {result['clock']}."
+    yield (
+        "- `mapped` restores into a container that waits prepared (`gpuckpt restore --prepare`), as stock podman"
+        " restores into one that it has; `mapped_unprepared` makes it on the way."
+    )
     yield "- Methods are measured in one run, one sample of each per round, in an order shuffled anew each round."
     yield "- p50 is the median with its 95 % bootstrap interval; p95 is by nearest rank: a time that was measured."
     yield "- Stock podman gets the same CRIU, runc and launch line, and the same question; its answer is compared."

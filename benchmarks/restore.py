@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import suite
 from benchmarks.driver import Gpuckpt, Server
 from benchmarks.journal import Document, summary
-from benchmarks.ours import Frozen, Goldens, Prepared, Restore
+from benchmarks.ours import Frozen, Goldens, Prepared, Resident, Restore
 from benchmarks.statistics import median
 from benchmarks.stock import Bench, Cold, Dmtcp, Import, Podman
 from benchmarks.suite import Method, Run
@@ -30,8 +30,9 @@ ABOUT = {
     "cold": "podman run, files in the page cache",
     "cold_first": "gpuckpt create, whatever was in the page cache",
     "cold_create": "gpuckpt create up to its first token",
-    "mapped": "gpuckpt restore, memory mapped from files in tmpfs",
-    "mapped_prepared": "gpuckpt restore, mapped, into a slot prepared beforehand",
+    "mapped": "gpuckpt restore, memory mapped from files in tmpfs, into a container that waits prepared",
+    "mapped_unprepared": "the same, making the container on the way",
+    "mapped_resident": "the same as mapped, asked of a process that runs already (no interpreter's start)",
     "copy_tmpfs": "gpuckpt restore, memory copied from tmpfs, huge pages",
     "copy_small_pages": "gpuckpt restore, memory copied from tmpfs, no huge pages",
     "podman_tmpfs": "podman container restore, images in tmpfs",
@@ -43,7 +44,7 @@ ABOUT = {
     "lazy_pages": "podman container restore with CRIU's lazy pages, images in tmpfs",
     "dmtcp": "dmtcp_restart",
     "podman_pause": "podman unpause of a replica that kept its memory",
-    "trivial": f"gpuckpt restore, mapped, of a Python HTTP server with {TRIVIAL_MEGABYTES} MB",
+    "trivial": f"gpuckpt restore, mapped, prepared, of a Python HTTP server with {TRIVIAL_MEGABYTES} MB",
 }
 
 
@@ -55,11 +56,12 @@ def methods(run: Run) -> dict[str, Method]:
     trivial = Server.filler(TRIVIAL_MEGABYTES)
     stock = Bench(run.space, goldens, server, "mapped", run.journal)
     found: list[Method] = [
-        Restore("mapped", goldens, server, "mapped", "mapped"),
-        Prepared("mapped_prepared", goldens, server, "mapped", "mapped"),
+        Prepared("mapped", goldens, server, "mapped", "mapped"),
+        Restore("mapped_unprepared", goldens, server, "mapped", "mapped"),
+        Resident("mapped_resident", goldens, server, "mapped", "mapped"),
         Restore("copy_tmpfs", goldens, server, "copy", "copy"),
         Restore("copy_small_pages", goldens, server, "copy", "copy", ("--no-huge-pages",)),
-        Restore("trivial", goldens, trivial, "trivial", "mapped"),
+        Prepared("trivial", goldens, trivial, "trivial", "mapped"),
         Frozen("podman_pause", goldens, server, "mapped"),
         Cold(stock, n=run.options.cold_n),
         Podman("podman_tmpfs", stock, "tmpfs"),

@@ -75,6 +75,7 @@ class Restored:
         self.gpuckpt.create(self.golden, self.point.server, "--mode", self.mode)
 
     def measure(self) -> Sample:
+        self.gpuckpt.restore(self.golden, "--prepare", "1")
         outcome = self.gpuckpt.restore(self.golden)  # one that fails leaves nothing
         self.gpuckpt.stop_replica(outcome)
         return sample_of(outcome) | {"x": self.point.x}
