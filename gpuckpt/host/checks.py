@@ -71,10 +71,34 @@ def all_checks(settings: Settings, machine: Machine | None = None) -> list[Check
         confinement(here),
         seccomp.check(),
         tmpfs.check(settings.store),
+        disk(settings, here),
         hugepages.check(settings.paths.run),
         swap(here),
         memory(here),
     ]
+
+
+def disk(settings: Settings, machine: Machine) -> Check:
+    """Does the disk tier outlive a reboot, and is there room in it? Its folder is made when something is moved there."""
+    path, title = settings.store.disk or settings.paths.state / "goldens", "disk tier"
+    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    try:
+        values, device = os.statvfs(there), os.stat(there).st_dev
+    except OSError as error:
+        return Check("host.disk", title, "skip", f"{there}: {error.strerror}", "only root may look")
+    # proc(5): ID PARENT MAJ:MIN ROOT MOUNTPOINT OPTIONS [TAGS…] - TYPE SOURCE SUPEROPTIONS
+    mark = f"{os.major(device)}:{os.minor(device)}"
+    lines = (machine.read("self/mountinfo") or "").splitlines()
+    kind = next((line.partition(" - ")[2].split(" ")[0] for line in lines if line.split(" ")[2:3] == [mark]), "")
+    free = values.f_bavail * values.f_frsize
+    found = f"{path}: {free / _GIB:.1f} GiB free" + (f", {kind}" if kind else "")
+    if kind in ("tmpfs", "ramfs"):
+        why = "it is memory, so what `gpuckpt move NAME --to disk` puts there is gone after a reboot"
+        return Check("host.disk", title, "warn", found, why, "set store.disk to a folder on a disk")
+    if free < _GIB:
+        why = "a golden takes as much as its server has in memory"
+        return Check("host.disk", title, "warn", found, why, "set store.disk to a folder on a larger disk")
+    return Check("host.disk", title, "ok", found, "gpuckpt move NAME --to disk")
 
 
 def root(machine: Machine) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,16 @@ def test_overlay_swap_io_uring_and_memory(tmp_path: Path) -> None:
     (tmp_path / "swaps").write_text("Filename Type Size Used Priority\n")
     assert host.overlay(here).verdict == "ok"
     assert host.swap(here).found == "off"
+
+
+def test_a_disk_tier_in_memory_is_warned_of(tmp_path: Path) -> None:
+    device = tmp_path.stat().st_dev
+    row = f"22 1 {os.major(device)}:{os.minor(device)} / /somewhere rw,relatime shared:1 - {{}} source rw\n"
+    settings = Settings(store=Store(disk=tmp_path / "not" / "yet"))
+    on_disk = host.disk(settings, machine(tmp_path / "a", {"self/mountinfo": row.format("ext4")}))
+    assert on_disk.found.startswith(f"{tmp_path}/not/yet: ") and on_disk.found.endswith(" free, ext4")
+    in_memory = host.disk(settings, machine(tmp_path / "b", {"self/mountinfo": row.format("tmpfs")}))
+    assert (in_memory.verdict, "after a reboot" in in_memory.why) == ("warn", True)
 
 
 # --- seccomp --------------------------------------------------------------------------------------------------
