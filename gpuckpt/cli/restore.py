@@ -198,6 +198,7 @@ def _stage(settings: Settings, work: Tools, phases: PhaseTable, name: str) -> No
     with phase(work, phases, "stage"), contextlib.suppress(NothingToDo):
         open_store(settings)
         tiers.place(work.layout, name, "tmpfs", work.report)
+        tiers.withdraw_prepared(work, name)
 
 
 def _document(restored: Restored) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Private anonymous memory reads as zeros after madvise(2) with MADV_DONTNEED, MADV_DONTNEED_LOCKED or
 MADV_GUARD_INSTALL, and so does what mremap(2) adds to it. A private mapping of a memory file reads as the file instead,
 and past the file's end it kills (SIGBUS). So a process is only mapped if the kernel refuses it these calls, for each of
-its threads, in every ABI of the machine. The evidence is in the dump: the filters that the threads were frozen with.
+its threads, in every ABI of the machine, and userfaultfd(2) and io_uring, which do the same without them. The evidence
+is in the dump: the filters that the threads were frozen with.
 
 That refusal is enough was looked up in the sources of what uses these calls. None of them misbehaves silently, so no
 library has to be looked for in a process:
@@ -35,17 +36,18 @@ from gpuckpt.errors import GpuckptError
 
 # Advice (linux/mman.h): DONTNEED, DONTNEED_LOCKED, GUARD_INSTALL.
 DROPPING = (4, 24, 102)
-# By the machine type in core-PID.img: AUDIT_ARCH_* (linux/audit.h), numbers of madvise, process_madvise and mremap.
-# A process of the machine can make the calls of every one of its ABIs, whatever it was compiled for.
+# By the machine type in core-PID.img: AUDIT_ARCH_* (linux/audit.h), numbers of madvise, process_madvise, mremap,
+# userfaultfd and io_uring_setup. A process of the machine can make the calls of every one of its ABIs, whatever it was
+# compiled for.
 _X32 = 0x40000000
 _TSYNC = 1  # SECCOMP_FILTER_FLAG_TSYNC
 _ABIS = {
     "X86_64": (
-        (0xC000003E, 28, 440, 25),
-        (0xC000003E, 28 | _X32, 440 | _X32, 25 | _X32),
-        (0x40000003, 219, 440, 163),
+        (0xC000003E, 28, 440, 25, 323, 425),
+        (0xC000003E, 28 | _X32, 440 | _X32, 25 | _X32, 323 | _X32, 425 | _X32),
+        (0x40000003, 219, 440, 163, 374, 425),
     ),
-    "AARCH64": ((0xC00000B7, 233, 440, 216), (0x40000028, 220, 440, 163)),
+    "AARCH64": ((0xC00000B7, 233, 440, 216, 282, 425), (0x40000028, 220, 440, 163, 388, 425)),
 }
 # The kernel looks at the lower half of an advice only (it is an int), a filter may compare all 64 bits.
 _UPPER_HALVES = (0, 1 << 32, 0xFFFFFFFF << 32)
@@ -162,9 +164,12 @@ def _let_through(machine: str, chain: tuple[bytes, ...]) -> str | None:
 
 def _probes(machine: str) -> Iterator[tuple[str, Call]]:
     address, length = 0x7F0000200000, 0x200000
-    for arch, madvise, process_madvise, mremap in _ABIS[machine]:
+    for arch, madvise, process_madvise, mremap, userfaultfd, io_uring in _ABIS[machine]:
         for advice in (low | high for low in DROPPING for high in _UPPER_HALVES):
             yield f"madvise({advice:#x})", Call(arch, madvise, (address, length, advice))
             yield f"process_madvise({advice:#x})", Call(arch, process_madvise, (3, address, 1, advice, 0))
-        for flags in (0, 1):  # in place, or anywhere (MREMAP_MAYMOVE)
+        # In place, anywhere (MREMAP_MAYMOVE), at an address (FIXED), leaving the old one empty (DONTUNMAP).
+        for flags in (0, 1, 3, 5):
             yield "mremap", Call(arch, mremap, (address, length, 2 * length, flags))
+        yield "userfaultfd", Call(arch, userfaultfd, (0,))  # it can drop and move pages
+        yield "io_uring_setup", Call(arch, io_uring, (8, address))  # its madvise (IORING_OP_MADVISE) asks no filter

@@ -19,10 +19,14 @@ PAGE = 4096
 _RAW = ("pages-", "tmpfs-", "gpu-", "ghost-file-", "iptables-", "ip6tables-", "nftables-", "ifaddr-", "route", "rule-")
 
 
+class UndecodableError(VerificationError):
+    """An image that is damaged, or of a format that is not known here: nobody can tell which."""
+
+
 def load(path: Path, *, payload: bool = False) -> dict[str, Any]:
     """Decode one image: ``{"magic": …, "entries": […]}``.
 
-    Raises VerificationError if it cannot be decoded, PreflightError if pycriu is not installed.
+    Raises UndecodableError if it cannot be decoded, PreflightError if pycriu is not installed.
     """
     try:
         import pycriu
@@ -35,14 +39,14 @@ def load(path: Path, *, payload: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except Exception as error:  # pycriu raises many kinds on a damaged file
-        raise VerificationError(f"{path.name} cannot be decoded", cause=f"{type(error).__name__}: {error}") from error
+        raise UndecodableError(f"{path.name} cannot be decoded", cause=f"{type(error).__name__}: {error}") from error
 
 
 def load_exactly(path: Path) -> dict[str, Any]:
     """Decode one image that is to be changed and encoded again; one of those whose entries have no payload.
 
     pycriu leaves out fields that it does not know. Raises IncompatibleError if encoding the image again does not give
-    the same bytes, or if its kind is not known: a newer CRIU wrote it; VerificationError if it cannot be decoded.
+    the same bytes, or if its kind is not known: a newer CRIU wrote it; UndecodableError if it cannot be decoded.
     """
     import pycriu
 

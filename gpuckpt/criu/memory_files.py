@@ -29,6 +29,8 @@ from gpuckpt.criu.pages import HUGE, Piece, content
 _CUT_ONE_IN = 16
 _LONGEST = 64 * HUGE
 _THREADS = 4
+AT_ONCE = _THREADS * _LONGEST
+"""Most bytes that the threads write after one of them was told that there is room for its own."""
 
 Link = Callable[[str, int, Path], bool]
 Room = Callable[[int], None]

@@ -105,10 +105,10 @@ def rewrite(
     fit, ``progress`` gets the bytes handled so far (see :class:`gpuckpt.criu.memory_files.MemoryFiles`). ``keep`` gives
     the reason why a process' memory must be copied, or None.
 
-    If it raises, the images are as they were, and what lies in ``memory`` is the caller's to remove: IncompatibleError
-    if the images' format is not the known one, VerificationError if they are damaged, OSError (no space left), and what
-    ``room`` raises. An interruption in the last step, a few renames, leaves a mixture: the caller must discard the dump
-    then.
+    If it raises, what lies in ``memory`` is the caller's to remove. The images are as they were after IncompatibleError
+    (their format is not the known one), OSError (no space left) and what ``room`` raises. After VerificationError (they
+    are damaged, or only some could be replaced) and after an interruption in the last step, a few renames, they are no
+    dump: the caller must discard them.
     """
     version = load(images / "inventory.img")["entries"][0]["img_version"]
     if version != IMAGE_VERSION:
@@ -136,8 +136,16 @@ def rewrite(
         for path in images.glob(f"*{_FRESH}"):
             path.unlink()
         raise
-    for path in fresh:
-        path.rename(path.with_suffix(".img"))
+    try:
+        for path in fresh:
+            path.rename(path.with_suffix(".img"))
+    except OSError as error:
+        # Some images are new, some old: together they are no dump any more, not even one to be copied.
+        raise VerificationError(
+            "the rewritten images could not take the places of the old ones",
+            cause=str(error),
+            remedy="create the golden again",
+        ) from error
     return done
 
 
@@ -327,6 +335,6 @@ def _mount_id(images: Path, mount_point: str) -> int:
         for entry in load(path)["entries"]:
             if entry["mountpoint"] == mount_point:
                 return int(entry["mnt_id"])
-    raise VerificationError(
+    raise IncompatibleError(
         f"the dumped container has no mount at {mount_point}", remedy="create the golden anew with this gpuckpt"
     )

@@ -21,7 +21,7 @@ from gpuckpt.config import Settings, parse_name
 from gpuckpt.errors import BusyError, NotFoundError, OutOfSpaceError, PreflightError, UsageError, VerificationError
 from gpuckpt.golden.archive_format import SOCKET, XATTR, ZSTD_MAGIC, Archive, Hashing, Progress, private
 from gpuckpt.manifest import Manifest
-from gpuckpt.store import digests, locks, seal
+from gpuckpt.store import digests, locks, seal, sharing
 from gpuckpt.store.layout import Layout, check_name
 
 _MANIFEST_LIMIT = 64 << 20
@@ -162,7 +162,7 @@ def _unpack(
             remedy="remove goldens (gpuckpt df, gpuckpt rm), or enlarge store.size",
         )
     staging = layout.staging / name
-    shutil.rmtree(staging, ignore_errors=True)
+    sharing.remove(layout.goldens, staging, ignore_errors=True)  # a killed command's, whose lock we now hold
     staging.mkdir(mode=0o700)
     try:
         done = 0
@@ -203,7 +203,7 @@ def _unpack(
             raise OutOfSpaceError("the store became full while the archive was read", remedy="gpuckpt df") from error
         raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        sharing.remove(layout.goldens, staging, ignore_errors=True)
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, staging: Path, manifest: Manifest) -> None:

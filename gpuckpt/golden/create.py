@@ -151,7 +151,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 folder = _publish(staging, layout.goldens / name)
                 if "disk" in earlier:
                     # One name, one content: the replaced golden must not come back after a reboot.
-                    _withdraw(earlier["disk"], layout.staging_of("disk") / name)
+                    _withdraw(layout.disk, earlier["disk"], layout.staging_of("disk") / name)
             except BaseException:
                 if left is not None:
                     replica.save()  # not ready after all: the roll-back takes its volumes too
@@ -412,8 +412,8 @@ def _publish(staging: Path, target: Path) -> Path:
     return target
 
 
-def _withdraw(folder: Path, doomed: Path) -> None:
-    """Remove a golden: gone for every reader in one step."""
-    shutil.rmtree(doomed, ignore_errors=True)
+def _withdraw(home: Path, folder: Path, doomed: Path) -> None:
+    """Remove a golden of the tier ``home``: gone for every reader in one step."""
+    sharing.remove(home, doomed, ignore_errors=True)
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)  # what will not go is swept
+    sharing.remove(home, doomed, ignore_errors=True)  # what will not go is swept

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuckpt.criu.evidence import Evidence
-from gpuckpt.criu.images import PAGE
+from gpuckpt.criu.images import PAGE, UndecodableError
+from gpuckpt.criu.memory_files import AT_ONCE
 from gpuckpt.criu.rewrite import Copied, Rewritten, rewrite
-from gpuckpt.errors import GpuckptError, IncompatibleError, OutOfSpaceError, VerificationError
+from gpuckpt.errors import GpuckptError, IncompatibleError, OutOfSpaceError
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host.tmpfs import available_memory
 from gpuckpt.manifest import CopiedMemory, Memory
 from gpuckpt.store.sharing import Sharing
 from gpuckpt.workload.base import MEMORY_FOLDER
 
-_RESERVE = 256 << 20  # bytes of memory that a rewrite leaves to the machine
+# Bytes of memory that a rewrite leaves to the machine, and what its threads may be about to write after they asked.
+_RESERVE = (256 << 20) + AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ def map_memory(tools: Tools, staging: Path, *, forced: bool) -> Outcome:
     """Rewrite the images in ``staging`` so that memory is mapped where the evidence allows it, and copied elsewhere.
 
     If it cannot be done at all the images stay as they were, and the outcome is a golden that is copied, with the
-    reason; the user is told. With ``forced`` only a lack of room ends like that. Raises then IncompatibleError
-    (processes that must be copied, an unknown format of the images), VerificationError (damaged images).
+    reason; the user is told. With ``forced`` only a lack of room ends like that; IncompatibleError is raised then
+    (processes that must be copied, an unknown format of the images). Raises VerificationError, forced or not, if the
+    images contradict each other: nobody could restore them.
     """
     images, memory = staging / "images", staging / "memory"
     sharing = Sharing(tools.layout.goldens)
@@ -54,7 +57,7 @@ def map_memory(tools: Tools, staging: Path, *, forced: bool) -> Outcome:
             keep=evidence.against_mapping,
             progress=lambda count: tools.report.bytes(count, 0),
         )
-    except (IncompatibleError, VerificationError, OutOfSpaceError, OSError) as error:
+    except (IncompatibleError, UndecodableError, OutOfSpaceError, OSError) as error:
         for path in memory.iterdir():
             sharing.unlink(path)
         lacking = _lacking(error)

@@ -6,7 +6,6 @@ itself, and needs nothing of the moment of the request: so containers can be mad
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from gpuckpt.golden.tools import Tools
 from gpuckpt.manifest import Address, Launch, Manifest, Port
 from gpuckpt.store import locks
 from gpuckpt.store.digests import digest_bytes
-from gpuckpt.store.layout import check_name
+from gpuckpt.store.layout import Tier, check_name
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,12 @@ class Options:
 class Source:
     """A golden that is held for reading. ``digest`` is its manifest's: another golden of that name has another.
 
-    ``checked``: it was found to fit this machine, and whole; ``trouble`` says why it was not.
+    ``trouble`` says why it cannot be restored, where a cold start is wanted then.
     """
 
     manifest: Manifest
     folder: Path
     digest: str
-    checked: bool = False
     trouble: GpuckptError | None = None
 
     def key(self, options: Options) -> str:
@@ -118,11 +116,15 @@ def prepare_ahead(tools: Tools, name: str, number: int, options: Options) -> lis
             key = source.key(options)
             if known is not None and known.state == "ready" and replicas.alive(tools, known):
                 continue
+            if (called != name and called in tools.layout.names()) or (known is not None and known.golden != name):
+                continue  # another golden's own name, or its replica
             try:
                 with making(tools, called, name, key=key) as replica:
                     tools.report.stage(f"prepare {called}")
                     made = replica if replica.key == key else prepare(tools, source, replica, options)
-                    found.append(replace(made, state="prepared"))
+                    # The volumes that it brought stay: another replica may use them before it is ever restored.
+                    tier = tools.layout.tier_of(source.folder)
+                    found.append(replace(made, state="prepared", tier=tier, volumes=()))
                     found[-1].save()
             except BusyError:
                 continue  # somebody makes one of that name right now
@@ -134,9 +136,11 @@ def prepared(tools: Tools, name: str) -> list[Replica]:
     return [one for one in replicas.all_of(tools.layout.replicas) if one.golden == name and one.state == "prepared"]
 
 
-def discard_prepared(tools: Tools, name: str) -> None:
-    """Remove the prepared replicas of the golden ``name``, which is gone or was replaced."""
+def discard_prepared(tools: Tools, name: str, *, tier: Tier | None = None) -> None:
+    """Remove the prepared replicas of the golden ``name``, which was replaced, or is restored from ``tier`` now."""
     for one in prepared(tools, name):
+        if one.tier == tier:
+            continue
         try:
             replicas.stop(tools, one.name, only_prepared=True)
         except (NotFoundError, BusyError):
@@ -178,13 +182,17 @@ def _address(golden: Manifest, replica: Replica, options: Options) -> Address | 
 def _restore_volumes(tools: Tools, source: Source, replica: Replica, options: Options) -> Replica:
     """Fill named volumes that are not here (another machine, a removed volume); those that exist are left alone."""
     for volume in source.manifest.launch.volumes:
-        if tools.containers.volume(volume.name) is not None:
-            continue
-        # Recorded first, so that a failed or killed restore takes the volume it brought away again.
-        replica = replace(replica, volumes=(*replica.volumes, volume.name))
-        replica.save()
-        target = tools.containers.create_volume(volume.name)
-        kept = source.folder / "volumes" / volume.name
-        if not options.ignore_volumes and kept.is_dir():
-            shutil.copytree(kept, target, symlinks=True, dirs_exist_ok=True)
+        # Clones are made side by side: the first brings the volume, the others find it filled.
+        with locks.waiting(tools.layout.replica_locks, "volume", volume.name):
+            if tools.containers.volume(volume.name) is not None:
+                continue
+            # Recorded first, so that a failed or killed restore takes the volume it brought away again.
+            replica = replace(replica, volumes=(*replica.volumes, volume.name))
+            replica.save()
+            target = tools.containers.create_volume(volume.name)
+            kept = source.folder / "volumes" / volume.name
+            if not options.ignore_volumes and kept.is_dir():
+                from gpuckpt.store.copying import copy_tree  # threads, which other restores do not need
+
+                copy_tree(kept, target)
     return replica

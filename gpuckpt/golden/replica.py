@@ -179,9 +179,9 @@ def making(tools: Tools, name: str, golden: str, *, key: str = "") -> Iterator[R
                     cause=f"it was made from golden {earlier.golden} and listens on {earlier.endpoint}",
                     remedy=f"use it, stop it first (gpuckpt stop {name}), or restore another: --as NAME",
                 )
-            taken = (
-                bool(key) and earlier.state == "prepared" and earlier.key == key and tools.overlay.is_mounted(folder)
-            )
+            # podman keeps the bundle as long as it knows the container: `podman container prune` takes both.
+            whole = earlier.state == "prepared" and tools.overlay.is_mounted(folder) and Path(earlier.bundle).is_dir()
+            taken = whole and bool(key) and earlier.key == key
             if not taken:
                 discard(tools, earlier)
         else:

@@ -6,15 +6,16 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from msgspec import structs
 
 from gpuckpt.errors import (
+    BusyError,
     DaemonUnreachableError,
     GpuckptError,
     OutOfSpaceError,
@@ -35,6 +36,9 @@ from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload import adapter as adapter_of
 from gpuckpt.workload.base import Replay
 from gpuckpt.workload.endpoint import RequestFailed
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,9 @@ def restore(request: RestoreRequest, tools: Tools, phases: PhaseTable) -> Restor
     or the canary differ), OutOfSpaceError, RestoreError. With ``fallback`` these start the server cold instead.
     """
     with prepare.opened(tools, request.name) as source:
-        return _restore(request, tools, phases, source, _chosen(request, tools, source))
+        with phase(tools, phases, "checks"):
+            source = _checked(request, tools, source, 1)
+        return _restore(request, tools, phases, source)
 
 
 def restore_all(
@@ -101,18 +107,10 @@ def restore_all(
     first = requests[0]
     with prepare.opened(tools, first.name) as source, ThreadPoolExecutor(len(requests)) as pool:
         with phase(tools, phases, "checks"):
-            try:
-                _check(first, tools, source, len(requests))
-            except GpuckptError as error:
-                if first.fallback is None or isinstance(error, UsageError):
-                    raise
-                source = replace(source, trouble=error)
+            source = _checked(first, tools, source, len(requests))
         tools.report.stage(f"restore {len(requests)}")
         quiet = structs.replace(tools, report=_NotesOnly(tools.report))
-        running = {
-            pool.submit(_restore, one, quiet, phases.branch(), replace(source, checked=True), str(one.replica)): one
-            for one in requests
-        }
+        running = {pool.submit(_restore, one, quiet, phases.branch(), source): one for one in requests}
         try:
             for done, _ in enumerate(as_completed(running), start=1):
                 tools.report.stage(f"restore {len(requests)}: {done} done")
@@ -120,9 +118,7 @@ def restore_all(
             for future in running:
                 future.cancel()
             pool.shutdown()
-            for future, one in running.items():
-                if not future.cancelled() and future.exception() is None:
-                    stop(tools, str(one.replica))
+            _take_back(tools, running)
             raise
     phases.stop()
     ready = [future.result() for future in running if future.exception() is None]
@@ -131,9 +127,20 @@ def restore_all(
         trouble = future.exception()
         if isinstance(trouble, GpuckptError):
             failed.append((str(one.replica), trouble))
-        elif trouble is not None:
+        elif trouble is not None:  # a fault of ours: nobody would be told of the others
+            _take_back(tools, running)
             raise trouble
     return ready, failed
+
+
+def _take_back(tools: Tools, running: Mapping[Future[Restored], RestoreRequest]) -> None:
+    """Stop the replicas that were restored; one that will not go does not keep the others."""
+    for future, one in running.items():
+        if not future.cancelled() and future.exception() is None:
+            try:
+                stop(tools, str(one.replica))
+            except (GpuckptError, OSError) as error:
+                tools.report.note(f"could not stop {one.replica}: {error}")
 
 
 class _NotesOnly(Silent):
@@ -146,23 +153,33 @@ class _NotesOnly(Silent):
         self._report.note(text)
 
 
-def _chosen(request: RestoreRequest, tools: Tools, source: Source) -> str:
-    """The replica's name: the one asked for, the first that was prepared just so, or the golden's."""
-    if request.replica is not None:
-        return request.replica
+@contextlib.contextmanager
+def _making(request: RestoreRequest, tools: Tools, source: Source) -> Iterator[Replica]:
+    """The replica in the making: the one asked for, the first prepared just so that is free, or the golden's name."""
     key = source.key(request.options)
-    waiting = [one.name for one in prepare.prepared(tools, request.name) if one.key == key]
-    return waiting[0] if waiting else request.name
+    waiting: list[str] = []
+    if request.replica is None:
+        waiting = [one.name for one in prepare.prepared(tools, request.name) if one.key == key]
+    found: Replica | None = None
+    with contextlib.ExitStack() as stack:
+        for name in waiting:
+            with contextlib.suppress(BusyError):  # another restore has taken it since we looked
+                found = stack.enter_context(making(tools, name, request.name, key=key))
+                break
+        if found is None:
+            name = request.replica if request.replica is not None else request.name
+            found = stack.enter_context(making(tools, name, request.name, key=key))
+        yield found
 
 
-def _restore(request: RestoreRequest, tools: Tools, phases: PhaseTable, source: Source, name: str) -> Restored:
-    with making(tools, name, request.name, key=source.key(request.options)) as replica:
+def _restore(request: RestoreRequest, tools: Tools, phases: PhaseTable, source: Source) -> Restored:
+    with _making(request, tools, source) as replica:
         try:
             restored = _from_golden(request, tools, phases, source, replica)
         except GpuckptError as error:
             if request.fallback != "cold" or isinstance(error, UsageError):
                 raise
-            tools.report.note(f"the restore of {name} failed ({error.message}); starting cold")
+            tools.report.note(f"the restore of {replica.name} failed ({error.message}); starting cold")
             restored = _cold(request, tools, phases, source.manifest, replica, error)
     phases.stop()
     return restored
@@ -174,9 +191,6 @@ def _from_golden(
     golden, options = source.manifest, request.options
     if source.trouble is not None:
         raise source.trouble
-    if not source.checked:
-        with phase(tools, phases, "checks"):
-            _check(request, tools, source, 1)
     if not replica.bundle:
         with phase(tools, phases, "container"):
             replica = prepare.prepare(tools, source, replica, options)
@@ -251,6 +265,17 @@ def _renew_entropy(tools: Tools) -> None:
     except OSError as error:
         # Without it two clones could draw the same numbers from getrandom's state in their memory, for a moment.
         tools.report.note(f"the kernel's random generator could not be reseeded: {error}")
+
+
+def _checked(request: RestoreRequest, tools: Tools, source: Source, replicas: int) -> Source:
+    """The golden, found fit; with ``fallback`` also one that is not, and why. Nothing was touched for it yet."""
+    try:
+        _check(request, tools, source, replicas)
+    except GpuckptError as error:
+        if request.fallback is None or isinstance(error, UsageError):
+            raise
+        return replace(source, trouble=error)
+    return source
 
 
 def _check(request: RestoreRequest, tools: Tools, source: Source, replicas: int) -> None:

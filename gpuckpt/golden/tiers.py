@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gpuckpt import manifest as manifests
 from gpuckpt.errors import BusyError, NothingToDo, OutOfSpaceError, UsageError, VerificationError
-from gpuckpt.golden import catalogue
+from gpuckpt.golden import catalogue, prepare
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.tools import Reporter, Tools
 from gpuckpt.host.tmpfs import available_memory
@@ -55,7 +55,13 @@ def move(tools: Tools, name: str, to: Tier, *, keep: bool) -> Placed | None:
             raise
     if not keep:
         catalogue.remove(tools, name, tier=source)
+    withdraw_prepared(tools, name)
     return placed
+
+
+def withdraw_prepared(tools: Tools, name: str) -> None:
+    """Remove the replicas that were prepared for golden ``name`` where it is not restored from any more."""
+    prepare.discard_prepared(tools, name, tier=tools.layout.tier_of(tools.layout.golden(name)))
 
 
 def place(layout: Layout, name: str, to: Tier, report: Reporter) -> Placed:

@@ -79,7 +79,7 @@ def all_checks(settings: Settings, machine: Machine | None = None) -> list[Check
 
 
 def disk(settings: Settings, machine: Machine) -> Check:
-    """Does the disk tier outlive a reboot, and is there room in it? Its folder is made when something is moved there."""
+    """Does the disk tier outlive a reboot, and is there room in it? Its folder is made when it is first used."""
     path, title = settings.store.disk or settings.paths.state / "goldens", "disk tier"
     there = next(folder for folder in (path, *path.parents) if folder.is_dir())
     try:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from gpuckpt.errors import BusyError
 
-Kind = Literal["golden", "copy", "replica", "service"]
+Kind = Literal["golden", "copy", "replica", "service", "volume"]
 """``copy``: who brings a golden into another tier, while others may restore it from the one where it lies."""
 Locks = Path | tuple[Path, ...]
 """A folder of lock files, or several: then a name is held in all of them, taken in this order."""
@@ -66,6 +66,15 @@ def shared(locks: Locks, kind: Kind, name: str) -> Iterator[None]:
                 raise BusyError(
                     f"{kind} {name} is being made or removed by another command", remedy="wait for it to end"
                 ) from None
+        yield
+
+
+@contextmanager
+def waiting(locks: Locks, kind: Kind, name: str) -> Iterator[None]:
+    """Hold the name for the length of a ``with``, after those who hold it now."""
+    with _opened(locks, kind, name) as handles:
+        for handle in handles:
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 

@@ -248,7 +248,7 @@ def _newer_field(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "error"),
-    [("version", IncompatibleError), ("mount", VerificationError), ("outside", VerificationError),
+    [("version", IncompatibleError), ("mount", IncompatibleError), ("outside", VerificationError),
      ("mm-1.img", IncompatibleError), ("pagemap-1.img", IncompatibleError), ("files.img", IncompatibleError),
      ("magic", IncompatibleError), ("short", VerificationError), ("same pages", IncompatibleError),
      ("no space", OSError)],

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gpuckpt import manifest as manifests
+from gpuckpt.criu.images import UndecodableError
 from gpuckpt.criu.rewrite import Copied, Rewritten
 from gpuckpt.errors import GpuckptError, IncompatibleError, OutOfSpaceError, VerificationError
 from gpuckpt.golden import mapping
@@ -59,7 +60,7 @@ def failing(error: BaseException) -> Callable[..., Rewritten]:
 @pytest.mark.parametrize(
     ("error", "words"),
     [(NO_SPACE, "no room"), (OutOfSpaceError("little memory"), "little memory"), (IncompatibleError("newer"), "newer"),
-     (VerificationError("not decodable"), "not decodable")],
+     (UndecodableError("not decodable"), "not decodable")],
 )  # fmt: skip
 def test_what_cannot_be_mapped_is_copied_and_says_why(
     world: World, staging: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, words: str
@@ -72,7 +73,16 @@ def test_what_cannot_be_mapped_is_copied_and_says_why(
     assert list((staging / "memory").iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [IncompatibleError("newer"), VerificationError("not decodable")])
+@pytest.mark.parametrize("forced", [False, True])
+def test_images_that_contradict_each_other_are_no_golden(
+    world: World, staging: Path, monkeypatch: pytest.MonkeyPatch, forced: bool
+) -> None:
+    monkeypatch.setattr(mapping, "rewrite", failing(VerificationError("pages-1.img is shorter than it should be")))
+    with pytest.raises(VerificationError, match="shorter"):
+        mapping.map_memory(world.tools, staging, forced=forced)
+
+
+@pytest.mark.parametrize("error", [IncompatibleError("newer"), UndecodableError("not decodable")])
 def test_forced_mapping_of_what_cannot_be(
     world: World, staging: Path, monkeypatch: pytest.MonkeyPatch, error: GpuckptError
 ) -> None:
@@ -117,7 +127,7 @@ def test_all_processes_copied(world: World, staging: Path, monkeypatch: pytest.M
 
 
 def test_the_machine_keeps_a_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapping, "available_memory", lambda: 300 << 20)
+    monkeypatch.setattr(mapping, "available_memory", lambda: mapping._RESERVE + (44 << 20))
     mapping._room(40 << 20)
     with pytest.raises(OutOfSpaceError):
         mapping._room(50 << 20)

@@ -37,9 +37,9 @@ def program(*steps: tuple[int, ...]) -> bytes:
 
 
 REFUSING = {
-    X86_64: {28: (2, 22), 440: (None, 38), 25: (None, 12)},
-    X86_64 | 1 << 64: {28: (2, 22), 440: (None, 38), 25: (None, 12)},
-    I386: {219: (2, 22), 440: (None, 38), 163: (None, 12)},
+    X86_64: {28: (2, 22), 440: (None, 38), 25: (None, 12), 323: (None, 1), 425: (None, 38)},
+    X86_64 | 1 << 64: {28: (2, 22), 440: (None, 38), 25: (None, 12), 323: (None, 1), 425: (None, 38)},
+    I386: {219: (2, 22), 440: (None, 38), 163: (None, 12), 374: (None, 1), 425: (None, 38)},
 }
 
 
@@ -155,7 +155,8 @@ def test_every_filter_of_the_chain_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("forget", "named"),
     [((X86_64, 28), "madvise(0x4)"), ((X86_64, 440), "process_madvise"), ((X86_64, 25), "mremap"),
-     ((X86_64, 28 | 1 << 30), "madvise(0x4)"), ((I386, 219), "madvise(0x4)"), ((I386, 163), "mremap")],
+     ((X86_64, 28 | 1 << 30), "madvise(0x4)"), ((I386, 219), "madvise(0x4)"), ((I386, 163), "mremap"),
+     ((X86_64, 323), "userfaultfd"), ((X86_64, 425), "io_uring_setup")],
 )  # fmt: skip
 def test_one_call_let_through_is_enough(tmp_path: Path, forget: tuple[int, int], named: str) -> None:
     reason = dump(tmp_path, filtered(), filters=((refusing(forget=forget), None),)).against_mapping(1)
