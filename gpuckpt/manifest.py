@@ -217,6 +217,9 @@ class Manifest(_Record, frozen=True, kw_only=True):
     sizes: Sizes
     memory: Memory = Memory(mode="copy")
     processes: tuple[Process, ...]
+    affinity: Annotated[
+        dict[str, tuple[int, ...]], Meta(description="ids of threads by the only processors that they may run on")
+    ] = {}
     sockets: Annotated[tuple[str, ...], Meta(description="listening and connected sockets, one line each")]
     files: Annotated[
         dict[str, FileRecord], Meta(description="every file of the golden but the manifest, by relative path")

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -229,7 +229,7 @@ class FakeContainers:
             if stage != "post-dump" and not Path(hooks, stage).is_dir():
                 # All that the script would do is to note the time; a process for each of a thousand takes its own.
                 with (folder / "stages").open("a") as notes:
-                    notes.write(f"{stage} {time.time():.6f}\n")
+                    notes.write(f"{stage} {time.time():.6f} 4242\n")
                 continue
             environment = {
                 "PATH": os.environ["PATH"],
@@ -462,6 +462,15 @@ def tools_for(folder: Path) -> World:
         with journal.step("renew entropy"):
             pass
 
+    def affinity_of(pid: int) -> dict[str, tuple[int, ...]]:
+        assert pid == 4242, "the threads below the container's init are asked for"
+        return {"0": (7, 9)}
+
+    def bind(pid: int, affinity: Mapping[str, tuple[int, ...]]) -> list[str]:
+        assert pid == 4242, "the threads below the container's init are bound"
+        with journal.step("bind threads"):
+            return []
+
     tools = Tools(
         settings=settings,
         layout=layout,
@@ -473,6 +482,8 @@ def tools_for(folder: Path) -> World:
         memory_of=memory_of,
         programs_of=programs_of,
         renew_entropy=renew_entropy,
+        affinity_of=affinity_of,
+        bind=bind,
         report=report,
     )
     world = World(folder, settings, layout, journal, containers, overlay, FakeAdapter(journal), report, tools)

@@ -117,10 +117,19 @@ class Operation(Struct, frozen=True):
         offset = time.time_ns() - time.monotonic_ns()
         found = []
         for line in lines:
-            stage, _, at = line.partition(" ")
+            stage, at, *_ = line.split(" ")
             if stage in STAGES:
                 found.append((STAGES[stage], round(float(at) * 1e9) - offset))
         return found
+
+    def restored(self) -> int | None:
+        """The container's first process on the host, once all processes and threads are there; they do not run yet."""
+        try:
+            lines = (self.folder / "stages").read_text().splitlines()
+        except FileNotFoundError:
+            return None
+        found = next((line.split(" ")[2] for line in lines if line.startswith("post-restore ")), "")
+        return int(found) if found else None
 
     def resumed(self) -> bool:
         """Whether the processes run again, and nothing of the user's is still to be run before they may be used."""

@@ -112,6 +112,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
         present = tools.containers.inspect(container)
         expected = tools.memory_of(present.pid) + sum(map(_size_of, written))
         _require_space(tools, expected)
+        affinity = tools.affinity_of(present.pid)
         with phase(tools, phases, "dump"), _watching(tools, staging, expected):
             link_images(present.bundle, staging / "images")
             _dump(request, tools, replica, container, present.bundle)
@@ -140,6 +141,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 cold_ttft_s=(first_token_ns - phases.started_ns) / 1e9,
                 contents=contents,
                 memory=mapped.memory,
+                affinity=affinity,
             )
             manifest.write(staging)
             seal.write(staging)

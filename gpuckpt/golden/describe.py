@@ -29,6 +29,7 @@ def describe(
     cold_ttft_s: float,
     contents: Contents,
     memory: Memory,
+    affinity: dict[str, tuple[int, ...]],
 ) -> Manifest:
     """The manifest of the golden in ``staging``, whose ``contents`` were digested; the phases up to now go with it."""
     images = staging / "images"
@@ -49,6 +50,7 @@ def describe(
         sizes=sizes(staging),
         memory=memory,
         processes=criu_images.processes(images),
+        affinity=affinity,
         sockets=criu_images.sockets(images),
         files=contents.files,
         links=contents.links,

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -200,7 +200,7 @@ def _from_golden(
     _renew_entropy(tools)
     with _restoring(tools, replica, bundle, tcp_established=options.tcp_established) as restoring:
         with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
-            restoring.until_resumed()
+            restoring.until_resumed(partial(_bind, tools, golden))
         phases.split("restore", replica.operation.marks(), first="podman: restore")
         first_token_ns, match = _answers(request, tools, phases, golden, replica, restoring)
     if request.keep:
@@ -224,9 +224,17 @@ class _Restoring(threading.Thread):
         except BaseException as error:
             self.error = error
 
-    def until_resumed(self) -> None:
-        """Start it, and wait until the processes run, or it is over; raises what it raised."""
+    def until_resumed(self, prepare: Callable[[int], None]) -> None:
+        """Start it, and wait until the processes run, or it is over; raises what it raised.
+
+        ``prepare`` is called with the first process when all are there and CRIU is about to let them run.
+        """
         self.start()
+        first: int | None = None
+        while self.is_alive() and (first := self._operation.restored()) is None:
+            self.join(0.001)
+        if first is not None or (first := self._operation.restored()) is not None:
+            prepare(first)
         while self.is_alive() and not self._operation.resumed():
             self.join(0.001)
         if self.error is not None:
@@ -257,6 +265,15 @@ def _restoring(tools: Tools, replica: Replica, bundle: Path, *, tcp_established:
         raise failed
     if trouble is not None:
         raise trouble
+
+
+def _bind(tools: Tools, golden: Manifest, first: int) -> None:
+    try:
+        notes = tools.bind(first, golden.affinity)
+    except OSError as error:
+        notes = [f"threads could not be bound to their processors: {error}"]
+    for note in notes:
+        tools.report.note(note)
 
 
 def _renew_entropy(tools: Tools) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from gpuckpt.containers import rootfs, service
 from gpuckpt.containers.podman import Container, ContainerSpec, Podman
 from gpuckpt.criu import kerneldata
 from gpuckpt.criu.binary import Criu, find
-from gpuckpt.host import entropy, hugepages, tmpfs
+from gpuckpt.host import affinity, entropy, hugepages, tmpfs
 from gpuckpt.store.layout import Layout
 from gpuckpt.timing import PhaseTable
 
@@ -78,7 +78,7 @@ class Overlay(Protocol):
 
 
 class Tools(Struct, frozen=True):
-    """Everything outside: settings, folders, CRIU, podman, mounts, huge pages, randomness, and whom to tell."""
+    """Everything outside: settings, folders, CRIU, podman, mounts, huge pages, randomness, processors, whom to tell."""
 
     settings: Settings
     layout: Layout
@@ -90,6 +90,8 @@ class Tools(Struct, frozen=True):
     memory_of: Callable[[int], int]
     programs_of: Callable[[int], set[str]]
     renew_entropy: Callable[[], None]
+    affinity_of: Callable[[int], dict[str, tuple[int, ...]]]
+    bind: Callable[[int, Mapping[str, tuple[int, ...]]], list[str]]
     report: Reporter
 
 
@@ -138,5 +140,7 @@ def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | No
         memory_of=memory_below,
         programs_of=programs_below,
         renew_entropy=entropy.renew,
+        affinity_of=affinity.bound,
+        bind=affinity.bind,
         report=report or Silent(),
     )

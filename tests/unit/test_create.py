@@ -110,6 +110,7 @@ def test_the_manifest_says_what_was_made(world: World) -> None:
     assert golden.launch.env["SERVER"] == "fake" and golden.launch.env["MODE"] == "test"
     assert golden.launch.capabilities == ("CAP_CHOWN",)
     assert golden.launch.shm_size == 123
+    assert golden.affinity == {"0": (7, 9)}
     # Held files: of the base by size and time, not what the golden itself carries, nor the kernel's.
     assert set(golden.identity.base.files) == {"/lib/libc.so"}
     assert golden.canary is not None and golden.canary.body_blake3 == "forty-two"

@@ -51,6 +51,7 @@ WHOLE_ORDER = [
     "stage: restore",
     "huge pages on",
     "restore",
+    "bind threads",
     "huge pages off",
     "stage: first token",
     "replay canary",
