@@ -173,8 +173,8 @@ def summarise(document: Document) -> Document:
 
 
 def body(run: Run) -> None:
-    goldens = Goldens(Gpuckpt(run.space), run.journal)
     server = Server.chosen(run.options)
+    goldens = Goldens(Gpuckpt(run.space), run.journal, server)
     counts = [int(word) for word in run.options.replicas.split(",")]
     with contextlib.ExitStack() as stack:
         run.rounds(run.prepare([Clones(goldens, server, count) for count in counts], stack))

@@ -51,8 +51,8 @@ ABOUT = {
 def methods(run: Run) -> dict[str, Method]:
     """Every method by name, none of them prepared yet."""
     gpuckpt = Gpuckpt(run.space)
-    goldens = Goldens(gpuckpt, run.journal)
     server = Server.chosen(run.options)
+    goldens = Goldens(gpuckpt, run.journal, server)
     trivial = Server.filler(TRIVIAL_MEGABYTES)
     stock = Bench(run.space, goldens, server, "mapped", run.journal)
     found: list[Method] = [

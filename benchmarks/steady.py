@@ -94,7 +94,7 @@ def body(run: Run) -> None:
     server = Server.chosen(run.options)
     if not server.streams:
         raise UsageError("the steady state is that of a server that generates tokens", remedy="leave --server out")
-    golden = Goldens(gpuckpt, run.journal).need(GOLDEN, server, "mapped")
+    golden = Goldens(gpuckpt, run.journal, server).need(GOLDEN, server, "mapped")
     with contextlib.ExitStack() as stack:
         peer = Peer(run.space, build_image(run.space), golden, "never-dumped")
         stack.callback(peer.remove)

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import analyze, density, memory, merge, pages, restore, steady, suite, sweep, targets, workspace
-from benchmarks.driver import Server, restore_seconds
+from benchmarks.driver import Gpuckpt, Server, restore_seconds
+from benchmarks.harness import Outcome
 from benchmarks.journal import Journal, summary
+from benchmarks.ours import Goldens
 from benchmarks.statistics import median, ratio_interval
 from benchmarks.suite import Budget, Run, Unavailable, orders
 from benchmarks.workspace import Workspace
@@ -477,3 +479,21 @@ def test_a_sweep_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         sweep.parser().parse_args(["--axes", "memory,size"])
     assert "no sweep is called size" in capsys.readouterr().err
+
+
+# Goldens
+
+
+def test_only_the_compared_servers_creations_are_cold_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = [{"name": "cold: first token", "seconds": 1.0}]
+    document = {"phases": phases, "image_bytes": 1, "first_token_monotonic_ns": 10**9, "cold_ttft_s": 1.0}
+    monkeypatch.setattr(Gpuckpt, "create", lambda *_: Outcome(document, 0, 2 * 10**9))
+    monkeypatch.setattr(Gpuckpt, "inspect", lambda *_: {})
+    made, compared = journal(tmp_path), Server.filler(64)
+    goldens = Goldens(Gpuckpt(Workspace(tmp_path)), made, compared)
+    for name, server in (("mapped", compared), ("trivial", Server.filler(8)), ("copy", Server.filler(64))):
+        goldens.need(name, server, "mapped")
+    assert {name: len(samples) for name, samples in made.document["runs"].items()} == {
+        "cold_create": 2,
+        "create_trivial": 1,
+    }
