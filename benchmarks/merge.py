@@ -19,7 +19,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 WHOLE = ("create", "archive", "ignore_flags", "criu_binaries")
 _BOOKKEEPING = (
     "version", "benchmark", "status", "begun", "clock", "options", "machine", "load_average", "load_average_at_end",
-    "facts", "unavailable", "failures", "runs", "elapsed_s", "resumed",
+    "facts", "unavailable", "failures", "failure_codes", "runs", "elapsed_s", "resumed",
 )  # fmt: skip
 _SAME = ("cpu_model", "cores", "memory_bytes", "kernel", "criu", "podman", "vllm", "commit")
 

@@ -115,7 +115,7 @@ class Resident(Prepared):
             "ttft_s": round(restored.ttft_s, 6),
             "wall_s": round(phases.wall_seconds, 6),
             "restore_s": round(restore_seconds(rows), 6),
-            "canary_match": bool(restored.canary_match),
+            "canary_match": restored.canary_match,
             "phases": harness.with_rest(rows, restored.ttft_s),
         }
 

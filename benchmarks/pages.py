@@ -83,7 +83,7 @@ def _times(result: Document, figures: Sequence[str]) -> Iterator[str]:
                 short(ttft["p95"]),
                 f"{ttft['n']}" + (" *" if ttft["n"] < FEW else ""),
                 f"{ttft['p50'] / base:.2g}" if base else "",
-                "yes" if result[name]["canaries_equal"] else "NO",
+                {True: "yes", False: "NO", None: "–"}[result[name]["canaries_equal"]],
             ]
         )
     head = ("method", "p50", "95 % interval of p50", "p95", "n", "× mapped", "answers equal")

@@ -135,7 +135,7 @@ class Run:
                 except (Unavailable, CommandFailed, GpuckptError) as error:
                     failed[method.name] += 1
                     reason = reason_of(error)
-                    self.journal.fail(name, reason)
+                    self.journal.fail(name, reason, code_of(error))
                     self.say(f"  {name} failed: {reason}")
                     if failed[method.name] >= _GIVEN_UP:
                         self.journal.unavailable(name, f"failed {_GIVEN_UP} times in a row: {reason}")
@@ -162,6 +162,13 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, GpuckptError):
         return "; ".join(part for part in (error.message, error.cause, *error.log[-3:]) if part)
     return str(error)
+
+
+def code_of(error: BaseException) -> int | None:
+    """The exit status that gpuckpt gives it; None for what is no failure of gpuckpt."""
+    if isinstance(error, CommandFailed):
+        return error.code
+    return error.exit_code if isinstance(error, GpuckptError) else None
 
 
 def shown(sample: Sample) -> str:

@@ -20,8 +20,9 @@ from benchmarks.harness import Outcome
 from benchmarks.journal import Journal, summary
 from benchmarks.ours import Goldens
 from benchmarks.statistics import median, ratio_interval
-from benchmarks.suite import Budget, Run, Unavailable, orders
+from benchmarks.suite import Budget, Run, Unavailable, code_of, orders
 from benchmarks.workspace import Workspace
+from gpuckpt.errors import VerificationError
 
 MACHINE = {
     "cpu_model": "Intel(R) Xeon(R) Processor @ 2.50GHz",
@@ -168,6 +169,31 @@ def test_journal_goes_on_where_an_interrupted_run_ended(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="cannot be resumed"):
             Journal(tmp_path, "restore", resume=True, **other)
+
+
+def test_answers_are_equal_only_where_they_were_compared_and_no_command_failed_for_them(tmp_path: Path) -> None:
+    made = journal(tmp_path)
+    made.add("mapped", sample(0.5))
+    made.add("cold_create", {"ttft_s": 9.0, "mode": "mapped"})
+    made.add("copy_tmpfs", sample(0.5))
+    made.fail("copy_tmpfs", "no memory", 11)
+    made.add("mapped_resident", sample(0.5))
+    made.fail("mapped_resident", "another answer", code_of(VerificationError("another answer")))
+    found = restore.summarise(made.document)
+    names = ("mapped", "cold_create", "cold_first", "copy_tmpfs", "mapped_resident")
+    assert [found[name]["canaries_equal"] for name in names] == [True, None, None, True, False]
+    page = pages.page(merge.merge({"restore": made.document | found}), "title", [])
+    rows = {line.split("`")[1]: line.split("|")[-2].strip() for line in page.splitlines() if line.startswith("| `")}
+    assert [rows[name] for name in names] == ["yes", "–", "–", "yes", "NO"]
+
+
+def test_replicas_that_could_not_be_made_have_not_all_answered(tmp_path: Path) -> None:
+    filled(tmp_path)
+    document = json.loads((tmp_path / "density.json").read_text())
+    for code, equal in ((10, True), (8, False)):
+        document |= {"failures": {"replicas_16": ["no"]}, "failure_codes": {"replicas_16": [code]}}
+        clones = density.summarise(document)["clones16"]
+        assert (clones["all_answered"], clones["canaries_equal"]) == (False, equal)
 
 
 @given(st.integers(min_value=0, max_value=99))
