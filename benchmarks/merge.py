@@ -13,7 +13,7 @@ Document = dict[str, Any]
 PARTS: dict[str, tuple[str, ...]] = {
     "density": ("density", "clones16"),
     "steady": ("steady_state",),
-    "sweep": ("sweeps", "sweeps_fixed_gb", "flatness", "flatness_interval"),
+    "sweep": ("sweeps", "sweeps_fixed_gb", "flatness", "flatness_interval", "flatness_reference"),
 }
 # Whole documents that become one key each.
 WHOLE = ("create", "archive", "ignore_flags", "criu_binaries")

@@ -143,6 +143,7 @@ def summarise(document: Document) -> Document:
     if largest and reference:
         of = ratio([sample["ttft_s"] for sample in largest], [sample["ttft_s"] for sample in reference])
         found |= {"flatness": of["value"], "flatness_interval": of["interval"]}
+        found["flatness_reference"] = summary(reference, "ttft_s")
     return found
 
 

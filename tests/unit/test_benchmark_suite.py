@@ -387,11 +387,25 @@ def test_targets_are_met_missed_or_not_measured(tmp_path: Path) -> None:
     assert by_name["clones16.all_answered"]["met"] is True
     alone = {target["path"]: target for target in targets.targets({"flatness": 1.3})}
     assert alone["flatness"]["met"] is False
-    assert alone["density.bytes_per_extra_replica"] | {"met": 0} == by_name["density.bytes_per_extra_replica"] | {
-        "met": 0,
-        "value": None,
+    unknown: dict[str, Any] = {"met": None, "value": None, "n": None, "enough": False}
+    measured = by_name["density.bytes_per_extra_replica"]
+    assert alone["density.bytes_per_extra_replica"] == measured | unknown
+
+
+def test_targets_know_the_n_of_their_smallest_series(tmp_path: Path) -> None:
+    found = {target["path"]: (target["n"], target["enough"]) for target in filled(tmp_path)["targets"]}
+    assert found == {
+        "ratios.cold_over_mapped.value": (3, False),
+        "ratios.podman_tmpfs_over_mapped.value": (10, True),
+        "ratios.import_over_mapped.value": (10, True),
+        "mapped.ttft_s.p50": (10, True),
+        "density.bytes_per_extra_replica": (1, False),
+        "steady_state.ratio": (12, True),
+        "flatness": (1, False),
+        "clones16.all_answered": (1, False),
+        "clones16.canaries_equal": (1, False),
+        "ratios.restore_over_trivial.value": (10, True),
     }
-    assert alone["density.bytes_per_extra_replica"]["met"] is None
 
 
 def test_merging_twice_changes_nothing(tmp_path: Path) -> None:
@@ -442,11 +456,13 @@ def test_page_and_index_come_from_the_json(tmp_path: Path) -> None:
     assert "105 × faster" in page
     assert "Not measured: dmtcp, because there is no package." in page
     assert "![" in page and all((target / name).exists() for name in ("methods.png", "methods.svg", "steady.png"))
-    assert "| cold start over mapped restore | at least 90 × | 105 × | met |" in page
+    assert "| cold start over mapped restore | at least 90 × | 105 × | 3 | met (n = 3) |" in page
+    assert "| decoding against the never-dumped server | at least 0.98 | 0.99 | 12 | met |" in page
+    assert "n by replicas: 1 × 1, 1 × 4, 1 × 16." in page
     assert len(page.splitlines()) < 110
     first = (results / "README.md").read_text()
     assert f"[{begun}-xeon-2c]({begun}-xeon-2c/README.md)" in first and "[2025-01-01-older]" in first
-    assert "25 ×" in first
+    assert "25 ×" in first and " of 10, 5 more with n < 10 |" in first
     report.make(source, results)
     assert (target / "README.md").read_text() == page
 
