@@ -138,14 +138,14 @@ def _others(result: Document, figures: Sequence[str]) -> Iterator[str]:
     if clones := result.get("clones16"):
         yield (
             f"- 16 replicas by one command: all have answered after {short(clones['seconds_until_all_answer'])}"
-            f" (median, n = {clones['all_answer_s']['n']}); all answered: {quantity(clones['all_answered'], 'bool')}, answers equal: "
-            f"{quantity(clones['canaries_equal'], 'bool')}."
+            f" (median, n = {clones['all_answer_s']['n']}); all answered: {quantity(clones['all_answered'], 'bool')}, "
+            f"answers equal: {quantity(clones['canaries_equal'], 'bool')}."
         )
     if (steady := result.get("steady_state")) and steady.get("ratio"):
         low, high = steady["interval"]
         yield (
             f"- Decoding runs at {steady['ratio']:.3f} of the never-dumped server's speed ({low:.3f} – {high:.3f}, "
-            f"{steady['ratio_of']} prompts, the worse of the lengths)."
+            f"median over pairs of {steady['ratio_of']} prompts, the worse of the lengths)."
         )
         if first := steady.get("first_requests"):
             here, there = first["mapped"], first["never_dumped"]

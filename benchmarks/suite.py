@@ -22,6 +22,7 @@ from benchmarks.journal import Document, Journal, Sample, Summarise
 from benchmarks.workspace import Workspace, workspace
 from gpuckpt.errors import GpuckptError, InterruptedByUser
 
+_LONGEST_REST = 180.0  # seconds that a run waits for other work to end
 _GIVEN_UP = 2  # failures in a row after which a method is not tried again
 
 
@@ -82,8 +83,7 @@ class Run:
         return int(self.options.n)
 
     def say(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone while we clean up
-            print(f"[{self.budget.elapsed:6.0f} s] {text}", flush=True)
+        say(f"[{self.budget.elapsed:6.0f} s] {text}")
 
     def out_of_time(self) -> bool:
         """Is the budget spent? Then the journal says so, and the body should return."""
@@ -145,6 +145,11 @@ class Run:
                     self.say(f"  {index + 1:3}  {name:<24} {shown(sample)}")
 
 
+def say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone while we clean up
+        print(text, flush=True)
+
+
 def orders(methods: list[Any], rounds: int, seed: int) -> Iterator[list[Any]]:
     """For each round the methods in an order of its own; the same ``seed`` gives the same orders."""
     for index in range(rounds):
@@ -204,6 +209,24 @@ def add_workload(made: argparse.ArgumentParser) -> None:
     )
 
 
+def rest(
+    cores: int,
+    *,
+    load: Callable[[], float] = lambda: environment.load()[0],
+    sleep: Callable[[float], None] = time.sleep,
+) -> float:
+    """Wait until other work is in few of the numbers: one-minute load below 1 for two cores; the seconds it took."""
+    limit, step, waited = max(1.0, cores / 2), 5.0, 0.0
+    while load() >= limit and waited < _LONGEST_REST:
+        if not waited:
+            say(f"waiting for the machine to come to rest: load {load():.1f}, below {limit:g} is wanted")
+        sleep(step)
+        waited += step
+    if waited:
+        say(f"  load {load():.1f} after {waited:.0f} s")
+    return waited
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError("a number from 1 on")
@@ -243,8 +266,13 @@ def main(
     budget = Budget(options.budget)
     status = "failed"
     try:
-        with harness.interrupts(), workspace(store_size=store_size) as space:
-            body(Run(options, journal, budget, space))
+        with harness.interrupts():
+            if not options.quick:
+                journal.fact("waited_for_rest_s", rest(journal.document["machine"]["cores"]))
+                journal.document["load_average"] = environment.load()
+                budget = Budget(options.budget)  # waiting takes none of it
+            with workspace(store_size=store_size) as space:
+                body(Run(options, journal, budget, space))
         status = "budget" if journal.document["status"] == "budget" else "complete"
     except InterruptedByUser as interrupted:
         status = "interrupted"

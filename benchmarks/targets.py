@@ -43,7 +43,13 @@ class Target:
 
 
 TARGETS = (
-    Target("cold start over mapped restore", "ratios.cold_over_mapped.value", 90, ("cold.ttft_s", "mapped.ttft_s"), unit="×"),
+    Target(
+        "cold start over mapped restore",
+        "ratios.cold_over_mapped.value",
+        90,
+        ("cold.ttft_s", "mapped.ttft_s"),
+        unit="×",
+    ),
     Target(
         "podman from tmpfs over mapped restore",
         "ratios.podman_tmpfs_over_mapped.value",

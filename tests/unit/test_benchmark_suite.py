@@ -141,6 +141,22 @@ def test_median_phases_count_a_missing_phase_as_nothing() -> None:
     assert restore.median_phases(samples) == {"a": 2.0, "b": 2.0}
 
 
+def test_steady_state_is_drawn_by_pairs_and_the_worse_length_speaks(tmp_path: Path) -> None:
+    """Noise that both sides of a pair meet alike is in neither ratio nor interval; drawn apart it would be."""
+    made = journal(tmp_path, "steady")
+    for length, ratio in (("short", 0.99), ("long", 0.97)):
+        for number in range(12):
+            speed = 5.0 + number
+            row = {"mapped_tokens_per_s": speed * ratio, "never_dumped_tokens_per_s": speed, "ratio": ratio}
+            made.add(f"decode {length}", row | {"mapped_first_s": 1.0, "never_dumped_first_s": 1.0})
+    found = steady.summarise(made.document)["steady_state"]
+    assert (found["ratio"], found["interval"], found["ratio_of"]) == (0.97, [0.97, 0.97], "long")
+    assert found["ratio_of_medians"] == pytest.approx(0.97)
+    low, high = found["ratio_of_medians_interval"]
+    assert low < 0.9 and high > 1.05
+    assert found["short"]["ratio"] == 0.99 and found["short"]["n"] == 12
+
+
 # Journals, rounds
 
 
@@ -288,6 +304,19 @@ def test_methods_that_cannot_work_are_noted_and_everything_is_closed(tmp_path: P
 def test_numbers_of_samples_are_positive(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         suite.parser("restore", "", n=10, budget=1).parse_args(["--n", number])
+
+
+@pytest.mark.parametrize(
+    ("cores", "loads", "waited"),
+    [(2, [0.4], 0), (2, [2.5, 1.6, 1.0, 0.9], 15), (16, [7.0], 0), (2, [50.0], 180)],
+)
+def test_a_run_waits_until_the_machine_is_at_rest(
+    cores: int, loads: list[float], waited: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    assert suite.rest(cores, load=lambda: loads[min(len(slept), len(loads) - 1)], sleep=slept.append) == waited
+    assert sum(slept) == waited
+    assert ("waiting for the machine to come to rest" in capsys.readouterr().out) == bool(waited)
 
 
 # Workspace
