@@ -72,7 +72,8 @@ class Archive:
 
 
 def body(run: Run) -> None:
-    goldens, server = Goldens(Gpuckpt(run.space), run.journal), Server.chosen(run.options)
+    server = Server.chosen(run.options)
+    goldens = Goldens(Gpuckpt(run.space), run.journal, server)
     with contextlib.ExitStack() as stack:
         methods = [Archive("plain", goldens, server), Archive("zstd", goldens, server, ("--zstd",))]
         run.rounds(run.prepare(methods, stack))

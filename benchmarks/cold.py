@@ -21,8 +21,9 @@ from benchmarks.suite import Run
 
 
 def body(run: Run) -> None:
-    goldens = Goldens(Gpuckpt(run.space), run.journal)
-    stock = Bench(run.space, goldens, Server.chosen(run.options), "mapped", run.journal)
+    server = Server.chosen(run.options)
+    goldens = Goldens(Gpuckpt(run.space), run.journal, server)
+    stock = Bench(run.space, goldens, server, "mapped", run.journal)
     run.journal.fact("compile_cache", "none: eager mode compiles nothing")
     with contextlib.ExitStack() as stack:
         # The golden is made for its launch line and its recorded answer; its making is a cold start, too.

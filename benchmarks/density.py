@@ -21,7 +21,7 @@ from benchmarks import harness, memory, suite
 from benchmarks.asking import until_answered
 from benchmarks.driver import Gpuckpt, Server
 from benchmarks.harness import Outcome
-from benchmarks.journal import Document, Sample, summary
+from benchmarks.journal import Document, Sample, answers_equal, summary
 from benchmarks.ours import Goldens
 from benchmarks.statistics import median
 from benchmarks.suite import Run
@@ -155,8 +155,9 @@ def summarise(document: Document) -> Document:
                 quantity: summary(samples, quantity)
                 for quantity in QUANTITIES
             } | {
-                "all_answered": all(sample["all_answered"] for sample in samples),
-                "canaries_equal": all(sample["canaries_equal"] for sample in samples),
+                "all_answered": all(sample["all_answered"] for sample in samples)
+                and not document["failures"].get(name),
+                "canaries_equal": answers_equal(document, name, "canaries_equal"),
             }  # fmt: skip
     found: Document = {
         "density": {name: None if value is None else round(value) for name, value in slopes.items()}
@@ -173,8 +174,8 @@ def summarise(document: Document) -> Document:
 
 
 def body(run: Run) -> None:
-    goldens = Goldens(Gpuckpt(run.space), run.journal)
     server = Server.chosen(run.options)
+    goldens = Goldens(Gpuckpt(run.space), run.journal, server)
     counts = [int(word) for word in run.options.replicas.split(",")]
     with contextlib.ExitStack() as stack:
         run.rounds(run.prepare([Clones(goldens, server, count) for count in counts], stack))

@@ -117,7 +117,7 @@ def sample_of(outcome: Outcome) -> Sample:
         "ttft_s": round(outcome.ttft_s, 6),
         "wall_s": round(outcome.wall_s, 6),
         "restore_s": round(restore_seconds(outcome.document["phases"]), 6),
-        "canary_match": bool(outcome.document["canary_match"]),
+        "canary_match": outcome.document["canary_match"],
         "phases": outcome.phases_to_first_token(),
     }
 

@@ -53,7 +53,7 @@ def body(run: Run) -> None:
     server = Server.filler(MEGABYTES, where="{port}")
     options = ("--publish", str(free_port()), "--volume", f"{volume}:/bench")
     server = Server((*server.options, *options), server.words)
-    goldens = Goldens(gpuckpt, run.journal)
+    goldens = Goldens(gpuckpt, run.journal, server)
     with contextlib.ExitStack() as stack:
         stack.callback(proc.run, ["podman", "volume", "rm", "-f", volume], check=False)
         methods: list[suite.Method] = [

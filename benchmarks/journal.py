@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.environment import load
 from benchmarks.statistics import Summary
+from gpuckpt.errors import VerificationError
 
 VERSION = 1
 Document = dict[str, Any]
@@ -53,6 +54,7 @@ class Journal:
             "facts": {},
             "unavailable": {},
             "failures": {},
+            "failure_codes": {},
             "runs": {},
         }
         if resume and self.file.exists():
@@ -68,8 +70,8 @@ class Journal:
         if differing:
             raise ValueError(f"{self.file} cannot be resumed: it was measured with another {', '.join(differing)}")
         self.document["begun"] = earlier["begun"]
-        for key in ("facts", "failures", "runs"):
-            self.document[key] = earlier[key]
+        for key in ("facts", "failures", "failure_codes", "runs"):
+            self.document[key] = earlier.get(key, {})
         self.document["resumed"] = int(earlier.get("resumed", 0)) + 1
 
     def count(self, series: str) -> int:
@@ -85,10 +87,11 @@ class Journal:
         self.document["runs"].setdefault(series, []).append(kept)
         self.save()
 
-    def fail(self, series: str, reason: str) -> int:
-        """Note a sample that could not be taken; returns how many of the series have failed."""
+    def fail(self, series: str, reason: str, code: int | None = None) -> int:
+        """Note a sample that could not be taken, and the exit status; returns how many of the series have failed."""
         failures: list[str] = self.document["failures"].setdefault(series, [])
         failures.append(reason)
+        self.document["failure_codes"].setdefault(series, []).append(code)
         self.save()
         return len(failures)
 
@@ -130,6 +133,17 @@ def summary(samples: list[Sample], quantity: str) -> Document | None:
         "interval": [round(low, 6), round(high, 6)],
         "samples": [round(value, 6) for value in values],
     }
+
+
+def answers_equal(document: Document, series: str, key: str = "canary_match") -> bool | None:
+    """Were all answers of a series the recorded ones? None where none was compared.
+
+    gpuckpt itself fails when an answer differs: then there is no sample, only the exit status.
+    """
+    if VerificationError.exit_code in document.get("failure_codes", {}).get(series, ()):
+        return False
+    found = [sample[key] for sample in document["runs"].get(series, ()) if sample.get(key) is not None]
+    return all(found) if found else None
 
 
 def rows(runs: dict[str, list[Sample]]) -> Iterator[tuple[str, int, str, float]]:

@@ -13,13 +13,13 @@ Document = dict[str, Any]
 PARTS: dict[str, tuple[str, ...]] = {
     "density": ("density", "clones16"),
     "steady": ("steady_state",),
-    "sweep": ("sweeps", "sweeps_fixed_gb", "flatness", "flatness_interval"),
+    "sweep": ("sweeps", "sweeps_fixed_gb", "flatness", "flatness_interval", "flatness_reference"),
 }
 # Whole documents that become one key each.
 WHOLE = ("create", "archive", "ignore_flags", "criu_binaries")
 _BOOKKEEPING = (
     "version", "benchmark", "status", "begun", "clock", "options", "machine", "load_average", "load_average_at_end",
-    "facts", "unavailable", "failures", "runs", "elapsed_s", "resumed",
+    "facts", "unavailable", "failures", "failure_codes", "runs", "elapsed_s", "resumed",
 )  # fmt: skip
 _SAME = ("cpu_model", "cores", "memory_bytes", "kernel", "criu", "podman", "vllm", "commit")
 

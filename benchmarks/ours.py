@@ -30,6 +30,8 @@ class Goldens:
 
     gpuckpt: Gpuckpt
     journal: Journal
+    compared: Server
+    """The server of the comparison: its creations are `cold_create`, those of another are a series of their own."""
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def need(self, name: str, server: Server, mode: str) -> dict[str, Any]:
@@ -38,7 +40,7 @@ class Goldens:
             outcome = self.gpuckpt.create(name, server, "--mode", mode)
             phases = outcome.document["phases"]
             self.journal.add(
-                "cold_create",
+                "cold_create" if server == self.compared else f"create_{name}",
                 {"ttft_s": round(outcome.ttft_s, 6), "mode": mode, "phases": outcome.phases_to_first_token()},
             )
             self.journal.fact(
@@ -113,7 +115,7 @@ class Resident(Prepared):
             "ttft_s": round(restored.ttft_s, 6),
             "wall_s": round(phases.wall_seconds, 6),
             "restore_s": round(restore_seconds(rows), 6),
-            "canary_match": bool(restored.canary_match),
+            "canary_match": restored.canary_match,
             "phases": harness.with_rest(rows, restored.ttft_s),
         }
 

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.charts import METHODS
 from benchmarks.environment import in_words
 from benchmarks.style import short, size
+from benchmarks.targets import FEW, targets
 
 Document = dict[str, Any]
 CAPTIONS = {
@@ -16,7 +17,6 @@ CAPTIONS = {
     "density": "Memory and time over the number of replicas",
     "steady": "A mapped replica at work, against a server that was never dumped",
 }
-FEW = 10  # samples below which a number is marked
 
 
 def page(result: Document, title: str, figures: Sequence[str]) -> str:
@@ -83,7 +83,7 @@ def _times(result: Document, figures: Sequence[str]) -> Iterator[str]:
                 short(ttft["p95"]),
                 f"{ttft['n']}" + (" *" if ttft["n"] < FEW else ""),
                 f"{ttft['p50'] / base:.2g}" if base else "",
-                "yes" if result[name]["canaries_equal"] else "NO",
+                {True: "yes", False: "NO", None: "–"}[result[name]["canaries_equal"]],
             ]
         )
     head = ("method", "p50", "95 % interval of p50", "p95", "n", "× mapped", "answers equal")
@@ -97,11 +97,15 @@ def _targets(result: Document) -> Iterator[str]:
     rows = []
     for target in result["targets"]:
         met = {True: "met", False: "**missed**", None: "not measured"}[target["met"]]
+        n = "–" if target["n"] is None else str(target["n"])
+        if target["met"] and not target["enough"]:
+            met += f" (n = {n})"
         limit = f"{target['direction']} {quantity(target['limit'], target['unit'])}"
         if target["unit"] == "bool":
             limit = "yes"
-        rows.append([target["name"], limit, quantity(target["value"], target["unit"]), met])
-    yield from table(("", "wanted", "measured", ""), rows)
+        rows.append([target["name"], limit, quantity(target["value"], target["unit"]), n, met])
+    yield from table(("", "wanted", "measured", "n", ""), rows)
+    yield from ("", f"n is that of the smallest series in a number; met with n below {FEW} is no more than a sign.")
 
 
 def quantity(value: float | bool | None, unit: str) -> str:
@@ -117,6 +121,11 @@ def quantity(value: float | bool | None, unit: str) -> str:
     return f"{value:.3g}" + (f" {unit}" if unit else "")
 
 
+def counts(by_replicas: Document) -> str:
+    """How often each number of replicas was measured; fewer of them where the budget was spent."""
+    return ", ".join(f"{by_replicas[count]['wall_s']['n']} × {count}" for count in sorted(by_replicas, key=int))
+
+
 def _others(result: Document, figures: Sequence[str]) -> Iterator[str]:
     yield from ("## Memory, speed, size", "")
     if (density := result.get("density")) and density.get("bytes_per_extra_replica") is not None:
@@ -124,19 +133,19 @@ def _others(result: Document, figures: Sequence[str]) -> Iterator[str]:
         yield (
             f"- A further replica takes {size(density['bytes_per_extra_replica'])} by MemAvailable"
             + (f", {size(pss)} by Pss" if pss is not None else "")
-            + ", after one request each."
+            + f", after one request each; n by replicas: {counts(density['by_replicas'])}."
         )
     if clones := result.get("clones16"):
         yield (
             f"- 16 replicas by one command: all have answered after {short(clones['seconds_until_all_answer'])}"
-            f" (median); all answered: {quantity(clones['all_answered'], 'bool')}, answers equal: "
-            f"{quantity(clones['canaries_equal'], 'bool')}."
+            f" (median, n = {clones['all_answer_s']['n']}); all answered: {quantity(clones['all_answered'], 'bool')}, "
+            f"answers equal: {quantity(clones['canaries_equal'], 'bool')}."
         )
     if (steady := result.get("steady_state")) and steady.get("ratio"):
         low, high = steady["interval"]
         yield (
             f"- Decoding runs at {steady['ratio']:.3f} of the never-dumped server's speed ({low:.3f} – {high:.3f}, "
-            f"{steady['ratio_of']} prompts, the worse of the lengths)."
+            f"median over pairs of {steady['ratio_of']} prompts, the worse of the lengths)."
         )
         if first := steady.get("first_requests"):
             here, there = first["mapped"], first["never_dumped"]
@@ -195,7 +204,9 @@ def index(results: Sequence[tuple[str, str, Document]]) -> str:
         demo = file == "demo.json"
         cold = document.get("cold_ttft_s") if demo else document.get("cold", {}).get("ttft_s", {}).get("p50")
         times = document.get("restore_ttft_s") if demo else document.get("mapped", {}).get("ttft_s")
-        met = [target["met"] for target in document.get("targets", ()) if target["met"] is not None]
+        met = [] if demo else [target for target in targets(document) if target["met"] is not None]
+        firm = [target for target in met if target["met"] and target["enough"]]
+        signs = [target for target in met if target["met"] and not target["enough"]]
         rows.append(
             [
                 f"[{folder}]({folder}/{'' if demo else 'README.md'})",
@@ -205,7 +216,7 @@ def index(results: Sequence[tuple[str, str, Document]]) -> str:
                 short(times["p95"]) if times else "–",
                 str(times["n"]) if times else "–",
                 f"{cold / times['p50']:.0f} ×" if cold and times else "–",
-                f"{sum(met)} of {len(met)}" if met else "–",
+                f"{len(firm)} of {len(met)}" + (f", {len(signs)} more with n < {FEW}" if signs else "") if met else "–",
                 in_words(document["machine"]).split(";")[0],
             ]
         )

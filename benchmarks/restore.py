@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import suite
 from benchmarks.driver import Gpuckpt, Server
-from benchmarks.journal import Document, summary
+from benchmarks.journal import Document, answers_equal, summary
 from benchmarks.ours import Frozen, Goldens, Prepared, Resident, Restore
 from benchmarks.statistics import median
 from benchmarks.stock import Bench, Cold, Dmtcp, Import, Podman
@@ -51,8 +51,8 @@ ABOUT = {
 def methods(run: Run) -> dict[str, Method]:
     """Every method by name, none of them prepared yet."""
     gpuckpt = Gpuckpt(run.space)
-    goldens = Goldens(gpuckpt, run.journal)
     server = Server.chosen(run.options)
+    goldens = Goldens(gpuckpt, run.journal, server)
     trivial = Server.filler(TRIVIAL_MEGABYTES)
     stock = Bench(run.space, goldens, server, "mapped", run.journal)
     found: list[Method] = [
@@ -100,7 +100,7 @@ def summarise(document: Document) -> Document:
             "about": ABOUT.get(name, ""),
             "ttft_s": ttft,
             "restore_s": summary(samples, "restore_s"),
-            "canaries_equal": all(sample.get("canary_match", True) for sample in samples),
+            "canaries_equal": answers_equal(document, name),
             "phases": median_phases(samples),
         }
     return found | {"ratios": ratios(found)}

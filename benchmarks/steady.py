@@ -4,7 +4,8 @@
 
 Both are alive on the same machine, one is asked at a time, in pairs whose order alternates by chance: both get the
 same prompt, which neither has seen. Writes steady.json with `steady_state.ratio` (tokens per second, replica over
-never-dumped server) for short and long prompts, and the latencies of the first hundred requests after the restore.
+never-dumped server, median over the pairs) for short and long prompts, and the latencies of the first hundred requests
+after the restore.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.driver import SERVED, Gpuckpt, Server
 from benchmarks.journal import Document, Sample, summary
 from benchmarks.ours import Goldens
 from benchmarks.peers import Peer, build_image
-from benchmarks.statistics import median, percentile
+from benchmarks.statistics import Summary, median, percentile
 from benchmarks.suite import Run
 from benchmarks.targets import ratio
 from gpuckpt.errors import UsageError
@@ -36,6 +37,7 @@ PROMPTS = {"short": 8, "long": 512}
 TOKENS = 64
 FIRST_REQUESTS = 100
 FIRST_TOKENS = 8
+_OF_THE_WORSE = ("ratio", "interval", "ratio_of_medians", "ratio_of_medians_interval")
 
 
 @dataclass
@@ -94,7 +96,7 @@ def body(run: Run) -> None:
     server = Server.chosen(run.options)
     if not server.streams:
         raise UsageError("the steady state is that of a server that generates tokens", remedy="leave --server out")
-    golden = Goldens(gpuckpt, run.journal).need(GOLDEN, server, "mapped")
+    golden = Goldens(gpuckpt, run.journal, server).need(GOLDEN, server, "mapped")
     with contextlib.ExitStack() as stack:
         peer = Peer(run.space, build_image(run.space), golden, "never-dumped")
         stack.callback(peer.remove)
@@ -136,29 +138,33 @@ def vocabulary(run: Run) -> int:
 
 
 def summarise(document: Document) -> Document:
-    """Ratios per prompt length, over all pairs, and the percentiles of the first requests."""
+    """Ratios per prompt length, over all pairs, and the percentiles of the first requests.
+
+    A pair meets the same noise, so a ratio is the median of the pairs' and its interval draws pairs; the ratio of the
+    two medians, each side drawn on its own, stays beside it.
+    """
     found: Document = {}
-    pairs: dict[str, list[list[float]]] = {}
     for name, samples in document["runs"].items():
         if not name.startswith("decode ") or not samples:
             continue
         sides = [[float(sample[f"{who}_tokens_per_s"]) for sample in samples] for who in ("mapped", "never_dumped")]
-        of = ratio(sides[0], sides[1])
+        unpaired = ratio(*sides)
+        pairs = Summary(tuple(float(sample["ratio"]) for sample in samples))
         found[name.removeprefix("decode ")] = {
-            "ratio": of["value"],
-            "interval": of["interval"],
-            "median_of_pair_ratios": median([float(sample["ratio"]) for sample in samples]),
-            "n": len(samples),
+            "ratio": round(pairs.p50, 4),
+            "interval": [round(end, 4) for end in pairs.interval],
+            "ratio_of_medians": unpaired["value"],
+            "ratio_of_medians_interval": unpaired["interval"],
+            "n": pairs.n,
             "mapped_tokens_per_s": summary(samples, "mapped_tokens_per_s"),
             "never_dumped_tokens_per_s": summary(samples, "never_dumped_tokens_per_s"),
             "mapped_first_s": summary(samples, "mapped_first_s"),
             "never_dumped_first_s": summary(samples, "never_dumped_first_s"),
         }
-        pairs[name] = sides
-    if pairs:
+    if found:
         # The worse of the prompt lengths speaks for both.
         worst = min(found, key=lambda name: float(found[name]["ratio"]))
-        found |= {"ratio": found[worst]["ratio"], "interval": found[worst]["interval"], "ratio_of": worst}
+        found |= {key: found[worst][key] for key in _OF_THE_WORSE} | {"ratio_of": worst}
     if samples := document["runs"].get("first requests"):
         found["first_requests"] = {"n": len(samples)} | {
             who: latencies([float(sample[f"{who}_latency_s"]) for sample in samples])

@@ -22,6 +22,7 @@ from benchmarks.journal import Document, Journal, Sample, Summarise
 from benchmarks.workspace import Workspace, workspace
 from gpuckpt.errors import GpuckptError, InterruptedByUser
 
+_LONGEST_REST = 180.0  # seconds that a run waits for other work to end
 _GIVEN_UP = 2  # failures in a row after which a method is not tried again
 
 
@@ -82,8 +83,7 @@ class Run:
         return int(self.options.n)
 
     def say(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone while we clean up
-            print(f"[{self.budget.elapsed:6.0f} s] {text}", flush=True)
+        say(f"[{self.budget.elapsed:6.0f} s] {text}")
 
     def out_of_time(self) -> bool:
         """Is the budget spent? Then the journal says so, and the body should return."""
@@ -135,7 +135,7 @@ class Run:
                 except (Unavailable, CommandFailed, GpuckptError) as error:
                     failed[method.name] += 1
                     reason = reason_of(error)
-                    self.journal.fail(name, reason)
+                    self.journal.fail(name, reason, code_of(error))
                     self.say(f"  {name} failed: {reason}")
                     if failed[method.name] >= _GIVEN_UP:
                         self.journal.unavailable(name, f"failed {_GIVEN_UP} times in a row: {reason}")
@@ -143,6 +143,11 @@ class Run:
                     failed[method.name] = 0
                     self.journal.add(name, sample | {"round": index})
                     self.say(f"  {index + 1:3}  {name:<24} {shown(sample)}")
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone while we clean up
+        print(text, flush=True)
 
 
 def orders(methods: list[Any], rounds: int, seed: int) -> Iterator[list[Any]]:
@@ -162,6 +167,13 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, GpuckptError):
         return "; ".join(part for part in (error.message, error.cause, *error.log[-3:]) if part)
     return str(error)
+
+
+def code_of(error: BaseException) -> int | None:
+    """The exit status that gpuckpt gives it; None for what is no failure of gpuckpt."""
+    if isinstance(error, CommandFailed):
+        return error.code
+    return error.exit_code if isinstance(error, GpuckptError) else None
 
 
 def shown(sample: Sample) -> str:
@@ -195,6 +207,24 @@ def add_workload(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--server", default="vllm", metavar="vllm|filler:MB", help="serve this instead of vLLM (default: %(default)s)"
     )
+
+
+def rest(
+    cores: int,
+    *,
+    load: Callable[[], float] = lambda: environment.load()[0],
+    sleep: Callable[[float], None] = time.sleep,
+) -> float:
+    """Wait until other work is in few of the numbers: one-minute load below 1 for two cores; the seconds it took."""
+    limit, step, waited = max(1.0, cores / 2), 5.0, 0.0
+    while load() >= limit and waited < _LONGEST_REST:
+        if not waited:
+            say(f"waiting for the machine to come to rest: load {load():.1f}, below {limit:g} is wanted")
+        sleep(step)
+        waited += step
+    if waited:
+        say(f"  load {load():.1f} after {waited:.0f} s")
+    return waited
 
 
 def _positive(text: str) -> int:
@@ -236,8 +266,13 @@ def main(
     budget = Budget(options.budget)
     status = "failed"
     try:
-        with harness.interrupts(), workspace(store_size=store_size) as space:
-            body(Run(options, journal, budget, space))
+        with harness.interrupts():
+            if not options.quick:
+                journal.fact("waited_for_rest_s", rest(journal.document["machine"]["cores"]))
+                journal.document["load_average"] = environment.load()
+                budget = Budget(options.budget)  # waiting takes none of it
+            with workspace(store_size=store_size) as space:
+                body(Run(options, journal, budget, space))
         status = "budget" if journal.document["status"] == "budget" else "complete"
     except InterruptedByUser as interrupted:
         status = "interrupted"

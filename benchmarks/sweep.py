@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from benchmarks import memory, suite
 from benchmarks.driver import Gpuckpt, Server, sample_of
-from benchmarks.journal import Document, Sample, summary
+from benchmarks.journal import Document, Sample, answers_equal, summary
 from benchmarks.suite import Run, Unavailable
 from benchmarks.targets import ratio
 
@@ -136,13 +136,14 @@ def summarise(document: Document) -> Document:
         found["sweeps"].setdefault(axis, {}).setdefault(rest[0], {})[x] = {
             "ttft_s": summary(samples, "ttft_s"),
             "restore_s": summary(samples, "restore_s"),
-            "canaries_equal": all(sample["canary_match"] for sample in samples),
+            "canaries_equal": answers_equal(document, name),
         }
     largest = document["runs"].get("memory 8 mapped")
     reference = document["runs"].get("memory 8 mapped reference")
     if largest and reference:
         of = ratio([sample["ttft_s"] for sample in largest], [sample["ttft_s"] for sample in reference])
         found |= {"flatness": of["value"], "flatness_interval": of["interval"]}
+        found["flatness_reference"] = summary(reference, "ttft_s")
     return found
 
 

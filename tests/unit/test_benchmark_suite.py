@@ -15,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import analyze, density, memory, merge, pages, restore, steady, suite, sweep, targets, workspace
-from benchmarks.driver import Server, restore_seconds
+from benchmarks.driver import Gpuckpt, Server, restore_seconds
+from benchmarks.harness import Outcome
 from benchmarks.journal import Journal, summary
+from benchmarks.ours import Goldens
 from benchmarks.statistics import median, ratio_interval
-from benchmarks.suite import Budget, Run, Unavailable, orders
+from benchmarks.suite import Budget, Run, Unavailable, code_of, orders
 from benchmarks.workspace import Workspace
+from gpuckpt.errors import VerificationError
 
 MACHINE = {
     "cpu_model": "Intel(R) Xeon(R) Processor @ 2.50GHz",
@@ -138,6 +141,22 @@ def test_median_phases_count_a_missing_phase_as_nothing() -> None:
     assert restore.median_phases(samples) == {"a": 2.0, "b": 2.0}
 
 
+def test_steady_state_is_drawn_by_pairs_and_the_worse_length_speaks(tmp_path: Path) -> None:
+    """Noise that both sides of a pair meet alike is in neither ratio nor interval; drawn apart it would be."""
+    made = journal(tmp_path, "steady")
+    for length, ratio in (("short", 0.99), ("long", 0.97)):
+        for number in range(12):
+            speed = 5.0 + number
+            row = {"mapped_tokens_per_s": speed * ratio, "never_dumped_tokens_per_s": speed, "ratio": ratio}
+            made.add(f"decode {length}", row | {"mapped_first_s": 1.0, "never_dumped_first_s": 1.0})
+    found = steady.summarise(made.document)["steady_state"]
+    assert (found["ratio"], found["interval"], found["ratio_of"]) == (0.97, [0.97, 0.97], "long")
+    assert found["ratio_of_medians"] == pytest.approx(0.97)
+    low, high = found["ratio_of_medians_interval"]
+    assert low < 0.9 and high > 1.05
+    assert found["short"]["ratio"] == 0.99 and found["short"]["n"] == 12
+
+
 # Journals, rounds
 
 
@@ -166,6 +185,31 @@ def test_journal_goes_on_where_an_interrupted_run_ended(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="cannot be resumed"):
             Journal(tmp_path, "restore", resume=True, **other)
+
+
+def test_answers_are_equal_only_where_they_were_compared_and_no_command_failed_for_them(tmp_path: Path) -> None:
+    made = journal(tmp_path)
+    made.add("mapped", sample(0.5))
+    made.add("cold_create", {"ttft_s": 9.0, "mode": "mapped"})
+    made.add("copy_tmpfs", sample(0.5))
+    made.fail("copy_tmpfs", "no memory", 11)
+    made.add("mapped_resident", sample(0.5))
+    made.fail("mapped_resident", "another answer", code_of(VerificationError("another answer")))
+    found = restore.summarise(made.document)
+    names = ("mapped", "cold_create", "cold_first", "copy_tmpfs", "mapped_resident")
+    assert [found[name]["canaries_equal"] for name in names] == [True, None, None, True, False]
+    page = pages.page(merge.merge({"restore": made.document | found}), "title", [])
+    rows = {line.split("`")[1]: line.split("|")[-2].strip() for line in page.splitlines() if line.startswith("| `")}
+    assert [rows[name] for name in names] == ["yes", "–", "–", "yes", "NO"]
+
+
+def test_replicas_that_could_not_be_made_have_not_all_answered(tmp_path: Path) -> None:
+    filled(tmp_path)
+    document = json.loads((tmp_path / "density.json").read_text())
+    for code, equal in ((10, True), (8, False)):
+        document |= {"failures": {"replicas_16": ["no"]}, "failure_codes": {"replicas_16": [code]}}
+        clones = density.summarise(document)["clones16"]
+        assert (clones["all_answered"], clones["canaries_equal"]) == (False, equal)
 
 
 @given(st.integers(min_value=0, max_value=99))
@@ -260,6 +304,19 @@ def test_methods_that_cannot_work_are_noted_and_everything_is_closed(tmp_path: P
 def test_numbers_of_samples_are_positive(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         suite.parser("restore", "", n=10, budget=1).parse_args(["--n", number])
+
+
+@pytest.mark.parametrize(
+    ("cores", "loads", "waited"),
+    [(2, [0.4], 0), (2, [2.5, 1.6, 1.0, 0.9], 15), (16, [7.0], 0), (2, [50.0], 180)],
+)
+def test_a_run_waits_until_the_machine_is_at_rest(
+    cores: int, loads: list[float], waited: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    assert suite.rest(cores, load=lambda: loads[min(len(slept), len(loads) - 1)], sleep=slept.append) == waited
+    assert sum(slept) == waited
+    assert ("waiting for the machine to come to rest" in capsys.readouterr().out) == bool(waited)
 
 
 # Workspace
@@ -359,11 +416,25 @@ def test_targets_are_met_missed_or_not_measured(tmp_path: Path) -> None:
     assert by_name["clones16.all_answered"]["met"] is True
     alone = {target["path"]: target for target in targets.targets({"flatness": 1.3})}
     assert alone["flatness"]["met"] is False
-    assert alone["density.bytes_per_extra_replica"] | {"met": 0} == by_name["density.bytes_per_extra_replica"] | {
-        "met": 0,
-        "value": None,
+    unknown: dict[str, Any] = {"met": None, "value": None, "n": None, "enough": False}
+    measured = by_name["density.bytes_per_extra_replica"]
+    assert alone["density.bytes_per_extra_replica"] == measured | unknown
+
+
+def test_targets_know_the_n_of_their_smallest_series(tmp_path: Path) -> None:
+    found = {target["path"]: (target["n"], target["enough"]) for target in filled(tmp_path)["targets"]}
+    assert found == {
+        "ratios.cold_over_mapped.value": (3, False),
+        "ratios.podman_tmpfs_over_mapped.value": (10, True),
+        "ratios.import_over_mapped.value": (10, True),
+        "mapped.ttft_s.p50": (10, True),
+        "density.bytes_per_extra_replica": (1, False),
+        "steady_state.ratio": (12, True),
+        "flatness": (1, False),
+        "clones16.all_answered": (1, False),
+        "clones16.canaries_equal": (1, False),
+        "ratios.restore_over_trivial.value": (10, True),
     }
-    assert alone["density.bytes_per_extra_replica"]["met"] is None
 
 
 def test_merging_twice_changes_nothing(tmp_path: Path) -> None:
@@ -414,11 +485,13 @@ def test_page_and_index_come_from_the_json(tmp_path: Path) -> None:
     assert "105 × faster" in page
     assert "Not measured: dmtcp, because there is no package." in page
     assert "![" in page and all((target / name).exists() for name in ("methods.png", "methods.svg", "steady.png"))
-    assert "| cold start over mapped restore | at least 90 × | 105 × | met |" in page
+    assert "| cold start over mapped restore | at least 90 × | 105 × | 3 | met (n = 3) |" in page
+    assert "| decoding against the never-dumped server | at least 0.98 | 0.99 | 12 | met |" in page
+    assert "n by replicas: 1 × 1, 1 × 4, 1 × 16." in page
     assert len(page.splitlines()) < 110
     first = (results / "README.md").read_text()
     assert f"[{begun}-xeon-2c]({begun}-xeon-2c/README.md)" in first and "[2025-01-01-older]" in first
-    assert "25 ×" in first
+    assert "25 ×" in first and " of 10, 5 more with n < 10 |" in first
     report.make(source, results)
     assert (target / "README.md").read_text() == page
 
@@ -477,3 +550,21 @@ def test_a_sweep_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         sweep.parser().parse_args(["--axes", "memory,size"])
     assert "no sweep is called size" in capsys.readouterr().err
+
+
+# Goldens
+
+
+def test_only_the_compared_servers_creations_are_cold_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = [{"name": "cold: first token", "seconds": 1.0}]
+    document = {"phases": phases, "image_bytes": 1, "first_token_monotonic_ns": 10**9, "cold_ttft_s": 1.0}
+    monkeypatch.setattr(Gpuckpt, "create", lambda *_: Outcome(document, 0, 2 * 10**9))
+    monkeypatch.setattr(Gpuckpt, "inspect", lambda *_: {})
+    made, compared = journal(tmp_path), Server.filler(64)
+    goldens = Goldens(Gpuckpt(Workspace(tmp_path)), made, compared)
+    for name, server in (("mapped", compared), ("trivial", Server.filler(8)), ("copy", Server.filler(64))):
+        goldens.need(name, server, "mapped")
+    assert {name: len(samples) for name, samples in made.document["runs"].items()} == {
+        "cold_create": 2,
+        "create_trivial": 1,
+    }
