@@ -542,6 +542,8 @@ def publish(layout: Layout, name: str = "gold", contents: dict[str, bytes] | Non
         path = folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+        if relative.startswith(("images/", "memory/")):
+            path.chmod(0o400 if relative.startswith("memory/") else 0o600)
     found = digests.record(folder)
     sample_manifest(name, files=found.files, links=found.links, attributes_blake3=found.attributes).write(folder)
     seal.write(folder)

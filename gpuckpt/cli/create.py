@@ -126,7 +126,9 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
         )
         return
     print_table(["PHASE", "TIME"], [(row.name, seconds(row.seconds)) for row in phases.rows()], right=["TIME"])
+    how = "mapped" if manifest.memory.mode == "mapped" else f"copied ({manifest.memory.reason or '--mode copy'})"
     click.echo(f"\ngolden {manifest.name}: {size(manifest.sizes.total)}, cold first token {manifest.cold_ttft_s:.2f} s")
+    click.echo(f"its memory will be {how}")
     if created.replica:
         click.echo(f"the server keeps running on {created.replica.endpoint}")
     else:

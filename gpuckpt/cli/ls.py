@@ -24,6 +24,7 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
     # podman is only asked when there is something to ask about.
     states = catalogue.states(tools(settings)) if made else {}
     names = set(layout.names())
+    listens = {one.name: str(one.endpoint) for one in made}
     orphans = [one for one in made if one.golden not in names]
     found = sorted(catalogue.entries(layout, states), key=lambda one: one.manifest.created if one.manifest else "")
     if as_json:
@@ -40,7 +41,9 @@ def command(ctx: click.Context, /, as_json: bool) -> None:
                         "canary": bool(one.manifest and one.manifest.canary),
                         "cold_ttft_s": one.manifest.cold_ttft_s if one.manifest else None,
                         "trouble": one.trouble,
-                        "replicas": [{"name": name, "state": state} for name, state in one.replicas],
+                        "replicas": [
+                            {"name": name, "state": state, "listens": listens.get(name)} for name, state in one.replicas
+                        ],
                     }
                     for one in found
                 ],

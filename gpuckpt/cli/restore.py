@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: Any) -> None:
     """Bring the golden NAME back as a running replica, and check its answer.
 
-    The replica is called like the golden, unless others are named: then all of them are restored side by side.
+    The replica is called like the golden, or as one that was prepared; with --as several are restored side by side.
 
     \b
     gpuckpt restore qwen
@@ -232,7 +232,9 @@ def _show_all(ready: list[Restored], wall: float) -> None:
         for one in ready
     ]
     print_table(["REPLICA", "LISTENS ON", "MEMORY", "FIRST TOKEN", "CANARY"], rows, right=["FIRST TOKEN"])
-    click.echo(f"\n{len(ready)} replicas are ready after {wall:.3f} s")
+    if not ready:
+        return
+    click.echo(f"\n{len(ready)} {'replica is' if len(ready) == 1 else 'replicas are'} ready after {wall:.3f} s")
     click.echo(f"stop them: gpuckpt stop {' '.join(one.replica.name for one in ready)}")
 
 

@@ -44,8 +44,12 @@ def drop_empty_archives(images: Path) -> int:
                 archives.append(archive)
         if archives:
             fresh = path.with_suffix(".new")
-            save(fresh, image)
-            fresh.rename(path)
+            try:
+                save(fresh, image)
+                fresh.rename(path)
+            except OSError:  # no room: the archives stay
+                fresh.unlink(missing_ok=True)
+                continue
             for archive in archives:
                 archive.unlink()
         dropped += len(archives)

@@ -254,7 +254,10 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, staging: Path, manif
         raise VerificationError(
             f"the archive's member {member.name!r} is a link or device", remedy="do not use this archive"
         )
-    _restore_metadata(target, member)
+    if path.parts[0] in ("images", "memory"):
+        _fix_metadata(target, path)
+    else:
+        _restore_metadata(target, member)
 
 
 def _is_listed(link: tarfile.TarInfo, manifest: Manifest) -> bool:
@@ -266,6 +269,20 @@ def _mode(path: Path) -> int:
         return path.lstat().st_mode
     except FileNotFoundError:
         return 0
+
+
+def _fix_metadata(target: Path, path: PurePosixPath) -> None:
+    """CRIU's images are root's alone, memory files are seen by the server and changed by nobody, whatever is said."""
+    memory = path.parts[0] == "memory"
+    if memory and len(path.parts) > 1 and not re.fullmatch(r"[0-9a-f]{40}\.extent|[0-9]+\.small", path.name):
+        raise VerificationError(
+            f"the archive's member {str(path)!r} is no memory file", remedy="do not use this archive"
+        )
+    os.chown(target, 0, 0)
+    if target.is_dir():
+        target.chmod(0o755 if memory else 0o700)
+    else:
+        target.chmod(0o400 if memory else 0o600)
 
 
 def _restore_metadata(target: Path, member: tarfile.TarInfo) -> None:

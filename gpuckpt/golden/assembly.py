@@ -46,16 +46,7 @@ def assemble(
         host, port = publish_address(launch.port)
         replica = replace(replica, host=host, port=port)
         replica.save()
-    replica.operation.write(
-        golden=replica.golden,
-        replica=replica.name,
-        hooks=tools.settings.paths.hooks,
-        tcp_established=tcp_established,
-        ghost_limit=tools.settings.criu.ghost_limit,
-        loopback=launch.port is None,
-        hook_seconds=tools.settings.criu.hook_timeout,
-        copies=copies,
-    )
+    write_operation(tools, replica, launch, tcp_established=tcp_established, copies=copies)
     binds = [(mount.source, mount.destination, mount.read_only) for mount in map(present, launch.mounts)]
     binds.append((str(replica.sockets), SOCKET_FOLDER, False))
     binds.append((str(memory), MEMORY_FOLDER, True))
@@ -76,10 +67,34 @@ def assemble(
     return replica, tools.containers.create(spec)
 
 
+def write_operation(
+    tools: Tools,
+    replica: Replica,
+    launch: Launch,
+    *,
+    tcp_established: bool,
+    copies: tuple[tuple[Path, Path], ...] = (),
+) -> None:
+    """Write CRIU's options for ``replica`` as the settings are now; PreflightError if a hook cannot be trusted."""
+    replica.operation.write(
+        golden=replica.golden,
+        replica=replica.name,
+        hooks=tools.settings.paths.hooks,
+        tcp_established=tcp_established,
+        ghost_limit=tools.settings.criu.ghost_limit,
+        loopback=launch.port is None,
+        hook_seconds=tools.settings.criu.hook_timeout,
+        copies=copies,
+    )
+
+
 def hostname(replica: str) -> str:
     """A host name (letters, digits, hyphens) for the container of a replica; CRIU restores it with the processes."""
     cleaned = "".join(letter if letter.isalnum() else "-" for letter in replica.lower()).strip("-")
-    return cleaned or "replica-" + digest_bytes(replica.encode())[:8]
+    if cleaned == replica:
+        return replica
+    # Two names may become one by cleaning, two host names must not be one.
+    return f"{cleaned or 'replica'}-{digest_bytes(replica.encode())[:6]}"
 
 
 def seccomp_digest(*, mapped: bool) -> str:

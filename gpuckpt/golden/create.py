@@ -24,11 +24,12 @@ from gpuckpt.errors import (
     IncompatibleError,
     NotFoundError,
     OutOfSpaceError,
+    UsageError,
 )
-from gpuckpt.golden import failures, mapping, prepare, profile
+from gpuckpt.golden import catalogue, failures, mapping, prepare, profile
 from gpuckpt.golden.assembly import assemble, link_images, seccomp_digest
 from gpuckpt.golden.describe import describe
-from gpuckpt.golden.replica import Replica, commit, discard, empty_again, making
+from gpuckpt.golden.replica import Replica, alive, commit, discard, empty_again, making
 from gpuckpt.golden.serving import container_trouble, wait_healthy
 from gpuckpt.golden.tools import Tools, phase
 from gpuckpt.host.limits import container_ulimits
@@ -102,7 +103,14 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 f"a golden named {name} exists already",
                 remedy=f"choose another name, remove it (gpuckpt rm {name}), or add --replace",
             )
+        # They stand on its written files; and none can be started while we hold the name.
+        if running := [one.name for one in catalogue.using(tools, name, tuple(earlier)) if alive(tools, one)]:
+            raise BusyError(
+                f"golden {name} cannot be replaced: it has running replicas: {', '.join(running)}",
+                remedy=f"stop them first: gpuckpt stop {' '.join(running)}",
+            )
         launch = _launch(request, tools)
+        _refuse_own_folders(launch, tools)
         staging = stack.enter_context(_staging(layout, layout.staging / name))
         replica = stack.enter_context(making(tools, name, name))
         started = _started(request, tools, phases, launch, replica, staging)
@@ -274,6 +282,20 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
         capabilities=(),
         tcp_established=request.tcp_established,
     )
+
+
+def _refuse_own_folders(launch: Launch, tools: Tools) -> None:
+    """A container that sees gpuckpt's own mounts is frozen with them, and they are others when it is restored."""
+    layout = tools.layout
+    for mount in launch.mounts:
+        source = Path(mount.source)
+        for own in (layout.state, layout.run, layout.store):
+            if own.is_relative_to(source) or source.is_relative_to(own):
+                raise UsageError(
+                    f"{source} cannot be given to the server",
+                    cause=f"gpuckpt's own folder {own} is part of it" if own != source else "it is gpuckpt's own",
+                    remedy="give it only the folders that it needs: --volume",
+                )
 
 
 def _words(value: object) -> list[object]:

@@ -24,7 +24,7 @@ from gpuckpt.errors import (
     VerificationError,
 )
 from gpuckpt.golden import clone, failures, identity, prepare
-from gpuckpt.golden.assembly import assemble
+from gpuckpt.golden.assembly import assemble, write_operation
 from gpuckpt.golden.prepare import Options, Source
 from gpuckpt.golden.replica import Replica, alive, commit, empty_again, making, stop
 from gpuckpt.golden.serving import container_trouble, wait_healthy
@@ -39,6 +39,9 @@ from gpuckpt.workload.endpoint import RequestFailed
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+
+_MUCH = 256 << 20  # bytes of copied memory from which on it is worth to switch huge pages on
 
 
 @dataclass(frozen=True)
@@ -194,8 +197,9 @@ def _from_golden(
     if not replica.bundle:
         with phase(tools, phases, "container"):
             replica = prepare.prepare(tools, source, replica, options)
+    else:  # prepared some time ago: hooks and settings are those of now
+        write_operation(tools, replica, golden.launch, tcp_established=options.tcp_established)
     bundle = Path(replica.bundle)
-    replica.operation.begin()
     clone.identify(replica)
     _renew_entropy(tools)
     with _restoring(tools, replica, bundle, tcp_established=options.tcp_established) as restoring:
@@ -328,7 +332,7 @@ def _check(request: RestoreRequest, tools: Tools, source: Source, replicas: int)
 @contextlib.contextmanager
 def _huge_pages(request: RestoreRequest, tools: Tools, golden: Manifest) -> Iterator[None]:
     # Mapped memory has its huge pages in the files; only copying fills pages that could be huge.
-    if request.huge_pages and golden.memory.mode == "copy":
+    if request.huge_pages and (golden.memory.mode == "copy" or golden.sizes.cpu_pages >= _MUCH):
         with tools.huge_pages(tools.layout.run):
             yield
     else:
@@ -351,7 +355,7 @@ def _answers(
             wait_healthy(workload, tools, replica, timeout=min(60.0, request.start_timeout), kind=RestoreError)
         return None, None
     begin = now_ns()
-    tools.report.stage("first token")
+    tools.report.stage("canary")
     deadline = time.monotonic() + 60
     while True:
         try:

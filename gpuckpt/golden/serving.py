@@ -25,9 +25,9 @@ def container_trouble(replica: Replica, *, kind: type[GpuckptError], address: Ad
     except PodmanError as error:
         remedy = "correct the command after `--`, its mounts, or the published port, and try again"
         if address is not None:
-            remedy = (
-                f"free the address {address.ip} or the port, or restore with --ignore-static-ip --ignore-static-mac"
-            )
+            remedy = "free the port, or restore with --publish PORT"
+            if address.ip:
+                remedy += f"; free the address {address.ip}, or restore with --ignore-static-ip --ignore-static-mac"
         raise kind(f"the container of {replica.name} could not be started", cause=error.cause, remedy=remedy) from error
 
 

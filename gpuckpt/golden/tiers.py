@@ -47,6 +47,13 @@ def move(tools: Tools, name: str, to: Tier, *, keep: bool) -> Placed | None:
             f"golden {name} cannot leave the tier {source}: running replicas use it there: {', '.join(running)}",
             remedy=f"add --keep, or stop them first: gpuckpt stop {' '.join(running)}",
         )
+    here = tools.layout.tiers(name)
+    if len(here) > 1 and not _same(*here.values()) and (running := _running(tools, name, to)):
+        raise BusyError(
+            f"another golden named {name} in the tier {to} would be replaced: running replicas use it: "
+            + ", ".join(running),
+            remedy=f"stop them first: gpuckpt stop {' '.join(running)}",
+        )
     placed = None
     try:
         placed = place(tools.layout, name, to, tools.report)

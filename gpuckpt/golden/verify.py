@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from gpuckpt import manifest as manifests
@@ -15,7 +16,8 @@ from gpuckpt.store import digests, seal
 def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) -> Manifest:
     """Verify the golden in ``folder`` and seal it anew; returns its manifest.
 
-    Raises VerificationError naming everything that is missing, changed or not decodable. ``progress`` gets the bytes
+    Raises VerificationError naming everything that is missing, changed or not decodable; a restore then finds it, too,
+    whatever the files' times say. ``progress`` gets the bytes
     read so far.
     """
     manifest = manifests.read(folder)
@@ -34,6 +36,8 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
     )
     found += criu_images.undecodable(folder / "images")
     if found:
+        with suppress(OSError):
+            seal.distrust(folder)
         raise VerificationError(
             f"golden {manifest.name} is damaged: {len(found)} {'fault' if len(found) == 1 else 'faults'}",
             cause=found[0],

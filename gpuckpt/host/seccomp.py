@@ -30,13 +30,14 @@ def profile_path(package: Path = _PACKAGE, *, mapped: bool = False) -> Path:
 
     Raises NotFoundError if this installation has none.
     """
-    for path in candidates(package, name=_MAPPED if mapped else _NAME):
+    name = _MAPPED if mapped else _NAME
+    for path in candidates(package, name=name):
         if path.is_file():
             return path
     raise NotFoundError(
         "this installation holds no seccomp profile",
-        cause="looked for " + " and ".join(str(path) for path in candidates(package)),
-        remedy=_mend(package),
+        cause="looked for " + " and ".join(str(path) for path in candidates(package, name=name)),
+        remedy=_mend(package, name),
     )
 
 
@@ -61,34 +62,35 @@ def answer(profile: dict[str, Any], syscall: str) -> str:
 
 
 def check(package: Path = _PACKAGE, *, actions: Path = Path("/proc/sys/kernel/seccomp/actions_avail")) -> Check:
-    """Is there a profile, can the kernel apply it, and does io_uring answer ENOSYS in it?"""
+    """Are there both profiles, can the kernel apply them, and does io_uring answer ENOSYS in them?"""
 
     def verdict(value: Verdict, found: str, why: str, mend: str | None = None) -> Check:
         return Check("host.seccomp", "seccomp profile", value, found, why, mend)
 
     why = "without it a server may open io_uring descriptors, which CRIU cannot dump"
-    try:
-        path = profile_path(package)
-        profile = json.loads(path.read_text())
-        answers: Sequence[str] = [answer(profile, syscall) for syscall in IO_URING]
-    except NotFoundError:
-        return verdict("fail", f"not found at {candidates(package)[0]}", why, _mend(package))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        return verdict("fail", f"unreadable: {error}", why, _mend(package))
-    wrong = [f"{name}: {got}" for name, got in zip(IO_URING, answers, strict=True) if got != "ENOSYS"]
-    if wrong:
-        return verdict("fail", f"{path} does not answer ENOSYS ({', '.join(wrong)})", why, _mend(package))
+    for name in (_NAME, _MAPPED):
+        try:
+            path = profile_path(package, mapped=name == _MAPPED)
+            profile = json.loads(path.read_text())
+            answers: Sequence[str] = [answer(profile, syscall) for syscall in IO_URING]
+        except NotFoundError:
+            return verdict("fail", f"not found at {candidates(package, name=name)[0]}", why, _mend(package, name))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            return verdict("fail", f"{name} is unreadable: {error}", why, _mend(package, name))
+        wrong = [f"{call}: {got}" for call, got in zip(IO_URING, answers, strict=True) if got != "ENOSYS"]
+        if wrong:
+            return verdict("fail", f"{path} does not answer ENOSYS ({', '.join(wrong)})", why, _mend(package, name))
     try:
         supported = "errno" in actions.read_text().split()
     except OSError:
         supported = False
     if not supported:
         return verdict("fail", "this kernel has no seccomp filters", f"{why}; the kernel needs CONFIG_SECCOMP_FILTER")
-    return verdict("ok", f"{path}, io_uring answers ENOSYS", why)
+    return verdict("ok", f"{path.parent}: io_uring answers ENOSYS", why)
 
 
-def _mend(package: Path) -> str:
+def _mend(package: Path, name: str) -> str:
     checkout = package.parent
     if (checkout / ".git").exists():
-        return f"git -C {checkout} checkout -- seccomp/{_NAME}"
+        return f"git -C {checkout} checkout -- seccomp/{name}"
     return "pip install --force-reinstall gpuckpt"

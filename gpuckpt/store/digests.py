@@ -146,6 +146,8 @@ def differences(
             found.append(f"{name} is missing")
         elif status.st_size != expected.size:
             found.append(f"{name} has {status.st_size} bytes, {expected.size} were recorded")
+        elif name.startswith("memory/") and stat.S_IMODE(status.st_mode) != 0o400:
+            found.append(f"{name} has mode {stat.S_IMODE(status.st_mode):04o}, 0400 was recorded")  # CRIU compares it
         elif contents and digest_file(folder / relative) != expected.blake3:
             found.append(f"{name} has changed: its digest differs from the recorded one")
         done += expected.size

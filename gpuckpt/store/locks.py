@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -44,15 +44,21 @@ def exclusive(locks: Locks, kind: Kind, name: str) -> Iterator[None]:
             try:
                 _acquire(handle)
             except BlockingIOError:
-                holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
+                holder = os.pread(handle, 64, 0).decode(errors="replace").strip()
                 raise BusyError(
                     f"another command is working on {'golden' if kind == 'copy' else kind} {name}",
-                    cause=f"process {holder} holds it",
+                    cause=f"process {holder} holds it" if holder and Path("/proc", holder).exists() else None,
                     remedy="wait for it to end, or choose another name",
                 ) from None
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield
+            with suppress(OSError):  # a full disk: who holds it is only a courtesy
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                with suppress(OSError):
+                    os.ftruncate(handle, 0)  # who takes it next may write no name: readers do not
 
 
 @contextmanager

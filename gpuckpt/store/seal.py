@@ -1,8 +1,10 @@
 """Seals: know in microseconds that a golden's bytes are those that were verified.
 
 Reading gigabytes back before every restore would cost more than the restore. The kernel keeps a change time (ctime)
-for every file, which any write moves and no program can set. A seal notes inode, size and times of every file when
-its digest was last true; a file whose note still holds has not been written since, and only others are read again.
+for every file, which write(2), truncate(2) and the like move and no program can set. A seal notes inode, size and times
+of every file when its digest was last true; only files whose note does not hold are read again. What it cannot see are
+faults of the memory, and writes through a shared mapping of a file on tmpfs (root's alone: the files are read-only):
+``gpuckpt verify`` reads every byte.
 
 Inodes and times mean something only in the file system that they were read from. A disk's device number may be
 another one after a reboot, so the seal names the file system by its own id (statvfs(3), f_fsid): ext4 and btrfs make
@@ -19,7 +21,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gpuckpt.manifest import Manifest
@@ -51,6 +53,13 @@ def write(folder: Path) -> None:
         device = os.fstat(handle).st_dev
         notes = {key(relative): note(status, device) for relative, status in walk(folder)}
         _save(handle, notes, digest_bytes((folder / "manifest.json").read_bytes()))
+
+
+def distrust(folder: Path) -> None:
+    """Have every file of a golden read again at its next use: it was found damaged."""
+    with _held(folder) as handle:
+        _, sealed = _parse(_text_in(handle), _file_system(handle))
+        _save(handle, {}, sealed if sealed is not None else digest_bytes((folder / "manifest.json").read_bytes()))
 
 
 def notes_of(folder: Path) -> dict[str, Note]:
@@ -155,5 +164,8 @@ def broken(folder: Path, golden: Manifest, progress: Callable[[int], None] = lam
         done += expected.size if expected else 0
         progress(done)
     if stale and not found:
-        write(folder)
+        # What was seen before the bytes were read: a change since then is found by the next one who looks.
+        fresh = {name: note(status, device) for name, (_, status) in here.items()}
+        with suppress(OSError), _held(folder) as handle:  # without room for a seal they are read again
+            _save(handle, fresh, digest_bytes((folder / "manifest.json").read_bytes()))
     return found

@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 
 from gpuckpt.store import seal
+from gpuckpt.store.digests import digest_file
 from gpuckpt.store.seal import Note
 
 
@@ -32,15 +33,23 @@ class Sharing:
         self._sealed: list[tuple[Path, dict[str, Note]]] | None = None
 
     def link(self, name: str, size: int, path: Path) -> bool:
-        """Make ``path`` a link to the memory file ``name`` of any published golden; False if none has it unchanged."""
+        """Make ``path`` a link to the memory file ``name`` of any published golden; False if none has it unchanged.
+
+        Its bytes are read and compared with its name, the begin of their digest: a fault in one golden must not
+        spread to the next.
+        """
         with self._lock:
             if self._sealed is None:
                 self._sealed = [(folder, seal.notes_of(folder)) for folder in self._goldens()]
-            return any(
+            linked = any(
                 self._link(folder / "memory" / name, notes[f"memory/{name}"], size, path)
                 for folder, notes in self._sealed
                 if f"memory/{name}" in notes
             )
+        if linked and not digest_file(path).startswith(Path(name).stem):
+            self.unlink(path)
+            return False
+        return linked
 
     def _link(self, source: Path, noted: Note, size: int, path: Path) -> bool:
         # The golden may be removed or replaced at any moment; what was opened is what is looked at.

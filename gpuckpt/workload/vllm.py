@@ -26,7 +26,7 @@ from gpuckpt.workload.guest import GUEST_ENVIRONMENT, guest_mount
 _COMPLETIONS = "/v1/completions"
 # One token in most vocabularies: what a restore is judged by should be the restore, not the reading of a prompt.
 _CANARY_PROMPT = "The"
-_CANARY_TOKENS = 16
+_CANARY_TOKENS = 8
 
 _ENVIRONMENT = {
     # One address that exists in every network namespace: the engine's own sockets bind to it.

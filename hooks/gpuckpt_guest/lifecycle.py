@@ -137,12 +137,16 @@ class Watcher:
 
 
 def reseed(identity: Identity, group: str) -> None:
-    """Seed the global generators of Python, NumPy and torch, as far as they are loaded, for ``group``."""
+    """Seed the global generators of Python, OpenSSL, NumPy and torch, as far as they are loaded, for ``group``."""
     random.seed(identity.derive(f"random, {group}", 64))
     # Not imported yet: NumPy will seed itself from the operating system.
     numpy = sys.modules.get("numpy.random")
     if numpy and hasattr(numpy, "seed"):
         numpy.seed(struct.unpack("<8I", identity.derive(f"numpy, {group}")))
+    # OpenSSL's generator is memory of the process, and notices a fork by the process id, which a clone keeps.
+    ssl = sys.modules.get("ssl")
+    if ssl:
+        ssl.RAND_add(identity.derive(f"ssl, {group}"), 32.0)
     # The processor's generator and those of all devices; where CUDA is not up yet, torch keeps the seed until it is.
     torch = sys.modules.get("torch")
     if torch and hasattr(torch, "manual_seed"):

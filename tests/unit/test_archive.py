@@ -299,6 +299,7 @@ def test_memory_that_goldens_share_is_named_by_its_content(
     def memory(folder: Path) -> None:
         (folder / "memory").mkdir(exist_ok=True)
         (folder / "memory" / f"{name}.extent").write_bytes(content)
+        (folder / "memory" / f"{name}.extent").chmod(0o400)
 
     put(ours, memory)
     ours.export(tmp_path / "gold.tar")
@@ -442,6 +443,7 @@ def folder(name: str) -> Member:
 
 IMAGES = folder("images")
 ROOTFS = folder("rootfs")
+MEMORY = folder("memory")
 
 
 def test_the_archives_built_here_are_sound_but_for_what_is_wrong(
@@ -509,10 +511,11 @@ def test_the_archives_built_here_are_sound_but_for_what_is_wrong(
         pytest.param([IMAGES, member("images/a", b"a"), member("images/a/b/c", b"a")], id="below a file"),
         pytest.param([IMAGES, member("images/" + "x" * 300, b"a")], id="name too long"),
         pytest.param([IMAGES, member("images/a\0b", b"a", pax_headers={"path": "images/a\0b"})], id="zero in a name"),
-        pytest.param([IMAGES, member("images/a", b"a", uid=1 << 40)], id="owner out of range"),
+        pytest.param([ROOTFS, member("rootfs/a", b"a", uid=1 << 40)], id="owner out of range"),
         pytest.param(
-            [IMAGES, member("images/a", b"a", pax_headers={"SCHILY.xattr.user.a\0b": "1"})], id="zero in an attribute"
+            [ROOTFS, member("rootfs/a", b"a", pax_headers={"SCHILY.xattr.user.a\0b": "1"})], id="zero in an attribute"
         ),
+        pytest.param([MEMORY, member("memory/libc.so", b"a")], id="no memory file"),
         pytest.param([IMAGES, member("images/./a", b"a"), member("images//a", b"a")], id="one file, two names"),
     ],
 )

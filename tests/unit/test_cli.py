@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from gpuckpt import manifest as manifests
 from gpuckpt.cli import COMMANDS, cli, main, render
 from gpuckpt.cli.creation import request_from
 from gpuckpt.config import Create, Settings
@@ -26,6 +27,7 @@ from gpuckpt.errors import GpuckptError, NotFoundError, UsageError
 from gpuckpt.golden.create import CreateRequest
 from gpuckpt.golden.replica import Replica
 from gpuckpt.manifest import Mount, Port, Request, Volume
+from gpuckpt.store import seal
 from gpuckpt.store.layout import Layout
 from tests.fakes import publish, sample_manifest
 
@@ -480,6 +482,18 @@ def test_verify_names_what_is_damaged(machine: Layout) -> None:
     (folder / "images" / "pages-1.img").write_bytes(b"x" + bytes(8191))
     done = run("verify", "gold")
     assert done.returncode == 8 and "pages-1.img has changed" in done.stderr
+
+
+def test_what_verify_found_is_found_by_a_restore(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that moved no time, as of memory gone bad, is behind the seal's back until somebody has read it."""
+    folder = publish(machine)
+    golden = manifests.read(folder)
+    image = folder / "images" / "pages-1.img"
+    image.write_bytes(b"x" + bytes(image.stat().st_size - 1))
+    seal.write(folder)
+    assert seal.broken(folder, golden) == []
+    assert run("verify", "gold").returncode == 8
+    assert seal.broken(folder, golden) != [] and seal.fits(folder)
 
 
 def test_export_writes_a_file_and_says_its_digest(machine: Layout, tmp_path: Path) -> None:

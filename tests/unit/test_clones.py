@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from msgspec import structs
 
 from gpuckpt.containers.podman import container_name
 from gpuckpt.criu import view
-from gpuckpt.errors import BusyError, GpuckptError, RestoreError, UsageError, VerificationError
+from gpuckpt.errors import BusyError, GpuckptError, PreflightError, RestoreError, UsageError, VerificationError
 from gpuckpt.golden import catalogue, prepare
 from gpuckpt.golden import replica as replicas
+from gpuckpt.golden.assembly import hostname
 from gpuckpt.golden.prepare import Options
 from gpuckpt.golden.restore import Restored, RestoreRequest, restore, restore_all
 from gpuckpt.golden.sweep import sweep
 from gpuckpt.host import entropy
-from gpuckpt.manifest import Address, Port
+from gpuckpt.manifest import Address, Port, Volume
+from gpuckpt.store import locks
 from gpuckpt.timing import PhaseTable
 from tests.fakes import World
 from tests.unit.test_restore import put, world
@@ -182,6 +185,60 @@ def test_one_whose_mount_a_reboot_took_is_made_anew(world: World) -> None:
     world.overlay.mounted.clear()
     restore(RestoreRequest("gold"), world.tools, PhaseTable())
     assert world.overlay.mounted
+
+
+def test_of_several_that_restore_at_once_each_takes_one(world: World) -> None:
+    prepare.prepare_ahead(world.tools, "gold", 3, Options())
+    with locks.exclusive(world.layout.replica_locks, "replica", "gold"):  # somebody restores into it right now
+        made = restore(RestoreRequest("gold"), world.tools, PhaseTable()).replica
+    assert made.name == "gold-2"
+
+
+def test_one_whose_container_was_pruned_is_made_anew(world: World) -> None:
+    (waiting,) = prepare.prepare_ahead(world.tools, "gold", 1, Options())
+    del world.containers.containers[waiting.container]
+    shutil.rmtree(waiting.bundle)
+    assert restore(RestoreRequest("gold"), world.tools, PhaseTable()).canary_match
+
+
+def test_a_refused_restore_takes_nothing(world: World) -> None:
+    prepare.prepare_ahead(world.tools, "gold", 1, Options())
+    path = next((world.layout.golden("gold") / "images").iterdir())
+    path.write_bytes(b"something else")
+    with pytest.raises(VerificationError):
+        restore(RestoreRequest("gold"), world.tools, PhaseTable())
+    assert [one.name for one in prepare.prepared(world.tools, "gold")] == ["gold"]
+
+
+def test_names_of_other_goldens_are_passed_over(world: World) -> None:
+    shutil.copytree(world.layout.goldens / "gold", world.layout.goldens / "gold-2")
+    made = prepare.prepare_ahead(world.tools, "gold", 2, Options())
+    assert [one.name for one in made] == ["gold", "gold-3"]
+
+
+def test_hooks_are_those_of_the_restore_not_of_the_preparation(world: World) -> None:
+    prepare.prepare_ahead(world.tools, "gold", 1, Options())
+    hook = world.settings.paths.hooks / "post-restore" / "anybody"
+    hook.parent.mkdir(parents=True, exist_ok=True)
+    hook.touch(mode=0o777)
+    hook.chmod(0o777)
+    with pytest.raises(PreflightError, match="can be changed by others"):
+        restore(RestoreRequest("gold"), world.tools, PhaseTable())
+
+
+def test_a_prepared_one_owns_no_volume(world: World) -> None:
+    """Another replica may have filled the volume by the time that this one is removed."""
+    golden = put(world)
+    put(world, launch=structs.replace(golden.launch, volumes=(Volume(name="data", destination="/data"),)))
+    prepare.prepare_ahead(world.tools, "gold", 1, Options())
+    assert world.containers.volume("data") is not None
+    replicas.stop(world.tools, "gold")
+    assert world.containers.volume("data") is not None
+
+
+def test_host_names_of_similar_replicas_differ() -> None:
+    assert hostname("a-b") == "a-b"
+    assert len({hostname(name) for name in ("a-b", "a.b", "A-b", "a_b")}) == 4
 
 
 def test_a_failed_restore_leaves_nothing_of_a_prepared_one(world: World) -> None:

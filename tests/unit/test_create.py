@@ -22,13 +22,14 @@ from gpuckpt.errors import (
     NotFoundError,
     OutOfSpaceError,
     PreflightError,
+    UsageError,
     VerificationError,
 )
 from gpuckpt.golden import profile, tiers
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.create import Created, create
 from gpuckpt.golden.sweep import sweep
-from gpuckpt.manifest import Port, Process, Volume
+from gpuckpt.manifest import Mount, Port, Process, Volume
 from gpuckpt.store import layout, locks, seal
 from gpuckpt.timing import PhaseTable
 from tests.fakes import IMAGES, NEVER, World, tools_for
@@ -489,6 +490,26 @@ def test_a_replica_of_that_name_is_running(world: World) -> None:
     assert "gpuckpt stop gold" in str(caught.value.remedy)
     assert world.containers.containers[container_name("gold")].status == "running"
     assert manifests.read(world.layout.golden("gold")).name == "gold"
+
+
+def test_a_golden_with_running_replicas_is_not_replaced(world: World) -> None:
+    """They stand on its written files."""
+    made(world, leave_running=True)
+    # The same, under another name.
+    record = world.layout.replicas / "gold"
+    record.rename(world.layout.replicas / "other")
+    world.containers.containers[container_name("other")] = world.containers.containers.pop(container_name("gold"))
+    with pytest.raises(BusyError, match="running replicas: other") as caught:
+        made(world, replace=True)
+    assert caught.value.remedy == "stop them first: gpuckpt stop other"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_gpuckpt_s_own_folders_are_not_given_away(world: World, inside: bool) -> None:
+    folder = world.layout.state / "replicas" if inside else world.layout.state.parent
+    with pytest.raises(UsageError, match="cannot be given to the server"):
+        made(world, mounts=(Mount(source=str(folder), destination="/data"),))
+    assert world.left_over() == []
 
 
 def replaced(world: World) -> str:

@@ -169,10 +169,11 @@ def test_a_disk_tier_in_memory_is_warned_of(tmp_path: Path) -> None:
 
 def package(root: Path, profile: dict[str, Any] | None, *, wheel: bool = False) -> Path:
     folder = root / "gpuckpt"
-    file = seccomp.candidates(folder)[1 if wheel else 0]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if profile is not None:
-        file.write_text(json.dumps(profile))
+    for name in ("gpuckpt.json", "gpuckpt-mapped.json"):
+        file = seccomp.candidates(folder, name=name)[1 if wheel else 0]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if profile is not None:
+            file.write_text(json.dumps(profile))
     return folder
 
 
@@ -187,6 +188,8 @@ def test_the_profile_is_found_in_a_checkout_and_in_a_wheel(tmp_path: Path, wheel
     assert seccomp.profile_path(where).parts[-2:] == ("seccomp", "gpuckpt.json")
     assert seccomp.check(where, actions=actions).verdict == "ok"
     assert seccomp.check(where, actions=tmp_path / "absent").verdict == "fail"
+    seccomp.profile_path(where, mapped=True).unlink()
+    assert "gpuckpt-mapped.json" in seccomp.check(where, actions=actions).found
 
 
 @pytest.mark.parametrize(

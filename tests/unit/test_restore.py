@@ -53,7 +53,7 @@ WHOLE_ORDER = [
     "restore",
     "bind threads",
     "huge pages off",
-    "stage: first token",
+    "stage: canary",
     "replay canary",
 ]
 HERE = host.machine()

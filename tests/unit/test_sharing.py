@@ -13,8 +13,8 @@ from gpuckpt.store.layout import Layout
 from gpuckpt.store.sharing import Sharing
 from tests.fakes import publish, settings_for
 
-NAME = "ab.extent"
 CONTENT = b"equal memory"
+NAME = f"{digests.digest_bytes(CONTENT)[:40]}.extent"
 
 
 @pytest.fixture
@@ -105,9 +105,20 @@ def test_a_write_during_the_link_is_not_taken_for_it(layout: Layout, monkeypatch
 
     monkeypatch.setattr(os, "link", linking)
     made = Sharing(layout.goldens)
-    assert made.link(NAME, len(CONTENT), layout.staging / "target")
+    assert not made.link(NAME, len(CONTENT), layout.staging / "target"), "its bytes are not what its name says"
+    assert not (layout.staging / "target").exists()
     made.settle()
     assert broken(one) != []
+
+
+def test_a_fault_that_moved_no_time_does_not_spread(layout: Layout) -> None:
+    """Of memory gone bad, or of a write through a shared mapping, a tmpfs notes nothing."""
+    one = golden(layout, "one", b"EQUAL MEMORY")
+    assert broken(one) == []
+    made = Sharing(layout.goldens)
+    assert not made.link(NAME, len(CONTENT), layout.staging / "target")
+    made.settle()
+    assert broken(one) == [] and (one / "memory" / NAME).stat().st_nlink == 1
 
 
 def test_what_nobody_has(layout: Layout) -> None:
