@@ -34,7 +34,10 @@ def test_clones_side_by_side(bench: Bench, mode: str) -> None:
     assert [bench.get(name, "/hostname") for name in names] == names
     identities = [json.loads(bench.get(name, "/read/run/gpuckpt/identity")) for name in names]
     assert [one["replica"] for one in identities] == names and len({one["seed"] for one in identities}) == 4
+    # ... (they woke with one random state, which only the lifecycle check makes four) ...
+    assert len({bench.get(name, "/random-unchecked") for name in names}) == 1
     assert len({bench.get(name, "/random") for name in names}) == 4
+    assert len({bench.get(name, "/random-unchecked") for name in names}) == 4
     # ... what one does, no other sees ...
     assert [bench.get(names[0], "/count") for _ in range(3)] == ["1", "2", "3"]
     assert bench.get(names[1], "/count") == "1"
