@@ -6,6 +6,7 @@ python3 server.py (SOCKET | PORT) [--megabytes N] [--crash-on PATH] [--never-hea
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import mmap
@@ -17,6 +18,8 @@ import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler
+
+from gpuckpt_guest import lifecycle  # type: ignore[import-not-found]  # every container has it
 
 parser = argparse.ArgumentParser()
 parser.add_argument("where")
@@ -32,7 +35,14 @@ if arguments.exit_at_once:
     print("cannot start: the moon is in the wrong phase", file=sys.stderr)
     sys.exit(3)
 
-memory = bytearray(random.Random(1).randbytes(1 << 20)) * arguments.megabytes
+# The same bytes in every server, no two MiB alike, at a multiple of 2 MiB: what goldens of one model share.
+HUGE = 2 << 20
+room = mmap.mmap(-1, (arguments.megabytes << 20) + 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+begin = HUGE + -ctypes.addressof(ctypes.c_char.from_buffer(room)) % HUGE
+memory = memoryview(room)[begin : begin + (arguments.megabytes << 20)]
+contents = random.Random(1)
+for at in range(0, len(memory), 1 << 20):
+    memory[at : at + (1 << 20)] = contents.randbytes(1 << 20)
 counter = 0
 # Memory that a program may drop and count on to read as zeros afterwards.
 droppable = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -74,7 +84,10 @@ class Handler(BaseHTTPRequestHandler):
             counter += 1
             self.answer(str(counter))
         elif self.path == "/random":
-            self.answer(os.urandom(8).hex())
+            lifecycle.check()
+            self.answer(str(random.random()))
+        elif self.path == "/random-unchecked":
+            self.answer(str(random.random()))
         elif self.path == "/tcp":
             near.sendall(b"ping")
             self.answer(far.recv(4).decode())

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
+from gpuckpt.golden import replica as replicas
 from tests.integration.conftest import Bench
 
 
@@ -34,7 +36,10 @@ def test_clones_side_by_side(bench: Bench, mode: str) -> None:
     assert [bench.get(name, "/hostname") for name in names] == names
     identities = [json.loads(bench.get(name, "/read/run/gpuckpt/identity")) for name in names]
     assert [one["replica"] for one in identities] == names and len({one["seed"] for one in identities}) == 4
+    # ... (they woke with one random state, which only the lifecycle check makes four) ...
+    assert len({bench.get(name, "/random-unchecked") for name in names}) == 1
     assert len({bench.get(name, "/random") for name in names}) == 4
+    assert len({bench.get(name, "/random-unchecked") for name in names}) == 4
     # ... what one does, no other sees ...
     assert [bench.get(names[0], "/count") for _ in range(3)] == ["1", "2", "3"]
     assert bench.get(names[1], "/count") == "1"
@@ -73,36 +78,58 @@ def test_what_was_prepared_for_a_replaced_golden_is_not_used(bench: Bench) -> No
     assert bench.ok("restore", golden, "--format", "json").json["canary_match"]
 
 
-def test_a_restore_that_is_killed_leaves_the_other_replicas_alone(bench: Bench) -> None:
+def halt_while_making(bench: Bench, child: subprocess.Popen[str], names: list[str], stage: str) -> None:
+    """Halt the command (SIGSTOP) as soon as one of the replicas is at the stage, and see that none is ready by then.
+
+    ``made``: it is recorded; ``prepared``: it has its container, and its processes are about to be restored.
+    """
+    limit = time.monotonic() + 60
+
+    def found() -> list[replicas.Replica]:
+        loaded = [replicas.load(bench.folder / "state" / "replicas" / name) for name in names]
+        return [one for one in loaded if one is not None]
+
+    while not any(one.state == "making" and (one.bundle or stage == "made") for one in found()):
+        assert child.poll() is None and time.monotonic() < limit
+        time.sleep(0.001)
+    child.send_signal(signal.SIGSTOP)
+    while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+    assert {one.state for one in found()} == {"making"}
+
+
+@pytest.mark.parametrize("stage", ["made", "prepared"])
+def test_a_restore_that_is_killed_leaves_the_other_replicas_alone(bench: Bench, stage: str) -> None:
     golden = bench.name()
     bench.create(golden, options=("--mode", "mapped"))
     kept = bench.name("kept")
     bench.ok("restore", golden, "--as", kept)
     names = [bench.name(f"k{number}") for number in range(3)]
     child = bench.start("restore", golden, *(word for name in names for word in ("--as", name)))
-    time.sleep(0.9)
+    halt_while_making(bench, child, names, stage)
     child.kill()
     child.communicate()
     bench.run("prune")
     assert bench.get(kept, "/health") == "ok"
-    running = {one["name"] for one in bench.ok("ls", "--format", "json").json["goldens"][0]["replicas"]}
-    # Those that were ready before the kill are whole, of the others nothing is left.
-    for name in running:
-        assert bench.get(name, "/health") == "ok"
-    bench.ok("stop", *running)
+    # None was ready: nothing is left of them, and their names are free.
+    running = [one["name"] for one in bench.ok("ls", "--format", "json").json["goldens"][0]["replicas"]]
+    assert running == [kept]
+    assert list(restored(bench, golden, *names)) == names
+    bench.ok("stop", kept, *names)
     assert bench.left() == []
 
 
-def test_an_interrupt_takes_all_of_them_back(bench: Bench) -> None:
+@pytest.mark.parametrize("stage", ["made", "prepared"])
+def test_an_interrupt_takes_all_of_them_back(bench: Bench, stage: str) -> None:
     golden = bench.name()
     bench.create(golden, options=("--mode", "mapped"))
     names = [bench.name(f"i{number}") for number in range(3)]
     child = bench.start("restore", golden, *(word for name in names for word in ("--as", name)))
-    time.sleep(0.8)
+    halt_while_making(bench, child, names, stage)
     child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGCONT)
     _, err = child.communicate(timeout=60)
-    if child.returncode == 0:
-        pytest.skip("it was ready before the interrupt")
     assert child.returncode == 130, err
     assert bench.left() == []
 

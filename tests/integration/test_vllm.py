@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -41,6 +43,16 @@ def test_vllm_comes_back_with_the_same_answer(bench: Bench, tiny_model: Path) ->
         assert texts[0] == texts[1] != ""
         bench.ok("stop", name)
 
+    # Clones begin with one random state, and each draws its own numbers; a seed is a seed everywhere.
+    clones = [bench.name("a"), bench.name("b")]
+    document = bench.ok("restore", name, "--as", clones[0], "--as", clones[1], "--format", "json").json
+    assert [one["canary_match"] for one in document["replicas"]] == [True, True]
+    unseeded = [_drawn(bench, clone, name) for clone in clones for _ in range(2)]
+    assert len(set(unseeded)) == 4
+    seeded = [_drawn(bench, clone, name, seed=7) for clone in clones]
+    assert seeded[0] == seeded[1] not in unseeded
+    bench.ok("stop", *clones)
+
     # A canary that was recorded otherwise is noticed, and the replica is not left running.
     _falsify(bench, name)
     failed = bench.run("restore", name)
@@ -49,6 +61,17 @@ def test_vllm_comes_back_with_the_same_answer(bench: Bench, tiny_model: Path) ->
     assert bench.left() == []
     assert "ready" in bench.ok("restore", name, "--no-canary").out
     bench.ok("stop", name)
+
+
+def _drawn(bench: Bench, replica: str, model: str, **more: Any) -> tuple[str, ...]:
+    """Sixteen tokens drawn at temperature 1, as their ids."""
+    body = {"model": model, "prompt": "The quick brown fox", "max_tokens": 16, "temperature": 1, "ignore_eos": True,
+            "logprobs": 1, "return_tokens_as_token_ids": True}  # fmt: skip
+    answer = bench.endpoint(replica).request("POST", "/v1/completions", json.dumps(body | more), timeout=60)
+    assert answer.status == 200, answer.body
+    tokens: list[str] = json.loads(answer.body)["choices"][0]["logprobs"]["tokens"]
+    assert len(tokens) == 16
+    return tuple(tokens)
 
 
 def _falsify(bench: Bench, name: str) -> None:

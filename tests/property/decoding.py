@@ -7,6 +7,8 @@ from pathlib import Path
 
 from gpuckpt.criu.images import PAGE, load, stored_pages
 
+FILE_PRIVATE, MAP_ANONYMOUS = 1 << 6, 0x20
+
 
 def contents(images: Path, pid: int, file_page: Callable[[str, int], bytes | None]) -> Iterator[tuple[int, bytes]]:
     """Every page of the process that is not all zeros: its address and its bytes, in order of addresses.
@@ -25,7 +27,9 @@ def contents(images: Path, pid: int, file_page: Callable[[str, int], bytes | Non
             offset += PAGE
     zeros = bytes(PAGE)
     for vma in load(images / f"mm-{pid}.img")["entries"][0]["vmas"]:
-        name = names.get(vma["shmid"]) if vma["status"] & 1 << 6 else None
+        # CRIU hands the flags to mmap(2) as they are: with MAP_ANONYMOUS the kernel does not look at the file.
+        file = vma["status"] & FILE_PRIVATE and not vma["flags"] & MAP_ANONYMOUS
+        name = names.get(vma["shmid"]) if file else None
         for address in range(vma["start"], vma["end"], PAGE):
             page = own.get(address)
             if page is None and name is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from gpuckpt.criu.images import PAGE, load, save, stored_pages
 from gpuckpt.criu.pages import HUGE
 from gpuckpt.criu.rewrite import rewrite
 from gpuckpt.errors import IncompatibleError, VerificationError
-from tests.property.decoding import contents
+from tests.property.decoding import MAP_ANONYMOUS, contents
 
 MOUNT = "/run/gpuckpt-memory"
 ANONYMOUS, FILE, SHARED, STACK, HEAP = 513, 65, 129, 517, 545
+SHADOW_STACK, PLUGIN = 513 | 1 << 15, 513 | 1 << 27  # status bits that newer CRIUs use
+GROWSDOWN, LOCKED, NORESERVE, HUGETLB = 0x100, 0x2000, 0x4000, 0x40000
+WIPE_ON_FORK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,15 @@ class Vma:
     advice: int
     runs: tuple[tuple[int, int, int], ...]
 
+    @property
+    def mappable(self) -> bool:
+        """Whether a private mapping of a file may take its place; everything that is not known may not."""
+        return (
+            self.status in (ANONYMOUS, HEAP, FILE)
+            and not self.flags & (GROWSDOWN | LOCKED | HUGETLB)
+            and not self.advice & WIPE_ON_FORK
+        )
+
 
 @st.composite
 def vmas(draw: st.DrawFn) -> Vma:
@@ -47,11 +60,11 @@ def vmas(draw: st.DrawFn) -> Vma:
         length = min(length, pages - at)
         runs.append((at, length, draw(st.integers(0, 3))))
         at += length + draw(st.one_of(st.integers(0, 20), st.integers(0, pages)))
-    status = draw(st.sampled_from([ANONYMOUS, ANONYMOUS, ANONYMOUS, HEAP, FILE, SHARED, STACK]))
-    flags = draw(st.sampled_from([0x22, 0x22, 0x4022, 0x122])) if status != FILE else 2
-    return Vma(
-        pages, draw(st.integers(0, 600)), status, flags, draw(st.sampled_from([0, 0, 1 << 15, 1 << 18])), tuple(runs)
-    )
+    status = draw(st.sampled_from([*[ANONYMOUS] * 4, HEAP, FILE, SHARED, STACK, SHADOW_STACK, PLUGIN]))
+    flags = draw(st.sampled_from([0, 0, 0, 0, NORESERVE, LOCKED, *([] if status == FILE else [GROWSDOWN, HUGETLB])]))
+    flags |= {FILE: 0x2, SHARED: 0x1}.get(status, 0x22)
+    advice = draw(st.sampled_from([0, 0, 1 << 15, WIPE_ON_FORK]))
+    return Vma(pages, draw(st.integers(0, 600)), status, flags, advice, tuple(runs))
 
 
 def build(folder: Path, processes: list[list[Vma]], base: int, library: int = 1) -> None:
@@ -158,16 +171,21 @@ def test_the_same_memory(processes: list[list[Vma]], base: int, library: int, ke
         stored = sum(stored_pages(row) for path in images.glob("pagemap-[0-9]*") for row in load(path)["entries"][1:])
         others = _others(images, kept)
         entries = load(images / "files.img", payload=True)["entries"]
+        mappings = {pid: _mappings(images, pid) for pid in range(1, len(processes) + 1)}
         done = rewrite(images, memory, mount_point=MOUNT, keep=lambda pid: "must be copied" if pid in kept else None)
         assert _others(images, kept) == others, "what does not belong to a mapped process is left as it is"
-        assert load(images / "files.img", payload=True)["entries"][: len(entries)] == entries
+        files = load(images / "files.img", payload=True)["entries"]
+        assert files[: len(entries)] == entries
+        backing = _check_files(files[len(entries) :], entries, memory)
         assert not any((memory / f"{pid}.small").exists() for pid in kept)
         after = [decoded(images, memory, pid) for pid in range(1, len(processes) + 1)]
         assert after == before
         assert done.mapped + done.zeros + sum(one.pages for one in done.copied) * PAGE == stored * PAGE
-        for path in images.glob("mm-*.img"):
-            for vma in load(path)["entries"][0]["vmas"]:
-                assert vma["start"] < vma["end"]
+        named: set[int] = set()
+        for pid, made_up in enumerate(processes, 1):
+            allowed = [vma.mappable and pid not in kept for vma in made_up]
+            named |= _check_pieces(mappings[pid], _mappings(images, pid), allowed, backing)
+        assert named == set(backing), "a file that no mapping names"
         _check_congruent(images)
         assert not list(images.glob("*.new"))
         assert {path.name for path in memory.iterdir()} == set(done.digests)
@@ -177,6 +195,76 @@ def _others(images: Path, kept: set[int]) -> dict[str, bytes]:
     """The images that a rewrite has nothing to do with."""
     ours = {f"{kind}-{pid}.img" for kind in ("mm", "pagemap", "pages") for pid in range(1, 5) if pid not in kept}
     return {path.name: path.read_bytes() for path in images.iterdir() if path.name not in {*ours, "files.img"}}
+
+
+def _mappings(images: Path, pid: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = load(images / f"mm-{pid}.img", payload=True)["entries"][0]["vmas"]
+    return found
+
+
+def _check_files(added: list[dict[str, Any]], known: list[dict[str, Any]], memory: Path) -> dict[int, int]:
+    """New entries of files.img are what CRIU checks them for; returns the sizes of the files by their ids."""
+    for entry in added:
+        found = entry["reg"]
+        path = memory / Path(found["name"]).name
+        status = path.stat()
+        assert (entry["type"], found["name"]) == ("REG", f"{MOUNT}/{path.name}")
+        assert (found["size"], found["mode"]) == (status.st_size, status.st_mode)
+        assert found["mode"] == 0o100400 and found["size"] > 0 and found["size"] % PAGE == 0
+        assert (found["flags"], found["pos"], found["mnt_id"], found["id"]) == (os.O_RDONLY, 0, 7, entry["id"])
+    sizes = {entry["id"]: int(entry["reg"]["size"]) for entry in added}
+    assert len(sizes) == len(added) and not sizes.keys() & {entry["id"] for entry in known}
+    assert {Path(entry["reg"]["name"]).name for entry in added} == {path.name for path in memory.iterdir()}
+    return sizes
+
+
+def _check_pieces(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], mappable: list[bool], backing: dict[int, int]
+) -> set[int]:
+    """What became of each mapping tiles it: parts of it as they were, and private mappings of the memory files.
+
+    ``backing`` has the sizes of the files by their ids; returns the ids that are named. A mapping that is not mappable
+    is there whole.
+    """
+    named: set[int] = set()
+    parts = iter(after)
+    for vma, allowed in zip(before, mappable, strict=True):
+        at = vma["start"]
+        while at < vma["end"]:
+            part = next(parts)
+            assert part["start"] == at < part["end"] <= vma["end"]
+            size, at = part["end"] - part["start"], part["end"]
+            edges = {"start": part["start"], "end": part["end"]}
+            if part["shmid"] not in backing:
+                moved = part["start"] - vma["start"] if vma["status"] == FILE else 0
+                assert part == vma | edges | {"pgoff": vma["pgoff"] + moved}
+                assert allowed or size == vma["end"] - vma["start"]
+                continue
+            assert allowed, f"status {vma['status']:#x}, flags {vma['flags']:#x}: this must be copied"
+            named.add(part["shmid"])
+            assert part["pgoff"] % PAGE == 0 and part["pgoff"] + size <= backing[part["shmid"]]
+            made = {"status": FILE, "flags": vma["flags"] & ~MAP_ANONYMOUS, "fd": -1, "fdflags": os.O_RDONLY}
+            assert part == vma | edges | made | {"shmid": part["shmid"], "pgoff": part["pgoff"]}
+    assert next(parts, None) is None
+    return named
+
+
+@pytest.mark.parametrize(
+    ("status", "flags"),
+    [(ANONYMOUS, 0x22 | LOCKED), (FILE, 0x2 | LOCKED), (ANONYMOUS, 0x22 | HUGETLB), (HEAP, 0x22 | GROWSDOWN),
+     (SHADOW_STACK, 0x22), (PLUGIN, 0x22), (FILE | 1 << 27, 0x2)],
+)  # fmt: skip
+def test_what_is_not_known_to_be_mappable_is_copied(tmp_path: Path, status: int, flags: int) -> None:
+    images, memory = tmp_path / "images", tmp_path / "memory"
+    images.mkdir()
+    memory.mkdir()
+    build(images, [[Vma(1024, 0, status, flags, 0, ((0, 1024, 2),))]], base=512)
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    done = rewrite(images, memory, mount_point=MOUNT)
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before
+    ((pages, reason),) = [(one.pages, one.reason) for one in done.copied]
+    assert pages == 1024 and reason and (done.mapped, done.zeros, done.mappings) == (0, 0, 0)
+    assert not list(memory.iterdir())
 
 
 def _check_congruent(images: Path) -> None:
