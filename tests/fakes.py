@@ -542,8 +542,10 @@ def publish(layout: Layout, name: str = "gold", contents: dict[str, bytes] | Non
         path = folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        if relative.startswith(("images/", "memory/")):
-            path.chmod(0o400 if relative.startswith("memory/") else 0o600)
+        if relative.startswith("memory/"):
+            path.chmod(0o400)
+    for path in ((folder / "images"), *(folder / "images").rglob("*")):
+        path.chmod(0o700 if path.is_dir() else 0o600)
     found = digests.record(folder)
     sample_manifest(name, files=found.files, links=found.links, attributes_blake3=found.attributes).write(folder)
     seal.write(folder)

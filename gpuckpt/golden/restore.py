@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -113,15 +113,22 @@ def restore_all(
             source = _checked(first, tools, source, len(requests))
         tools.report.stage(f"restore {len(requests)}")
         quiet = structs.replace(tools, report=_NotesOnly(tools.report))
-        running = {pool.submit(_restore, one, quiet, phases.branch(), source): one for one in requests}
+        # Noted by the threads themselves: an interrupt can come before we know of one that we have started.
+        made: list[Restored] = []
+
+        def work(one: RestoreRequest) -> Restored:
+            restored = _restore(one, quiet, phases.branch(), source)
+            made.append(restored)
+            return restored
+
+        running: dict[Future[Restored], RestoreRequest] = {}
         try:
+            running |= {pool.submit(work, one): one for one in requests}
             for done, _ in enumerate(as_completed(running), start=1):
                 tools.report.stage(f"restore {len(requests)}: {done} done")
         except BaseException:
-            for future in running:
-                future.cancel()
-            pool.shutdown()
-            _take_back(tools, running)
+            pool.shutdown(cancel_futures=True)
+            _take_back(tools, made)
             raise
     phases.stop()
     ready = [future.result() for future in running if future.exception() is None]
@@ -131,19 +138,18 @@ def restore_all(
         if isinstance(trouble, GpuckptError):
             failed.append((str(one.replica), trouble))
         elif trouble is not None:  # a fault of ours: nobody would be told of the others
-            _take_back(tools, running)
+            _take_back(tools, ready)
             raise trouble
     return ready, failed
 
 
-def _take_back(tools: Tools, running: Mapping[Future[Restored], RestoreRequest]) -> None:
-    """Stop the replicas that were restored; one that will not go does not keep the others."""
-    for future, one in running.items():
-        if not future.cancelled() and future.exception() is None:
-            try:
-                stop(tools, str(one.replica))
-            except (GpuckptError, OSError) as error:
-                tools.report.note(f"could not stop {one.replica}: {error}")
+def _take_back(tools: Tools, made: Sequence[Restored]) -> None:
+    """Stop replicas that were restored; one that will not go does not keep the others."""
+    for one in made:
+        try:
+            stop(tools, one.replica.name)
+        except (GpuckptError, OSError) as error:
+            tools.report.note(f"could not stop {one.replica.name}: {error}")
 
 
 class _NotesOnly(Silent):

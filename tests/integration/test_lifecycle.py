@@ -51,7 +51,9 @@ def test_from_create_to_rm(bench: Bench, mode: str, memory: str) -> None:
         assert again.code == 7
         assert "already running" in again.err
         listed = bench.ok("ls", "--format", "json").json["goldens"][0]
-        assert listed["replicas"] == [{"name": name, "state": "running"}]
+        (replica,) = listed["replicas"]
+        assert (replica["name"], replica["state"]) == (name, "running")
+        assert replica["listens"] == f"unix:{bench.folder}/state/replicas/{name}/socket/server.sock"
         bench.ok("stop", name)
         assert bench.left() == []
     assert bench.ok("df", "--format", "json").json["goldens"][0]["allocated"] > 8 << 20
