@@ -23,6 +23,7 @@ from msgspec import structs
 
 from gpuckpt.config import Create, Paths, Settings, Store
 from gpuckpt.containers.podman import LABEL, OWNER, Container, ContainerSpec
+from gpuckpt.criu import hot
 from gpuckpt.criu.binary import Criu
 from gpuckpt.errors import BusyError, DaemonUnreachableError, GpuckptError, NotFoundError
 from gpuckpt.golden.create import CreateRequest
@@ -43,7 +44,7 @@ from gpuckpt.manifest import (
 from gpuckpt.store import digests, seal
 from gpuckpt.store.layout import Layout
 from gpuckpt.timing import now_ns
-from gpuckpt.workload.base import LaunchLine, Replay
+from gpuckpt.workload.base import MEMORY_FOLDER, LaunchLine, Replay
 from gpuckpt.workload.endpoint import Endpoint
 
 DUMP_STAGES = ("pre-dump", "network-lock", "post-dump", "network-unlock")
@@ -462,6 +463,10 @@ def tools_for(folder: Path) -> World:
         with journal.step("renew entropy"):
             pass
 
+    def written(pid: int, mount_point: str) -> hot.Pages:
+        assert (pid, mount_point) == (4242, MEMORY_FOLDER)
+        return {1: ((0x1000, 0x3000),)}
+
     def affinity_of(pid: int) -> dict[str, tuple[int, ...]]:
         assert pid == 4242, "the threads below the container's init are asked for"
         return {"0": (7, 9)}
@@ -482,6 +487,7 @@ def tools_for(folder: Path) -> World:
         memory_of=memory_of,
         programs_of=programs_of,
         renew_entropy=renew_entropy,
+        written=written,
         affinity_of=affinity_of,
         bind=bind,
         report=report,

@@ -14,6 +14,7 @@ from gpuckpt.errors import IncompatibleError, PreflightError, VerificationError
 from gpuckpt.manifest import Process
 
 PAGE = 4096
+FRESH = ".new"  # written beside the old images; a glob for *.img does not see them
 
 # Images whose content is not protobuf, or follows its own header only.
 _RAW = ("pages-", "tmpfs-", "gpu-", "ghost-file-", "iptables-", "ip6tables-", "nftables-", "ifaddr-", "route", "rule-")
@@ -75,6 +76,27 @@ def save(path: Path, image: dict[str, Any]) -> None:
 
     path.touch(mode=0o600)
     path.write_bytes(pycriu.images.dumps(image))
+
+
+def save_beside(path: Path, image: dict[str, Any]) -> Path:
+    """Encode an image beside the one at ``path``, whose place it is to take; returns where."""
+    fresh = path.with_suffix(FRESH)
+    save(fresh, image)
+    return fresh
+
+
+def take_places(fresh: Iterable[Path]) -> None:
+    """Have images that were written beside old ones take their names. VerificationError if only some of them did."""
+    try:
+        for path in fresh:
+            path.rename(path.with_suffix(".img"))
+    except OSError as error:
+        # Some images are new, some old: together they are no dump any more, not even one to be copied.
+        raise VerificationError(
+            "the rewritten images could not take the places of the old ones",
+            cause=str(error),
+            remedy="create the golden again",
+        ) from error
 
 
 def undecodable(images: Path) -> list[str]:

@@ -27,7 +27,7 @@ _KNOWN = _PLAIN | FILE_PRIVATE | 1 << 5  # heap
 _MAP_GROWSDOWN, _MAP_LOCKED = 0x100, 0x2000
 # MAP_PRIVATE, MAP_ANONYMOUS, MAP_DENYWRITE, MAP_NORESERVE, MAP_STACK: those with which a file can be mapped, too.
 _KNOWN_FLAGS = 0x02 | 0x20 | 0x800 | 0x4000 | 0x20000
-_LAZY, _PRESENT = 1 << 1, 1 << 2  # of a page map's entry (criu/include/pagemap.h)
+_LAZY, PRESENT = 1 << 1, 1 << 2  # of a page map's entry (criu/include/pagemap.h)
 # Advice (madvise(2)) that also holds on file mappings; 18, wipe on fork, does not.
 _ADVICE_KEPT = 1 << 10 | 1 << 14 | 1 << 15 | 1 << 16
 
@@ -64,10 +64,10 @@ def runs_of(entries: Sequence[dict[str, Any]]) -> list[Run]:
     offset = 0
     for entry in entries[1:]:
         pages = stored_pages(entry)
-        flags = entry.get("flags", _PRESENT)
+        flags = entry.get("flags", PRESENT)
         if entry.get("in_parent") or flags & 1:
             raise IncompatibleError("incremental dumps (pages in a parent image) cannot be rewritten")
-        if flags & ~(_PRESENT | _LAZY):
+        if flags & ~(PRESENT | _LAZY):
             raise IncompatibleError(f"the page map has an entry with flags {flags:#x}, which gpuckpt does not know")
         if pages and found and found[-1].end == entry["vaddr"]:
             found[-1] = Run(found[-1].start, found[-1].pages + pages, found[-1].offset)

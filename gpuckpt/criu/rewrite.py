@@ -28,10 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpuckpt.criu.images import PAGE, load, load_exactly, save
+from gpuckpt.criu.images import FRESH, PAGE, load, load_exactly, save_beside, take_places
 from gpuckpt.criu.memory_files import Link, MemoryFiles, Room, Segment, Small
 from gpuckpt.criu.pages import (
     FILE_PRIVATE,
+    PRESENT,
     REGULAR,
     Piece,
     Run,
@@ -49,7 +50,6 @@ from gpuckpt.errors import IncompatibleError, VerificationError
 IMAGE_VERSION = 2  # CRTOOLS_IMAGES_V1_1 (include/image.h), the one format that is known here
 _MAP_ANONYMOUS = 0x20
 _ZEROS = bytes(64 << 10)
-_FRESH = ".new"  # written beside the old images; a glob for *.img does not see them
 
 
 @dataclass(frozen=True)
@@ -130,22 +130,13 @@ def rewrite(
             for process in processes:
                 fresh += _write(images, process, table)
             files["entries"] += table.entries(memory, mount, mount_point)
-            fresh.append(_save_beside(images / "files.img", files))
+            fresh.append(save_beside(images / "files.img", files))
             done.digests, done.shared = writer.digests, writer.shared
     except BaseException:
-        for path in images.glob(f"*{_FRESH}"):
+        for path in images.glob(f"*{FRESH}"):
             path.unlink()
         raise
-    try:
-        for path in fresh:
-            path.rename(path.with_suffix(".img"))
-    except OSError as error:
-        # Some images are new, some old: together they are no dump any more, not even one to be copied.
-        raise VerificationError(
-            "the rewritten images could not take the places of the old ones",
-            cause=str(error),
-            remedy="create the golden again",
-        ) from error
+    take_places(fresh)
     return done
 
 
@@ -286,21 +277,21 @@ class _FileTable:
 
 def _write(images: Path, process: _Process, table: _FileTable) -> list[Path]:
     """Write a process' new images beside the old ones; returns their paths."""
-    pages = process.source.with_suffix(_FRESH)
+    pages = process.source.with_suffix(FRESH)
     with pages.open("xb") as output:
         pages.chmod(0o600)
         for run in process.rest:
             output.write(process.stored[run.offset : run.offset + run.pages * PAGE])
     entries = process.pagemap["entries"]
-    flags = entries[1].get("flags", 4) & ~2  # not lazily restorable: PE_LAZY would need a page server
+    # Not lazily restorable (PE_LAZY), which would need a page server.
     entries[1:] = [
-        {"vaddr": run.start, "compat_nr_pages": 0, "flags": flags, "nr_pages": run.pages} for run in process.rest
+        {"vaddr": run.start, "compat_nr_pages": 0, "flags": PRESENT, "nr_pages": run.pages} for run in process.rest
     ]
     process.mm["entries"][0]["vmas"] = [part for vma, pieces in process.vmas for part in _split(vma, pieces, table)]
     return [
         pages,
-        _save_beside(images / f"pagemap-{process.pid}.img", process.pagemap),
-        _save_beside(images / f"mm-{process.pid}.img", process.mm),
+        save_beside(images / f"pagemap-{process.pid}.img", process.pagemap),
+        save_beside(images / f"mm-{process.pid}.img", process.mm),
     ]
 
 
@@ -322,12 +313,6 @@ def _split(
         at = piece.end
     if at < vma["end"]:
         yield part_of(vma, at, vma["end"])
-
-
-def _save_beside(path: Path, image: dict[str, Any]) -> Path:
-    fresh = path.with_suffix(_FRESH)
-    save(fresh, image)
-    return fresh
 
 
 def _mount_id(images: Path, mount_point: str) -> int:

@@ -26,7 +26,7 @@ from gpuckpt.errors import (
     OutOfSpaceError,
     UsageError,
 )
-from gpuckpt.golden import catalogue, failures, mapping, prepare, profile
+from gpuckpt.golden import catalogue, failures, mapping, prepare, profile, trial
 from gpuckpt.golden.assembly import assemble, link_images, seccomp_digest
 from gpuckpt.golden.describe import describe
 from gpuckpt.golden.replica import Replica, alive, commit, discard, empty_again, making
@@ -90,8 +90,8 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
     """Make and publish the golden ``request.name``.
 
     Either it is published whole, or nothing remains: no container, mount, file or changed kernel setting. Raises
-    BusyError (the name is taken), CheckpointError (the server or CRIU failed), OutOfSpaceError, DeadlineError,
-    VerificationError (the canary does not repeat), NotFoundError (model, image or folder missing), IncompatibleError
+    BusyError (the name is taken), CheckpointError (the server or CRIU failed, or the golden could not be restored),
+    OutOfSpaceError, DeadlineError, VerificationError (the canary does not repeat), NotFoundError (model, image or folder missing), IncompatibleError
     (memory that must be mapped cannot be). After one OutOfSpaceError the golden is there all the same, as it says:
     room was lacking only for its memory to be mapped.
     """
@@ -133,6 +133,11 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
             drop_empty_archives(staging / "images")
             if launch.mapped:
                 mapped = mapping.map_memory(tools, staging, forced=request.mode == "mapped")
+        memory = mapped.memory
+        if memory.mode == "mapped" and not request.leave_running:
+            with phase(tools, phases, "trial"):
+                pages = trial.trial(tools, replica, launch, present.bundle, request.adapter, canary)
+                memory = trial.keep_copied(tools, staging, memory, pages)
         with phase(tools, phases, "digests"):
             _make_private(staging)
             contents = digests.record(staging, lambda done: report.bytes(done, 0), known=mapped.digests)
@@ -148,7 +153,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 phases=phases,
                 cold_ttft_s=(first_token_ns - phases.started_ns) / 1e9,
                 contents=contents,
-                memory=mapped.memory,
+                memory=memory,
                 affinity=affinity,
             )
             manifest.write(staging)

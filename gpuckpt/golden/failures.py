@@ -15,6 +15,7 @@ from gpuckpt.proc import tail
 _KEPT = 40  # log files of failed operations; older ones go
 _LARGEST = 4 << 20  # bytes kept of one log: its end, where the reason stands
 _ASKED = 2000  # lines of a server's log
+_LOOKS, _LOOK_SECONDS = 5, 0.1
 
 
 def keep_log(tools: Tools, label: str, text: str | Path) -> Path | None:
@@ -39,10 +40,7 @@ def keep_log(tools: Tools, label: str, text: str | Path) -> Path | None:
 
 def server_failure(tools: Tools, replica: Replica, message: str, *, kind: type[GpuckptError]) -> GpuckptError:
     """An error of ``kind`` that shows the last lines of the server's own log."""
-    try:
-        text = tools.containers.logs(replica.container, tail=_ASKED)
-    except GpuckptError:
-        text = ""
+    text = _last_words(tools, replica)
     path = keep_log(tools, f"{replica.name}-server", text) if text else None
     state, remedy = "", "the server's last lines say why; correct its arguments and try again"
     shown = tail(text, 20)
@@ -65,6 +63,20 @@ def server_failure(tools: Tools, replica: Replica, message: str, *, kind: type[G
         log=shown,
         log_path=str(path) if path else None,
     )
+
+
+def _last_words(tools: Tools, replica: Replica) -> str:
+    """What the server printed last. A server's end may be known before its last lines have reached the log."""
+    text = ""
+    try:
+        for _ in range(_LOOKS):
+            earlier, text = text, tools.containers.logs(replica.container, tail=_ASKED)
+            if text and text == earlier:
+                break
+            time.sleep(_LOOK_SECONDS)
+    except GpuckptError:
+        pass  # the container is gone; what was read before is better than nothing
+    return text
 
 
 def dump_failure(tools: Tools, replica: Replica, bundle: Path, error: GpuckptError) -> GpuckptError:

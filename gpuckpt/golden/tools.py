@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import Struct
 
@@ -18,6 +18,9 @@ from gpuckpt.criu.binary import Criu, find
 from gpuckpt.host import affinity, entropy, hugepages, tmpfs
 from gpuckpt.store.layout import Layout
 from gpuckpt.timing import PhaseTable
+
+if TYPE_CHECKING:
+    from gpuckpt.criu import hot
 
 
 class Reporter(Protocol):
@@ -89,6 +92,7 @@ class Tools(Struct, frozen=True):
     huge_pages: Callable[[Path], AbstractContextManager[bool]]
     memory_of: Callable[[int], int]
     programs_of: Callable[[int], set[str]]
+    written: Callable[[int, str], hot.Pages]
     renew_entropy: Callable[[], None]
     affinity_of: Callable[[int], dict[str, tuple[int, ...]]]
     bind: Callable[[int, Mapping[str, tuple[int, ...]]], list[str]]
@@ -103,6 +107,13 @@ def memory_below(pid: int) -> int:
 def programs_below(pid: int) -> set[str]:
     """Paths of the programs and libraries that ``pid`` and its descendants run."""
     return proc.mapped_files(proc.processes_below(pid))
+
+
+def written_below(pid: int, mount_point: str) -> hot.Pages:
+    """The pages of memory files, seen at ``mount_point``, that ``pid`` and its descendants have written."""
+    from gpuckpt.criu import hot  # not for a restore, which counts milliseconds
+
+    return hot.written(proc.processes_below(pid), mount_point)
 
 
 @contextmanager
@@ -139,6 +150,7 @@ def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | No
         huge_pages=hugepages.transparent_huge_pages_always,
         memory_of=memory_below,
         programs_of=programs_below,
+        written=written_below,
         renew_entropy=entropy.renew,
         affinity_of=affinity.bound,
         bind=affinity.bind,

@@ -13,11 +13,14 @@ import os
 import shutil
 import stat
 import threading
+import time
 from pathlib import Path
 
 from gpuckpt.store import seal
 from gpuckpt.store.digests import digest_file
 from gpuckpt.store.seal import Note
+
+_SETTLE_SECONDS = 0.25
 
 
 class Sharing:
@@ -31,6 +34,7 @@ class Sharing:
         self._lock = threading.Lock()
         self._moved: dict[Note, Note] = {}
         self._sealed: list[tuple[Path, dict[str, Note]]] | None = None
+        self._settled = time.monotonic()
 
     def link(self, name: str, size: int, path: Path) -> bool:
         """Make ``path`` a link to the memory file ``name`` of any published golden; False if none has it unchanged.
@@ -49,6 +53,9 @@ class Sharing:
         if linked and not digest_file(path).startswith(Path(name).stem):
             self.unlink(path)
             return False
+        # Not only at the end: until then a restore of the other golden reads what was linked.
+        if linked and time.monotonic() - self._settled > _SETTLE_SECONDS:
+            self.settle()
         return linked
 
     def _link(self, source: Path, noted: Note, size: int, path: Path) -> bool:
@@ -96,6 +103,7 @@ class Sharing:
         """Renew the notes of what was linked or unlinked, in the seals of all published goldens."""
         with self._lock:
             moved, self._moved = self._moved, {}
+            self._settled = time.monotonic()
         if not moved:
             return
         for folder in self._goldens():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuckpt.criu.hot import Pages, keep_copied
 from gpuckpt.criu.images import PAGE, load, save, stored_pages
 from gpuckpt.criu.pages import HUGE
 from gpuckpt.criu.rewrite import rewrite
@@ -160,8 +162,11 @@ def decoded(folder: Path, memory: Path, pid: int) -> dict[int, bytes]:
     st.one_of(st.integers(1, 5000), st.integers(1 << 30, 1 << 34)),
     st.sampled_from([1, 77, (1 << 31) - 5]),
     st.sets(st.integers(1, 4)),
+    st.randoms(use_true_random=False),
 )
-def test_the_same_memory(processes: list[list[Vma]], base: int, library: int, kept: set[int]) -> None:
+def test_the_same_memory(
+    processes: list[list[Vma]], base: int, library: int, kept: set[int], chance: random.Random
+) -> None:
     with tempfile.TemporaryDirectory() as name:
         images, memory = Path(name, "images"), Path(name, "memory")
         images.mkdir()
@@ -189,6 +194,54 @@ def test_the_same_memory(processes: list[list[Vma]], base: int, library: int, ke
         _check_congruent(images)
         assert not list(images.glob("*.new"))
         assert {path.name for path in memory.iterdir()} == set(done.digests)
+        _check_hot(images, memory, before, chance)
+
+
+def _check_hot(images: Path, memory: Path, before: list[dict[int, bytes]], chance: random.Random) -> None:
+    """Whatever pages are said to be written, the memory is the same, and these are copied once."""
+    hot: Pages = {}
+    for pid, pages in enumerate(before, 1):
+        chosen = sorted(chance.sample(sorted(pages), len(pages) // 3))
+        merged: list[tuple[int, int]] = []
+        for address in chosen:
+            if merged and merged[-1][1] == address:
+                merged[-1] = (merged[-1][0], address + PAGE)
+            else:
+                merged.append((address, address + PAGE))
+        if merged:
+            hot[pid] = tuple(merged)
+    rest = {pid: _stored(images, pid) for pid in range(1, len(before) + 1)}
+    copied = keep_copied(images, memory, hot, mount_point=MOUNT)
+    assert [decoded(images, memory, pid) for pid in range(1, len(before) + 1)] == before
+    for pid, addresses in rest.items():
+        now = _stored(images, pid)
+        assert addresses <= now and (len(now) - len(addresses)) * PAGE == copied.get(pid, 0)
+        wanted = {page for start, end in hot.get(pid, ()) for page in range(start, end, PAGE)}
+        assert now - addresses <= wanted
+        backed = {page for page in wanted if _is_backed(images, pid, page)}
+        assert backed <= now
+    assert not list(images.glob("*.new"))
+
+
+def _stored(images: Path, pid: int) -> set[int]:
+    entries = load(images / f"pagemap-{pid}.img")["entries"]
+    assert (images / f"pages-{entries[0]['pages_id']}.img").stat().st_size == sum(
+        stored_pages(entry) * PAGE for entry in entries[1:]
+    )
+    return {entry["vaddr"] + at * PAGE for entry in entries[1:] for at in range(stored_pages(entry))}
+
+
+def _is_backed(images: Path, pid: int, page: int) -> bool:
+    """Whether the page is mapped from a memory file."""
+    ours = {
+        entry["id"]
+        for entry in load(images / "files.img")["entries"]
+        if entry.get("reg") and entry["reg"]["name"].startswith(f"{MOUNT}/")
+    }
+    return any(
+        vma["start"] <= page < vma["end"] and vma["status"] & 64 and vma["shmid"] in ours
+        for vma in _mappings(images, pid)
+    )
 
 
 def _others(images: Path, kept: set[int]) -> dict[str, bytes]:

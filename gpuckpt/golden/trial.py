@@ -1,0 +1,87 @@
+"""Restore a dump once before it is published: proof that it can be, and the pages that a first answer writes.
+
+The container that was frozen is still there, with its files as they were then: it is restored itself, asked once, and
+goes as it would have gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+from msgspec import structs
+
+from gpuckpt.criu import hot
+from gpuckpt.errors import CheckpointError, DaemonUnreachableError, GpuckptError, VerificationError
+from gpuckpt.golden import failures
+from gpuckpt.golden.replica import Replica, alive
+from gpuckpt.golden.tools import Tools
+from gpuckpt.manifest import Canary, CopiedMemory, Launch, Memory
+from gpuckpt.workload.base import MEMORY_FOLDER, Adapter
+
+REASON = "written by the first answer: cheaper to copy"
+_PATIENCE = 60.0  # seconds in which a restored server must answer
+
+
+def trial(
+    tools: Tools, replica: Replica, launch: Launch, bundle: Path, adapter: Adapter, canary: Canary | None
+) -> hot.Pages:
+    """Restore the frozen container of ``replica``, ask it, and remove it; returns the pages that the answer wrote.
+
+    Raises CheckpointError if it cannot be restored or does not answer, VerificationError if it answers differently.
+    """
+    replica.operation.begin()
+    try:
+        try:
+            tools.containers.restore(replica.container, tcp_established=launch.tcp_established)
+        except (GpuckptError, OSError) as error:
+            reason = error if isinstance(error, GpuckptError) else GpuckptError(str(error))
+            raise _failed(failures.restore_failure(tools, replica, bundle, reason)) from error
+        _first_answer(tools, replica, adapter)
+        pages = tools.written(tools.containers.inspect(replica.container).pid, MEMORY_FOLDER)
+        if canary is not None and (differences := adapter.replay(replica.endpoint, canary).differences):
+            raise VerificationError(
+                "the golden answers the canary differently when it is restored, and was not published",
+                cause="; ".join(differences),
+                remedy="create it again, or with --mode copy",
+            )
+        return pages
+    finally:
+        with contextlib.suppress(GpuckptError):  # the transaction removes it in any case, and says what it cannot
+            tools.containers.remove(replica.container, tools.layout.state)
+
+
+def keep_copied(tools: Tools, staging: Path, memory: Memory, pages: hot.Pages) -> Memory:
+    """Have restores copy ``pages``; returns what the manifest is to say. Without room for them they stay mapped."""
+    try:
+        copied = hot.keep_copied(staging / "images", staging / "memory", pages, mount_point=MEMORY_FOLDER)
+    except OSError as error:
+        tools.report.note(f"pages that a first answer writes stay mapped: {error}")
+        return memory
+    own = tuple(CopiedMemory(pid=pid, reason=REASON, bytes=count) for pid, count in copied.items())
+    total = sum(copied.values())
+    return structs.replace(memory, mapped=memory.mapped - total, copied=(*memory.copied, *own))
+
+
+def _first_answer(tools: Tools, replica: Replica, adapter: Adapter) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            adapter.first_token(replica.endpoint)
+            return
+        except DaemonUnreachableError as error:  # its socket may accept a moment before it runs again
+            if time.monotonic() > deadline or not alive(tools, replica):
+                message = f"the server of {replica.name} does not answer after a restore"
+                raise _failed(failures.server_failure(tools, replica, message, kind=CheckpointError)) from error
+            time.sleep(0.01)
+
+
+def _failed(reason: GpuckptError) -> CheckpointError:
+    return CheckpointError(
+        "the golden cannot be restored, and was not published",
+        cause="; ".join(text for text in (reason.message, reason.cause) if text),
+        remedy="create it with --mode copy, which changes nothing in its images",
+        log=reason.log,
+        log_path=reason.log_path,
+    )
