@@ -91,9 +91,9 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
 
     Either it is published whole, or nothing remains: no container, mount, file or changed kernel setting. Raises
     BusyError (the name is taken), CheckpointError (the server or CRIU failed, or the golden could not be restored),
-    OutOfSpaceError, DeadlineError, VerificationError (the canary does not repeat), NotFoundError (model, image or
-    folder missing), IncompatibleError (memory that must be mapped cannot be). After one OutOfSpaceError the golden is there all the same, as it says:
-    room was lacking only for its memory to be mapped.
+    OutOfSpaceError, DeadlineError, VerificationError (the canary does not repeat, or not after a restore),
+    NotFoundError (model, image or folder missing), IncompatibleError (memory that must be mapped cannot be). After one
+    OutOfSpaceError the golden is there all the same, as it says: room was lacking only for its memory to be mapped.
     """
     name = check_name(request.name)
     layout, report = tools.layout, tools.report
