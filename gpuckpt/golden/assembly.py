@@ -74,12 +74,16 @@ def write_operation(
     *,
     tcp_established: bool,
     copies: tuple[tuple[Path, Path], ...] = (),
+    hooks: Path | None = None,
 ) -> None:
-    """Write CRIU's options for ``replica`` as the settings are now; PreflightError if a hook cannot be trusted."""
+    """Write CRIU's options for ``replica`` as the settings are now; PreflightError if a hook cannot be trusted.
+
+    ``hooks``: another folder than the configured one.
+    """
     replica.operation.write(
         golden=replica.golden,
         replica=replica.name,
-        hooks=tools.settings.paths.hooks,
+        hooks=hooks or tools.settings.paths.hooks,
         tcp_established=tcp_established,
         ghost_limit=tools.settings.criu.ghost_limit,
         loopback=launch.port is None,

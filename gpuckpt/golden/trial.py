@@ -15,6 +15,7 @@ from msgspec import structs
 from gpuckpt.criu import hot
 from gpuckpt.errors import CheckpointError, DaemonUnreachableError, GpuckptError, VerificationError
 from gpuckpt.golden import failures
+from gpuckpt.golden.assembly import write_operation
 from gpuckpt.golden.replica import Replica, alive
 from gpuckpt.golden.tools import Tools
 from gpuckpt.manifest import Canary, CopiedMemory, Launch, Memory
@@ -31,7 +32,9 @@ def trial(
 
     Raises CheckpointError if it cannot be restored or does not answer, VerificationError if it answers differently.
     """
-    replica.operation.begin()
+    # What the user wants done at a restore is meant for replicas: no hooks.
+    nothing = replica.folder / "no-hooks"
+    write_operation(tools, replica, launch, tcp_established=launch.tcp_established, hooks=nothing)
     try:
         try:
             tools.containers.restore(replica.container, tcp_established=launch.tcp_established)
