@@ -136,9 +136,14 @@ def sweeps(result: Document, file: Path) -> None:
     }
     shown = [axis for axis in names if axis in result.get("sweeps", {})]
     figure, panels = pyplot.subplots(
-        1, len(shown), figsize=(1.5 + 3.6 * len(shown), 4.4), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.07}
+        1,
+        len(shown),
+        figsize=(width := max(9.0, 1.5 + 3.6 * len(shown)), 4.4),
+        sharey=True,
+        squeeze=False,
+        gridspec_kw={"wspace": 0.07},
     )
-    figure.subplots_adjust(left=0.07, right=0.985, top=0.82, bottom=0.24)
+    figure.subplots_adjust(left=0.8 / width, right=0.985, top=0.82, bottom=0.24)
     least = 10
     for axes, axis in zip(panels[0], shown, strict=True):
         for mode, points in sorted(result["sweeps"][axis].items()):

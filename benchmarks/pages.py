@@ -210,7 +210,7 @@ def index(results: Sequence[tuple[str, str, Document]]) -> str:
         rows.append(
             [
                 f"[{folder}]({folder}/{'' if demo else 'README.md'})",
-                "demo, copied" if demo else "suite, mapped",
+                "demo, mapped" if demo else "suite, mapped",
                 short(cold) if cold else "–",
                 short(times["p50"]) if times else "–",
                 short(times["p95"]) if times else "–",
