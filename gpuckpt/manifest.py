@@ -106,7 +106,7 @@ class Canary(_Record, frozen=True, kw_only=True):
 class Workload(_Record, frozen=True, kw_only=True):
     """Which adapter serves the container, and its options."""
 
-    kind: Literal["vllm", "http"]
+    kind: Literal["vllm", "guest", "http"]
     model: str | None = None
     served_name: str | None = None
     health_path: str = "/health"

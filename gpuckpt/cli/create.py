@@ -29,12 +29,12 @@ _SERVER = "gpuckpt.server_arguments"
 @click.option("--rootfs", metavar="PATH", help="Folder to use as root file system, unchanged.  [default: /]")
 @click.option(
     "--workload",
-    type=click.Choice(["auto", "vllm", "http"]),
+    type=click.Choice(["auto", "vllm", "guest", "http"]),
     default="auto",
     show_default=True,
     help="Kind of server; auto: vllm if SERVER ARGS begin with an option or are empty, else http.",
 )
-@click.option("--model", metavar="PATH", help="Model to serve (vllm); same as `-- --model PATH`.")
+@click.option("--model", metavar="PATH", help="Model to serve (vllm, guest); same as `-- --model PATH`.")
 @click.option("--publish", "-p", metavar="[IP:]PORT[:PORT]", help="Publish a TCP port on a bridge network.")
 @click.option("--env", "-e", multiple=True, metavar="NAME=VALUE", help="Environment of the server; repeatable.")
 @click.option(
@@ -49,7 +49,9 @@ _SERVER = "gpuckpt.server_arguments"
 @click.option("--warmup", type=int, metavar="N", help="Number of warm-up requests.  [default: 3]")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt of the warm-up (vllm); repeatable.")
 @click.option("--health-path", metavar="PATH", default="/health", show_default=True, help="Health check (http).")
-@click.option("--warmup-request", multiple=True, metavar="'METHOD PATH [BODY]'", help="Warm-up request (http).")
+@click.option(
+    "--warmup-request", multiple=True, metavar="'METHOD PATH [BODY]'", help="Warm-up request (http, guest); repeatable."
+)
 @click.option("--canary", metavar="'METHOD PATH [BODY]'", help="Request whose answer repeats (http).")
 @click.option("--no-canary", is_flag=True, help="Record no canary: restores cannot be checked by an answer.")
 @click.option("--start-timeout", metavar="DURATION", help="Longest wait for health.  [default: 10min]")

@@ -12,7 +12,7 @@ from gpuckpt.golden.create import CreateRequest
 from gpuckpt.host.tmpfs import memory_total
 from gpuckpt.manifest import Mount, Port, Request, Volume, Workload
 from gpuckpt.store.layout import check_name
-from gpuckpt.workload import Http, Vllm
+from gpuckpt.workload import Guest, Http, Vllm
 from gpuckpt.workload.base import Adapter
 
 _DEFAULT_PORT = 8000
@@ -61,12 +61,15 @@ def _adapter(settings: Settings, name: str, arguments: tuple[str, ...], options:
         kind = "http" if arguments and not arguments[0].startswith("-") else "vllm"
     if kind == "vllm":
         return Vllm.from_arguments(arguments, model=settings.create.model, name=name)
+    requests = tuple(_request(text) for text in options["warmup_request"])
+    if kind == "guest":
+        return Guest.from_arguments(arguments, model=settings.create.model, name=name, warmup_requests=requests)
     return Http(
         Workload(
             kind="http",
             health_path=_path(options["health_path"], "--health-path"),
             canary_request=_request(options["canary"]) if options["canary"] else None,
-            warmup_requests=tuple(_request(text) for text in options["warmup_request"]),
+            warmup_requests=requests,
         )
     )
 

@@ -47,16 +47,16 @@ class Http:
         return self.record.canary_request or Request(method="GET", path=self.record.health_path)
 
     def first_token(self, endpoint: Endpoint) -> int:
-        _send(endpoint, self._canary)
+        send(endpoint, self._canary)
         return now_ns()
 
     def warm_up(self, endpoint: Endpoint, count: int, prompts: Sequence[str]) -> None:
         requests = self.record.warmup_requests or (self._canary,)
         for index in range(count):
-            _send(endpoint, requests[index % len(requests)])
+            send(endpoint, requests[index % len(requests)])
 
     def record_canary(self, endpoint: Endpoint) -> Canary:
-        answers = [_send(endpoint, self._canary) for _ in range(2)]
+        answers = [send(endpoint, self._canary) for _ in range(2)]
         if answers[0] != answers[1]:
             raise VerificationError(
                 "the canary's answers differ from one another on the server itself",
@@ -81,7 +81,8 @@ class Http:
         time.sleep(min(0.1, timeout))
 
 
-def _send(endpoint: Endpoint, request: Request) -> Answer:
+def send(endpoint: Endpoint, request: Request) -> Answer:
+    """Make a request whose answer must be 2xx; RequestFailed otherwise."""
     answer = endpoint.request(request.method, request.path, request.body)
     if not 200 <= answer.status < 300:
         raise RequestFailed(

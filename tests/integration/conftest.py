@@ -140,6 +140,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def lively_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose greedy text varies."""
+    folder = tmp_path_factory.mktemp("models") / "lively"
+    script = HERE.parents[1] / "tests" / "lively_model.py"
+    subprocess.run([PREFIX / "server" / "bin" / "python", script, folder], check=True)
+    return folder
+
+
 @pytest.fixture
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """A fresh gpuckpt; whatever a failed test leaves is removed, and the store is unmounted."""

@@ -110,8 +110,12 @@ def test_hooks_do_not_import_the_host_side() -> None:
 
 
 def test_the_guest_needs_nothing_of_the_server_s_environment() -> None:
-    """Imported at once: the standard library; and any Python that a server may still run on understands it."""
-    for path in (ROOT / "hooks" / "gpuckpt_guest").glob("*.py"):
+    """Imported at once: the standard library; and any Python that a server may still run on understands it.
+
+    The session engine is not meant: it is a server itself, with torch and transformers.
+    """
+    for name in ("__init__", "lifecycle", "vllm_plugin"):
+        path = ROOT / "hooks" / "gpuckpt_guest" / f"{name}.py"
         for node in ast.parse(path.read_bytes(), feature_version=(3, 9)).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []

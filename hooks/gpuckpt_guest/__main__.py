@@ -1,0 +1,87 @@
+"""The guest server: ``python -m gpuckpt_guest serve --model FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load the model, probe it, serve it. Exit codes: 0 ended by a signal, 2 usage, 4 the model is refused."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log = logging.getLogger("gpuckpt_guest")
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # A thread that holds the interpreter gives it up after this long: the default of 5 ms is a whole resume.
+    sys.setswitchinterval(0.0005)
+    from .api.app import application
+    from .engine.engine import Engine
+    from .engine.model import load
+    from .engine.stepper import UnsupportedModelError
+
+    try:
+        loaded = load(
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            name=options.served_model_name or "",
+            limit=options.max_model_len,
+        )
+    except UnsupportedModelError as error:
+        print(f"gpuckpt_guest: {options.model} cannot be served: {error}", file=sys.stderr)
+        return 4
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        print(f"gpuckpt_guest: {options.model} cannot be loaded: {error}", file=sys.stderr)
+        return 4
+    log.info("%s: %s", loaded.name, loaded.verdict)
+    engine = Engine(
+        loaded,
+        ring_bytes=options.ring_mib << 20,
+        max_batch=options.max_batch,
+        max_sessions=options.max_sessions,
+    )
+    engine.start()
+    import uvicorn
+
+    address = {"uds": options.uds} if options.uds else {"host": options.host, "port": options.port}
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application(engine),
+            log_level="warning",
+            access_log=False,
+            loop="asyncio",
+            timeout_graceful_shutdown=5,
+            **address,
+        )
+    )
+    server.run()
+    engine.stop()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gpuckpt_guest", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve a model whose generations can be stopped between any two layers")
+    serve.add_argument("--model", required=True, help="folder of a checkpoint")
+    serve.add_argument("--served-model-name", help="the name that clients use; default: the folder's")
+    serve.add_argument("--uds", help="listen on this Unix socket")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1 …")
+    serve.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    serve.add_argument("--max-model-len", type=int, help="the most tokens of a session; default: the model's")
+    serve.add_argument("--max-batch", type=int, default=64, help="the most sessions in one batch")
+    serve.add_argument("--max-sessions", type=int, default=4096)
+    serve.add_argument("--ring-mib", type=int, default=64, help="host memory for activations of stopped sessions")
+    serve.add_argument("--threads", type=int, help="threads of one operation on the CPU; default: torch's")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

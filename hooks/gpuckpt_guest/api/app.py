@@ -1,0 +1,180 @@
+"""The application: routes, the form of errors, counting bytes, health and metrics."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .. import lifecycle
+from ..engine.engine import Engine, EngineError
+from ..engine.session import State
+from . import openai, schema, sessions
+from .bridge import Bridge, Gone
+
+_PAGE = Path(__file__).with_name("page.html")
+_SESSION = "/v1/sessions/"
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.Problem, "description": text}
+    for status, text in (
+        (400, "the request cannot be met"),
+        (404, "there is no such thing"),
+        (409, "it is not in a state that allows this"),
+        (413, "the body is too large"),
+        (422, "the request is not in the right form"),
+        (429, "too many sessions"),
+        (500, "the generation failed"),
+        (503, "the engine has stopped"),
+    )
+}
+
+
+def application(engine: Engine, *, body_limit: int = 4 << 30) -> ASGIApp:
+    """The whole HTTP interface of an engine that has been started."""
+    app = FastAPI(
+        title="gpuckpt guest",
+        version="1",
+        description="An OpenAI-compatible server whose generations can be stopped between any two layers.",
+        responses=_PROBLEMS,
+    )
+    app.state.bridge = Bridge(engine)
+    app.state.created = int(time.time())
+    app.include_router(openai.router)
+    app.include_router(sessions.router)
+    app.add_api_route("/health", _health, methods=["GET"], tags=["server"], response_model=schema.Done)
+    app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["server"], response_class=PlainTextResponse)
+    app.add_api_route("/", _page, methods=["GET"], include_in_schema=False)
+    app.add_exception_handler(EngineError, _engine_error)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(StarletteHTTPException, _http_error)
+    app.add_exception_handler(Gone, _gone)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    return _Wire(app, engine, body_limit)
+
+
+async def _health(request: Request) -> dict[str, Any]:
+    """Whether the engine works; answered by its thread, between two layers."""
+    bridge: Bridge = request.app.state.bridge
+    await bridge.do(lambda: None)
+    return {}
+
+
+async def _metrics(request: Request) -> PlainTextResponse:
+    """Counters in Prometheus' text format."""
+    bridge: Bridge = request.app.state.bridge
+    return PlainTextResponse(await bridge.do(_exposition, bridge.engine), media_type="text/plain; version=0.0.4")
+
+
+def _exposition(engine: Engine) -> str:
+    states = dict.fromkeys(State, 0)
+    for session in engine.sessions.values():
+        states[session.state] += 1
+    lines = ["# TYPE gpuckpt_guest_sessions gauge"]
+    lines += [f'gpuckpt_guest_sessions{{state="{state}"}} {count}' for state, count in states.items()]
+    scheduler = engine.scheduler
+    for name, kind, value in (
+        ("requests_running", "gauge", states[State.RUNNING]),
+        ("layers_run_total", "counter", scheduler.layers_run),
+        ("tokens_sampled_total", "counter", scheduler.tokens_sampled),
+        ("batch_size_max", "gauge", scheduler.largest_batch),
+        ("checkpoint_ring_bytes", "gauge", engine.ring.size),
+        ("checkpoints_spilled_total", "counter", engine.ring.spilled),
+        ("cache_bytes", "gauge", sum(s.cache.bytes() for s in engine.sessions.values() if s.state != State.RUNNING)),
+    ):
+        lines += [f"# TYPE gpuckpt_guest_{name} {kind}", f"gpuckpt_guest_{name} {value}"]
+    return "\n".join(lines) + "\n"
+
+
+async def _page() -> Response:
+    return FileResponse(_PAGE, media_type="text/html; charset=utf-8", headers={"Cache-Control": "no-cache"})
+
+
+def _problem(status: int, message: str, code: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": code, "code": code}}, status_code=status)
+
+
+async def _engine_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, EngineError)
+    return _problem(error.status, str(error), error.code)
+
+
+async def _malformed(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    parts = []
+    for item in error.errors()[:5]:
+        where = ".".join(str(step) for step in item["loc"] if step != "body")
+        parts.append(f"{where}: {item['msg']}" if where else str(item["msg"]))
+    return _problem(422, "; ".join(parts), "malformed")
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException | StarletteHTTPException)
+    made = _problem(error.status_code, str(error.detail), "http_error")
+    made.headers.update(error.headers or {})
+    return made
+
+
+async def _gone(_: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+class _Wire:
+    """Counts the bytes that requests for a session receive and send; notices that the process woke up as a clone."""
+
+    def __init__(self, app: ASGIApp, engine: Engine, limit: int) -> None:
+        self._app = app
+        self._engine = engine
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        lifecycle.check()
+        path: str = scope["path"]
+        name = path[len(_SESSION) :].partition("/")[0] if path.startswith(_SESSION) else ""
+        total = 0
+
+        async def counted_receive() -> Message:
+            nonlocal total
+            message = await receive()
+            size = len(message.get("body", b""))
+            total += size
+            if total > self._limit:
+                raise _TooLargeError
+            if size and (session := self._engine.sessions.get(name)):
+                session.wire_received += size
+            return message
+
+        started = False
+
+        async def counted_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            size = len(message.get("body", b""))
+            if size and (session := self._engine.sessions.get(name)):
+                session.wire_sent += size
+            await send(message)
+
+        try:
+            await self._app(scope, counted_receive, counted_send)
+        except _TooLargeError:
+            if not started:
+                body = json.dumps(
+                    {"error": {"message": f"the body has more than {self._limit} bytes", "type": "too_large"}}
+                ).encode()
+                head = [(b"content-type", b"application/json"), (b"connection", b"close")]
+                await send({"type": "http.response.start", "status": 413, "headers": head})
+                await send({"type": "http.response.body", "body": body})

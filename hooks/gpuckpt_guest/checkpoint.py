@@ -1,0 +1,233 @@
+"""Activation checkpoints: a tensor's bytes go to host memory while the device goes on with other work.
+
+The host memory is a ring that is allocated, and pinned where the device is a GPU, once at the start: pinning takes
+milliseconds per megabyte, far longer than the copy. A checkpoint stays in the ring until newer ones need its place and
+is then moved to ordinary memory; a thousand paused sessions do not need a ring for a thousand.
+
+On a GPU the copy runs on a stream of its own, behind what the computing stream had queued when it was dispatched. On a
+CPU a thread makes it, outside of the interpreter's lock. Both report the same times, each apart:
+
+``dispatch_us``   what the caller waited
+``complete_us``   from the dispatch until the bytes had landed
+``restore_us``    from host memory back to a tensor on the device
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Places in the ring begin at multiples of this: a cache line, and what copy engines like.
+_ALIGN = 256
+
+
+@dataclass(slots=True, eq=False)
+class Checkpoint:
+    """A tensor on its way to, or in, host memory."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    bytes: int
+    dispatch_us: float = 0.0
+    users: int = 1  # pauses that hold it: branches share their parent's
+    _source: Any = None  # held until the copy is complete: the device may not reuse the memory before
+    _host: Any = None
+    _place: int = -1  # offset in the ring, or -1
+    _landed: Any = None
+    _began: int = 0
+    _complete_us: float | None = None
+
+    def wait(self) -> Any:
+        """Wait until the bytes have landed; returns them as a tensor in host memory."""
+        self._landed.wait()
+        return self._host
+
+    @property
+    def done(self) -> bool:
+        """Whether the bytes have landed, and the device's memory is free again."""
+        return bool(self._landed.done())
+
+    @property
+    def complete_us(self) -> float | None:
+        """Microseconds from the dispatch until the bytes had landed; None while they have not."""
+        return self._complete_us
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is in the ring."""
+        return self._place >= 0
+
+
+class Ring:
+    """Host memory for checkpoints of tensors on ``device``. For use by one thread."""
+
+    def __init__(self, size: int, device: Any) -> None:
+        self.device = torch.device(device)
+        self.size = size
+        self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self._memory.zero_()  # the pages are there from now on, not from the first checkpoint on
+        self._held: deque[Checkpoint] = deque()  # in the order of their places
+        self._next = 0
+        self.spilled = 0
+        self._copier: _Copier | _Stream
+        self._copier = _Stream(self.device) if self.device.type == "cuda" else _Copier()
+
+    def save(self, tensor: Any) -> Checkpoint:
+        """Begin to copy ``tensor`` to host memory; the caller may drop it but must not write to it."""
+        began = time.perf_counter_ns()
+        source = tensor if tensor.is_contiguous() else tensor.contiguous()
+        made = Checkpoint(tuple(source.shape), source.dtype, int(source.nbytes), _source=source, _began=began)
+        place = self._room(made.bytes)
+        if place is None:  # larger than the ring
+            made._host = torch.empty(made.shape, dtype=made.dtype)
+        else:
+            made._place = place
+            made._host = self._memory[place : place + made.bytes].view(made.dtype).view(made.shape)
+            self._held.append(made)
+        self._copier.start(made)
+        made.dispatch_us = (time.perf_counter_ns() - began) / 1000
+        return made
+
+    def restore(self, checkpoint: Checkpoint) -> tuple[Any, float]:
+        """The tensor on the device again, and how many microseconds that took; the checkpoint stays."""
+        host = checkpoint.wait()
+        began = time.perf_counter_ns()
+        if self.device.type == "cuda":
+            made = host.to(self.device, non_blocking=True)
+            torch.cuda.current_stream(self.device).synchronize()
+        else:
+            made = host.clone()
+        return made, (time.perf_counter_ns() - began) / 1000
+
+    def replace(self, checkpoint: Checkpoint, tensor: Any) -> None:
+        """Put other values of the same shape and type in the place of a checkpoint's."""
+        checkpoint.wait().copy_(tensor)
+
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """The checkpoint is not needed any more."""
+        checkpoint.wait()
+        if checkpoint.pinned:
+            checkpoint._place = -1
+            while self._held and not self._held[0].pinned:
+                self._held.popleft()
+        checkpoint._host = None
+
+    def adopt(self, tensor: Any) -> Checkpoint:
+        """A checkpoint of a tensor that is in host memory already."""
+        made = Checkpoint(tuple(tensor.shape), tensor.dtype, int(tensor.nbytes), _complete_us=0.0)
+        made._host, made._landed = tensor.contiguous().clone(), _Landed()
+        return made
+
+    def _room(self, wanted: int) -> int | None:
+        """A place of ``wanted`` bytes, moving the oldest checkpoints out of the ring; None if there can be none."""
+        wanted = -(-wanted // _ALIGN) * _ALIGN
+        if wanted > self.size:
+            return None
+        if self._next + wanted > self.size:
+            self._clear(self._next, self.size)
+            self._next = 0
+        place = self._next
+        self._clear(place, place + wanted)
+        self._next = place + wanted
+        return place
+
+    def _clear(self, low: int, high: int) -> None:
+        while self._held:
+            oldest = self._held[0]
+            if oldest.pinned and (oldest._place >= high or oldest._place + oldest.bytes <= low):
+                return
+            self._held.popleft()
+            if oldest.pinned:
+                oldest._host = oldest.wait().clone()
+                oldest._place = -1
+                self.spilled += 1
+
+
+class _Landed:
+    def wait(self) -> None: ...
+
+    def done(self) -> bool:
+        return True
+
+
+class _Stream:
+    """Copies on a stream of the GPU."""
+
+    def __init__(self, device: Any) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        ready = torch.cuda.Event()
+        ready.record()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            begin.record()
+            checkpoint._host.copy_(checkpoint._source, non_blocking=True)
+            end.record()
+        # The allocator must not hand the memory out again before the copy is through.
+        checkpoint._source.record_stream(self._stream)
+        checkpoint._source = None
+        checkpoint._landed = _DeviceLanded(checkpoint, begin, end)
+
+
+@dataclass(slots=True)
+class _DeviceLanded:
+    checkpoint: Checkpoint
+    begin: Any
+    end: Any
+
+    def wait(self) -> None:
+        self.end.synchronize()
+        self._note()
+
+    def done(self) -> bool:
+        if not self.end.query():
+            return False
+        self._note()
+        return True
+
+    def _note(self) -> None:
+        if self.checkpoint._complete_us is None:
+            self.checkpoint._complete_us = self.checkpoint.dispatch_us + self.begin.elapsed_time(self.end) * 1000
+
+
+class _Copier:
+    """Copies by a thread."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Checkpoint] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="gpuckpt-checkpoint", daemon=True).start()
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        checkpoint._landed = _ThreadLanded()
+        self._work.put(checkpoint)
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                checkpoint = self._work.get()
+                checkpoint._host.copy_(checkpoint._source)
+                checkpoint._source = None
+                checkpoint._complete_us = (time.perf_counter_ns() - checkpoint._began) / 1000
+                checkpoint._landed.event.set()
+                del checkpoint
+
+
+class _ThreadLanded:
+    __slots__ = ("event",)
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def wait(self) -> None:
+        self.event.wait()
+
+    def done(self) -> bool:
+        return self.event.is_set()

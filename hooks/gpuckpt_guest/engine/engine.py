@@ -1,0 +1,502 @@
+"""The engine: one thread that owns the model, the sessions and all that changes them.
+
+Other threads hand it functions (:meth:`Engine.do`) and get futures; between two layers it calls what has come. So there
+are no locks, and a function that it calls sees sessions that nothing else is changing.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import queue
+import re
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+
+from .. import lifecycle
+from ..checkpoint import Ring
+from . import sampling
+from .breakpoints import Breakpoint, Condition
+from .model import Loaded
+from .sampling import Sampling
+from .scheduler import Scheduler, release
+from .session import Pause, Session, Sink, State, Turn
+from .steering import Edit, apply
+from .text import TextStream
+
+_log = logging.getLogger("gpuckpt_guest")
+_Result = TypeVar("_Result")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class EngineError(Exception):
+    """A request that cannot be met. ``status`` is the HTTP status that says so, ``code`` a word for programs."""
+
+    def __init__(self, message: str, *, status: int = 400, code: str = "bad_request") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+def missing(what: str, name: str) -> EngineError:
+    """There is no such thing."""
+    return EngineError(f"there is no {what} {name!r}", status=404, code="not_found")
+
+
+def conflict(message: str) -> EngineError:
+    """It is there, but not in a state that allows this."""
+    return EngineError(message, status=409, code="conflict")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a generation is to do. ``read`` are the tokens to read first; the unread ones of the session come before."""
+
+    read: Sequence[int] = ()
+    max_tokens: int = 16
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+    stop_tokens: frozenset[int] = frozenset()
+    ignore_stops: bool = False
+    top_scores: int | None = None
+    keep_logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How a branch differs from its parent: edits at the breakpoint, standing edits, sampling."""
+
+    id: str | None = None
+    edits: tuple[Edit, ...] = ()
+    standing: tuple[Edit, ...] = ()
+    sampling: Sampling | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+
+
+class Engine:
+    """Sessions of one model. Call :meth:`start`, then :meth:`do` from any thread."""
+
+    def __init__(
+        self, loaded: Loaded, *, ring_bytes: int = 64 << 20, max_batch: int = 64, max_sessions: int = 4096
+    ) -> None:
+        self.loaded = loaded
+        self.ring = Ring(ring_bytes, loaded.device)
+        self.max_sessions = max_sessions
+        self.sessions: dict[str, Session] = {}
+        self.vectors: dict[str, Any] = {}
+        self.scheduler = Scheduler(loaded, self.ring, max_batch=max_batch, ended=self._ended)
+        self.fault = ""
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="gpuckpt-engine", daemon=True)
+        self._numbers = 0
+        self._leaving: set[Session] = set()
+
+    # ------------------------------------------------------------------ the thread
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End between two layers; what is running is lost."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def do(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> Future[_Result]:
+        """Have the engine's thread call ``function``, between two layers."""
+        future: Future[_Result] = Future()
+        if self.fault:
+            future.set_exception(EngineError(self.fault, status=503, code="engine_stopped"))
+        else:
+            self._commands.put((lambda: function(*args, **kwargs), future))
+        return future
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            try:
+                while self._obey():
+                    if self.scheduler.busy:
+                        self.scheduler.run()
+            except BaseException as error:
+                # A fault of the engine itself: better no answer than a wrong one.
+                self.fault = f"the engine has stopped: {error}"
+                _log.exception("the engine has stopped")
+                self._refuse()
+                raise
+
+    def _obey(self) -> bool:
+        """Call what has come; waits if there is nothing else to do. False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self.scheduler.busy)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            function, future = command
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except EngineError as error:
+                future.set_exception(error)
+            except Exception as error:
+                _log.exception("a request failed")
+                future.set_exception(error)
+
+    def _refuse(self) -> None:
+        for session in self.sessions.values():
+            if session.turn:
+                session.emit({"type": "done", "reason": "error", "error": self.fault, "tokens": 0})
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            if command:
+                command[1].set_exception(EngineError(self.fault, status=503, code="engine_stopped"))
+
+    # ------------------------------------------------------------------ sessions
+
+    def session(self, name: str) -> Session:
+        """The session of that name."""
+        found = self.sessions.get(name)
+        if found is None or found in self._leaving:
+            raise missing("session", name)
+        return found
+
+    def create(
+        self, name: str | None = None, *, edits: Sequence[Edit] = (), seed: int | None = None, ephemeral: bool = False
+    ) -> Session:
+        """A new session that has read nothing."""
+        lifecycle.check()
+        name = self._free(name)
+        self._numbers += 1
+        made = Session(
+            id=name,
+            cache=self.loaded.blueprint.session(),
+            random=sampling.generator(seed),
+            number=self._numbers,
+            ephemeral=ephemeral,
+        )
+        for edit in edits:
+            self._rule(made, edit)
+        self.sessions[name] = made
+        return made
+
+    def _free(self, name: str | None) -> str:
+        if len(self.sessions) >= self.max_sessions:
+            raise EngineError(
+                f"there are {len(self.sessions)} sessions already, the most that are allowed; delete some",
+                status=429,
+                code="too_many_sessions",
+            )
+        if name is None:
+            return f"s-{uuid.uuid4().hex[:12]}"
+        if not _NAME.fullmatch(name):
+            raise EngineError(f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
+        if name in self.sessions:
+            raise conflict(f"there is a session {name!r} already")
+        return name
+
+    def delete(self, session: Session) -> None:
+        """Remove a session in whatever state; what it was generating ends as cancelled."""
+        if session.turn and not session.pause and not self.scheduler.drop(session):
+            session.turn.cancelled = True  # its pass lands first
+            self._leaving.add(session)
+            return
+        self._remove(session)
+
+    def _remove(self, session: Session) -> None:
+        self.scheduler.settle(session)
+        if session.pause:
+            release(self.ring, session.pause)
+            session.pause = None
+        if session.turn:
+            session.turn.reason = "cancelled"
+            session.emit({"type": "done", "reason": "cancelled", "tokens": len(session.turn.generated)})
+            session.turn = None
+        session.emit({"type": "deleted"})
+        self.sessions.pop(session.id, None)
+        self._leaving.discard(session)
+
+    def _ended(self, session: Session) -> None:
+        if session in self._leaving or session.ephemeral:
+            self._remove(session)
+
+    # ------------------------------------------------------------------ generating
+
+    def generate(self, session: Session, request: Request, sink: Sink | None = None) -> Turn:
+        """Begin a generation; its events go to ``sink``."""
+        self._can_work(session)
+        if session.turn:
+            raise conflict(f"session {session.id} is {session.state} in a generation; resume or delete it first")
+        lifecycle.check()
+        tokens = [*session.unread, *request.read]
+        if not tokens:
+            raise EngineError("there is nothing to read: give a prompt")
+        bad = next((token for token in request.read if not 0 <= token < self.loaded.vocabulary), None)
+        if bad is not None:
+            raise EngineError(f"there is no token {bad}: the vocabulary has {self.loaded.vocabulary}")
+        total = session.cache.length + len(tokens)
+        if total >= self.loaded.limit:
+            raise EngineError(
+                f"{total} tokens leave no room in the {self.loaded.limit} that a session can have", code="too_long"
+            )
+        if request.max_tokens < 1:
+            raise EngineError("max_tokens must be at least 1")
+        if request.seed is not None:
+            session.random = sampling.generator(request.seed)
+        session.tokens.extend(request.read)
+        session.turn = Turn(
+            sampling=request.sampling,
+            max_tokens=request.max_tokens,
+            text=TextStream(self.loaded.tokenizer, request.stops),
+            top_scores=request.top_scores,
+            ignore_stops=request.ignore_stops,
+            stop_tokens=self.loaded.stops | request.stop_tokens,
+            keep_logits=request.keep_logits,
+            prompt_tokens=len(tokens),
+            sinks=[sink] if sink else [],
+        )
+        self.scheduler.ready(session)
+        return session.turn
+
+    def cancel(self, session: Session) -> None:
+        """End the generation; what was read and written stays. Of a paused one, the pass is given up or finished."""
+        turn = session.turn
+        if turn is None:
+            return
+        if session.pause and self.loaded.blueprint.recurrent:
+            turn.cancelled = True  # its state is half-way: the pass must land
+            session.breakpoints.clear()
+            self.scheduler.resume([session])
+        elif session.pause or self.scheduler.drop(session):
+            if session.pause:
+                release(self.ring, session.pause)
+                session.pause = None
+                session.cache.abandon()
+            turn.reason = "cancelled"
+            session.emit({"type": "done", "reason": "cancelled", "tokens": len(turn.generated)})
+            session.turn = None
+            self._ended(session)
+        else:
+            turn.cancelled = True
+
+    def pause(self, session: Session, layer: int | None = None) -> str:
+        """Have a running generation stop after its next layer, or after ``layer``; returns the breakpoint's id."""
+        self._can_work(session)
+        if session.turn is None:
+            raise conflict(f"session {session.id} is {session.state}: there is nothing to pause")
+        return self.stop_at(session, layer=layer, once=True)
+
+    def stop_at(self, session: Session, *, name: str | None = None, **what: Any) -> str:
+        """Add a breakpoint; the arguments are :class:`Breakpoint`'s."""
+        layers = self.loaded.verdict.layers
+        layer = what.get("layer")
+        if layer is not None and not 0 <= layer <= layers:
+            raise EngineError(f"there is no layer {layer}: 0 is behind the embeddings, {layers} the last")
+        name = name or f"b{next(n for n in range(1, 10**9) if f'b{n}' not in session.breakpoints)}"
+        if name in session.breakpoints:
+            raise conflict(f"session {session.id} has a breakpoint {name!r} already")
+        session.breakpoints[name] = Breakpoint(id=name, **{"condition": Condition(), **what})
+        return name
+
+    def resume(self, session: Session, sink: Sink | None = None) -> None:
+        """Let a paused session go on; of a suspended one, bring its cache back."""
+        if session.suspended:
+            session.cache.move(self.loaded.device)
+            session.suspended = False
+            session.emit({"type": "woken"})
+            if not session.pause:
+                return
+        if not session.pause or not session.turn:
+            raise conflict(f"session {session.id} is {session.state}, not paused")
+        if sink:
+            session.turn.sinks.append(sink)
+        self.scheduler.resume([session])
+        session.emit({"type": "resumed"})
+
+    def suspend(self, session: Session) -> int:
+        """Take an idle or paused session's cache off the device; returns the bytes that it holds."""
+        if session.state is State.RUNNING:
+            raise conflict(f"session {session.id} is running; pause it first")
+        if session.failed:
+            raise conflict(f"session {session.id} has failed: {session.failed}")
+        if not session.suspended:
+            self.scheduler.settle(session)
+            session.cache.move("cpu")
+            session.suspended = True
+            session.emit({"type": "suspended"})
+        return session.cache.bytes()
+
+    def _can_work(self, session: Session) -> None:
+        if session.failed:
+            raise conflict(f"session {session.id} has failed ({session.failed}); delete it")
+        if session.suspended:
+            raise conflict(f"session {session.id} is suspended; resume it first")
+
+    # ------------------------------------------------------------------ looking and changing
+
+    def activation(self, session: Session) -> Any:
+        """The hidden state at the stop, with the edits made there so far, in host memory."""
+        pause = self._paused(session)
+        state = pause.checkpoint.wait()
+        for edit in pause.edits:
+            state = apply(edit, state, self.loaded.verdict.layout, pause.position)
+        return state
+
+    def set_activation(self, session: Session, tensor: Any) -> None:
+        """Put a tensor in the place of the hidden state; it must have its shape and type, and be finite."""
+        pause = self._paused(session)
+        held = pause.checkpoint
+        if tuple(tensor.shape) != held.shape:
+            raise EngineError(f"the activation has the shape {list(held.shape)}, not {list(tensor.shape)}")
+        if tensor.dtype != held.dtype:
+            raise EngineError(f"the activation is {_dtype(held.dtype)}, not {_dtype(tensor.dtype)}")
+        if not bool(tensor.isfinite().all()):
+            raise EngineError("the activation has values that are not finite numbers")
+        release(self.ring, pause)
+        pause.checkpoint = self.ring.adopt(tensor)
+        pause.edits.clear()
+        pause.replaced = True
+
+    def steer(self, session: Session, edits: Sequence[Edit], *, standing: bool) -> list[str]:
+        """Edit the activation at the stop once, or add standing rules; returns the rules' ids."""
+        if session.failed:
+            raise conflict(f"session {session.id} has failed ({session.failed})")
+        for edit in edits:
+            self._check(edit)
+        if standing:
+            return [self._rule(session, edit) for edit in edits]
+        pause = self._paused(session)
+        for edit in edits:
+            if edit.layer != pause.layer:
+                raise conflict(
+                    f"session {session.id} has stopped after layer {pause.layer}, not {edit.layer};"
+                    " make the edit a standing one to have it made there"
+                )
+        pause.edits.extend(edits)
+        return []
+
+    def _rule(self, session: Session, edit: Edit) -> str:
+        self._check(edit)
+        name = edit.name or f"r{next(n for n in range(1, 10**9) if f'r{n}' not in session.edits)}"
+        session.edits[name] = replace(edit, name=name)
+        return name
+
+    def _check(self, edit: Edit) -> None:
+        layers = self.loaded.verdict.layers
+        if not 0 <= edit.layer <= layers:
+            raise EngineError(f"there is no layer {edit.layer}: 0 is behind the embeddings, {layers} the last")
+        if edit.vector is not None and edit.vector.shape != (self.loaded.features,):
+            raise EngineError(f"a vector has {self.loaded.features} numbers, not {list(edit.vector.shape)}")
+        if edit.kind != "scale" and edit.vector is None:
+            raise EngineError(f"an edit of the kind {edit.kind} needs a vector")
+        if edit.kind == "project" and not float(edit.vector.float().norm()) > 0:
+            raise EngineError("a vector of length 0 has no direction to project out")
+
+    def lens(self, session: Session, top: int) -> list[tuple[int, float]]:
+        """The most likely next tokens by the model's own head on the hidden state at the stop: (id, probability)."""
+        pause = self._paused(session)
+        if session.suspended:
+            raise conflict(f"session {session.id} is suspended; resume it first")
+        state = self.activation(session).to(self.loaded.device)
+        stepper = self.loaded.stepper
+        ids = torch.tensor([session.unread[: pause.tokens]], device=self.loaded.device)
+        forward = stepper.begin(stepper.inputs(ids, past=[session.cache.length]), session.cache)
+        shares = stepper.head(forward, state)[0, -1].float().softmax(-1)
+        values, tokens = shares.topk(min(top, shares.numel()))
+        return list(zip(tokens.tolist(), values.tolist(), strict=True))
+
+    def _paused(self, session: Session) -> Pause:
+        if session.pause is None:
+            raise conflict(f"session {session.id} is {session.state}, not paused")
+        return session.pause
+
+    def store_vector(self, name: str, vector: Any) -> None:
+        """Keep a vector for edits to name."""
+        if not _NAME.fullmatch(name):
+            raise EngineError(f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
+        if tuple(vector.shape) != (self.loaded.features,):
+            raise EngineError(f"a vector has {self.loaded.features} numbers, not {list(vector.shape)}")
+        if not vector.is_floating_point() or not bool(vector.isfinite().all()):
+            raise EngineError("a vector is made of finite floating-point numbers")
+        self.vectors[name] = vector.clone()
+
+    # ------------------------------------------------------------------ branching
+
+    def branch(
+        self, parent: Session, variants: Sequence[Variant], *, resume: bool, sinks: Sequence[Sink | None] = ()
+    ) -> list[Session]:
+        """Make a session for each variant from where ``parent`` has stopped, or from its end if it is idle.
+
+        They share what it has read, in memory too, and go their own ways. With ``resume`` the rest of the pass is run
+        for all of them as one batch; else they are paused where the parent is.
+        """
+        self._can_work(parent)
+        if parent.state is State.RUNNING:
+            raise conflict(f"session {parent.id} is running; pause it first")
+        if len(self.sessions) + len(variants) > self.max_sessions:
+            raise EngineError("that would be too many sessions", status=429, code="too_many_sessions")
+        names = [variant.id for variant in variants if variant.id is not None]
+        if len(set(names)) != len(names):
+            raise EngineError("two variants have the same id")
+        for name in names:
+            self._free(name)
+        for variant in variants:
+            for edit in (*variant.edits, *variant.standing):
+                self._check(edit)
+            if variant.edits and (parent.pause is None or any(e.layer != parent.pause.layer for e in variant.edits)):
+                raise conflict("edits of a variant are for the layer after which the parent has stopped")
+        self.scheduler.settle(parent)
+        made = [self._child(parent, variant) for variant in variants]
+        for child, sink in zip(made, sinks, strict=False):
+            if sink and child.turn:
+                child.turn.sinks.append(sink)
+        if resume and parent.pause:
+            self.scheduler.resume(made)
+        return made
+
+    def _child(self, parent: Session, variant: Variant) -> Session:
+        self._numbers += 1
+        child = Session(
+            id=self._free(variant.id),
+            cache=parent.cache.fork(),
+            random=sampling.generator(variant.seed if variant.seed is not None else 0),
+            number=self._numbers,
+            tokens=list(parent.tokens),
+            edits=dict(parent.edits),
+            parent=parent.id,
+            messages=copy.deepcopy(parent.messages),
+        )
+        if variant.seed is None:
+            child.random.set_state(parent.random.get_state())
+        if parent.turn:
+            child.turn = copy.copy(parent.turn)
+            child.turn.text = parent.turn.text.copy()
+            child.turn.generated, child.turn.scores = list(parent.turn.generated), list(parent.turn.scores)
+            child.turn.sinks = []
+            child.turn.sampling = variant.sampling or parent.turn.sampling
+            child.turn.max_tokens = variant.max_tokens or parent.turn.max_tokens
+        if parent.pause:
+            child.pause = copy.copy(parent.pause)
+            child.pause.checkpoint.users += 1
+            child.pause.edits = [*parent.pause.edits, *variant.edits]
+            child.pause.carried = {name: dict(held) for name, held in parent.pause.carried.items()}
+        for edit in variant.standing:
+            self._rule(child, edit)
+        self.sessions[child.id] = child
+        return child
+
+
+def _dtype(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

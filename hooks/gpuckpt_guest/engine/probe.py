@@ -1,0 +1,273 @@
+"""Find out, when a model is loaded, whether it can be stopped between its layers, by doing it.
+
+Two sessions run layer by layer in turn, so that each is stopped at every cut with another's layer in between, through a
+prompt and two more tokens, on the engine's own caches. Logits and caches must be equal, bit for bit, to those of the
+model's plain forward on transformers' own cache. What fails is refused; nothing is worked around at run time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from ..kv.cache import Blueprint, Lanes, SessionCache
+from .steering import Layout
+from .stepper import Forward, Stepper, UnsupportedModelError
+
+# Sizes that tell the dimensions of a hidden state apart.
+_ROWS, _TOKENS = 3, 11
+# A batch changes the order of sums: what may differ, in units of the data type's precision times the largest logit.
+_TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the probe found. ``batching`` is whether sessions may share a batch; ``alone`` says why not."""
+
+    architecture: str
+    layers: int
+    layout: Layout
+    batching: bool
+    alone: str
+    recurrent: bool
+    carries: bool
+    cuts: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For publication."""
+        return asdict(self)
+
+
+def decoder_layers(model: Any) -> Sequence[Any]:
+    """The model's decoder layers: the outermost list of as many modules as its configuration counts layers."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    roots = [model.get_decoder()] if hasattr(model, "get_decoder") else []
+    for root in (*roots, model):
+        lists = [
+            (name.count("."), module)
+            for name, module in (root.named_modules() if root is not None else ())
+            if isinstance(module, torch.nn.ModuleList) and len(module) == count
+        ]
+        if lists:
+            return list(min(lists, key=lambda found: found[0])[1])
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers")
+
+
+def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
+    """Try the model. Raises UnsupportedModelError with the reason if it cannot be driven layer by layer."""
+    began = time.perf_counter()
+    _check_configuration(stepper.model.config)
+    layout = _layout(stepper, blueprint)
+    prompts = _prompts(stepper.model)
+    before = _module_state(stepper.model)
+    plain = [_plain(stepper, prompt) for prompt in prompts]
+    runs = [_Run(stepper, blueprint.session(), prompt) for prompt in prompts]
+    carries = False
+    cuts = 0
+    for step in range(_STEPS):
+        for run in runs:
+            run.begin(step)
+        for _ in stepper.layers:
+            for run in runs:
+                stepper.step(run.forward)
+            cuts += 1
+        carries = any(run.changed() for run in runs) or carries
+        for index, run in enumerate(runs):
+            run.end()
+            if not torch.equal(run.logits, plain[index][0][step]):
+                raise UnsupportedModelError(_why(stepper.model, before, f"its logits differ after step {step}"))
+    for run, (_, cached) in zip(runs, plain, strict=True):
+        if difference := _compare(run.cache, cached):
+            raise UnsupportedModelError(_why(stepper.model, before, f"its cache differs: {difference}"))
+    alone = _alone(stepper, blueprint, layout, carries, plain, prompts)
+    return Verdict(
+        architecture=type(stepper.model).__name__,
+        layers=len(stepper.layers),
+        layout=layout,
+        batching=not alone,
+        alone=alone,
+        recurrent=blueprint.recurrent,
+        carries=carries,
+        cuts=cuts,
+        seconds=round(time.perf_counter() - began, 3),
+    )
+
+
+_STEPS = 3
+
+
+def _check_configuration(config: Any) -> None:
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = {value.get("rope_type") for value in (rope, *rope.values()) if isinstance(value, dict)}
+    if "dynamic" in kinds:
+        raise UnsupportedModelError(
+            "its rotary frequencies (rope_type dynamic) depend on the longest sequence that any session has read"
+        )
+
+
+def _layout(stepper: Stepper, blueprint: Blueprint) -> Layout:
+    ids = torch.ones(_ROWS, _TOKENS, dtype=torch.long, device=stepper.model.device)
+    cache = blueprint.session()
+    hidden = stepper.begin(stepper.inputs(ids, past=[0] * _ROWS), cache).hidden
+    shape = tuple(hidden.shape)
+    if any(tensor.numel() for _, tensor in cache.tensors()):
+        raise UnsupportedModelError("its prologue writes to the cache")
+    if shape.count(_ROWS) != 1 or shape.count(_TOKENS) != 1:
+        raise UnsupportedModelError(f"its hidden state has the shape {shape} for {_ROWS} rows of {_TOKENS} tokens")
+    return Layout(shape.index(_ROWS), shape.index(_TOKENS), len(shape))
+
+
+def _prompts(model: Any) -> list[Any]:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    random = torch.Generator().manual_seed(0)
+    # One is longer than the other, both than any convolution of a recurrent layer.
+    lengths = (9, 14)
+    return [
+        torch.randint(min(8, vocabulary // 2), vocabulary, (1, length), generator=random).to(model.device)
+        for length in lengths
+    ]
+
+
+def _plain(stepper: Stepper, prompt: Any) -> tuple[list[Any], Any]:
+    model = stepper.model
+    cache = DynamicCache(config=model.config)
+    ids, past, logits = prompt, 0, []
+    for _ in range(_STEPS):
+        out = model(**stepper.inputs(ids, past=[past]), past_key_values=cache, use_cache=True, **stepper.keep)
+        logits.append(out.logits[:, -1:].clone())
+        past += ids.shape[1]
+        ids = logits[-1].argmax(-1)
+    return logits, cache
+
+
+class _Run:
+    """One session of the probe."""
+
+    def __init__(self, stepper: Stepper, cache: SessionCache, prompt: Any) -> None:
+        self._stepper = stepper
+        self.cache = cache
+        self.ids = prompt
+        self.forward: Forward
+        self.logits: Any = None
+        self._containers: list[tuple[Any, int]] = []
+
+    def begin(self, step: int) -> None:
+        if step:
+            self.ids = self.logits.argmax(-1)
+        self.forward = self._stepper.begin(self._stepper.inputs(self.ids, past=[self.cache.length]), self.cache)
+        self._containers = [(held, len(held)) for _, held in carried(self.forward)]
+
+    def changed(self) -> bool:
+        return any(len(held) != size for held, size in self._containers)
+
+    def end(self) -> None:
+        if self.forward.executed != len(self._stepper.layers):
+            raise UnsupportedModelError(f"{self.forward.executed} layers ran")
+        self.logits = self._stepper.head(self.forward).clone()
+        self.cache.commit(self.forward.tokens)
+
+
+def carried(forward: Forward) -> Iterator[tuple[str, Any]]:
+    """The containers that the model gives its layers to hand something on in (Gemma 3n's shared keys and values)."""
+    seen: set[int] = set()
+    for call in forward.calls:
+        for name, value in call.kwargs.items():
+            if hasattr(value, "__setitem__") and hasattr(value, "keys") and id(value) not in seen:
+                seen.add(id(value))
+                yield name, value
+
+
+def _compare(ours: SessionCache, theirs: Any) -> str:
+    for index, layer in enumerate(theirs.layers):
+        for name, tensor in _tensors(layer):
+            mine = getattr(ours.layers[index], name.partition(".")[0])
+            if "." in name:
+                mine = mine[int(name.partition(".")[2])]
+            if not torch.equal(mine[..., -tensor.shape[-2] :, :] if name in ("keys", "values") else mine, tensor):
+                return f"layer {index}, {name}"
+    return ""
+
+
+def _tensors(layer: Any) -> Iterator[tuple[str, Any]]:
+    for name in ("keys", "values"):
+        if isinstance(value := getattr(layer, name, None), torch.Tensor) and value.numel():
+            yield name, value
+    for name in ("conv_states", "recurrent_states"):
+        for index, value in (getattr(layer, name, None) or {}).items():
+            if value is not None:
+                yield f"{name}.{index}", value
+
+
+def _alone(
+    stepper: Stepper,
+    blueprint: Blueprint,
+    layout: Layout,
+    carries: bool,
+    plain: Sequence[tuple[list[Any], Any]],
+    prompts: Sequence[Any],
+) -> str:
+    """Why sessions of this model cannot share a batch; empty if they can."""
+    if blueprint.unknown:
+        return f"its cache has layers of the kind {', '.join(blueprint.unknown)}"
+    if carries:
+        return "its layers hand keys and values on to others within a pass"
+    if "attention_mask" not in stepper.takes:
+        return "it takes no attention mask"
+    caches = []
+    for prompt in prompts:
+        cache = blueprint.session()
+        forward = stepper.begin(stepper.inputs(prompt, past=[0]), cache)
+        for _ in stepper.layers:
+            stepper.step(forward)
+        cache.commit(forward.tokens)
+        caches.append(cache)
+    try:
+        lanes = Lanes(caches)
+        ids = torch.cat([logits[0].argmax(-1) for logits, _ in plain])
+        forward = stepper.begin(batch_inputs(stepper, ids, lanes), lanes)
+        for _ in stepper.layers:
+            stepper.step(forward)
+        got = stepper.head(forward)
+        lanes.commit(1)
+        lanes.release()
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
+        return f"a batch of padded rows failed: {str(error).splitlines()[0] if str(error) else error!r}"
+    wanted = torch.cat([logits[1] for logits, _ in plain])
+    scale = float(wanted.abs().max())
+    difference = float((got - wanted).abs().max())
+    if not difference <= _TOLERANCE.get(wanted.dtype, 2e-3) * scale:
+        return f"a batch of padded rows gives other logits (by {difference:.2g} of {scale:.2g})"
+    return ""
+
+
+def batch_inputs(stepper: Stepper, ids: Any, lanes: Lanes) -> dict[str, Any]:
+    """The model's inputs for ``ids`` [rows, tokens] of the sessions in ``lanes``."""
+    tokens = ids.shape[1]
+    mask = None
+    pads = lanes.pads
+    if any(pads):
+        columns = torch.arange(lanes.length + tokens)
+        mask = (columns[None] >= torch.tensor(pads)[:, None]).long().to(ids.device)
+    return stepper.inputs(ids, past=[member.length for member in lanes.members], attention_mask=mask)
+
+
+def _module_state(model: Any) -> dict[str, tuple[int, int]]:
+    found = {}
+    for name, module in model.named_modules():
+        for key, value in (*vars(module).items(), *module._buffers.items()):
+            if isinstance(value, torch.Tensor):
+                found[f"{name}.{key}"] = (id(value), -1 if value.is_inference() else value._version)
+    return found
+
+
+def _why(model: Any, before: dict[str, tuple[int, int]], what: str) -> str:
+    after = _module_state(model)
+    changed = sorted(name for name, state in after.items() if before.get(name) != state)
+    kept = f"; it keeps state in {', '.join(changed[:3])}" if changed else ""
+    return f"stopped between layers, with another request in between, {what}{kept}"

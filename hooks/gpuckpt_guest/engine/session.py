@@ -1,0 +1,127 @@
+"""What a session is: plain data, owned by the engine's thread."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..kv.cache import SessionCache
+from .breakpoints import Breakpoint
+from .sampling import Sampling, Scores
+from .steering import Edit
+from .text import TextStream
+
+# What the engine reports: {"type": "token" | "paused" | "resumed" | "done" | …}. Called by the engine's thread.
+Event = dict[str, Any]
+Sink = Callable[[Event], None]
+
+
+class State(enum.StrEnum):
+    """What a session is doing."""
+
+    IDLE = "idle"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUSPENDED = "suspended"
+    FAILED = "failed"
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """One generation of a session: it reads what the session has not read yet, then writes."""
+
+    sampling: Sampling
+    max_tokens: int
+    text: TextStream
+    top_scores: int | None = None  # None: no log-probabilities
+    ignore_stops: bool = False
+    stop_tokens: frozenset[int] = frozenset()
+    keep_logits: bool = False
+    step: int = 0  # completed passes: 0 while the prompt is read
+    prompt_tokens: int = 0
+    generated: list[int] = field(default_factory=list)
+    scores: list[Scores] = field(default_factory=list)
+    logits: Any = None  # of the last step, on the host, if they were asked for
+    reason: str = ""  # why it ended: stop, length, cancelled, error
+    stop: str | int | None = None
+    error: str = ""
+    cancelled: bool = False
+    began_ns: int = field(default_factory=time.monotonic_ns)
+    first_token_ns: int = 0
+    sinks: list[Sink] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Pause:
+    """A pass that has stopped after ``layer`` layers: what it takes to go on."""
+
+    layer: int
+    step: int
+    position: int  # of the pass' first token
+    tokens: int  # that the pass reads
+    checkpoint: Checkpoint
+    breakpoint: str
+    executed: int
+    carried: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    norms: list[tuple[int, float]] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)  # made when it goes on
+    replaced: bool = False  # the activation was uploaded
+    began_ns: int = field(default_factory=time.monotonic_ns)
+    wire: tuple[int, int] = (0, 0)  # bytes received and sent by this session's requests up to here
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One conversation: its tokens, its cache, and what is to be done to its activations."""
+
+    id: str
+    cache: SessionCache
+    random: Any
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    edits: dict[str, Edit] = field(default_factory=dict)  # standing rules
+    breakpoints: dict[str, Breakpoint] = field(default_factory=dict)
+    turn: Turn | None = None
+    pause: Pause | None = None
+    parent: str | None = None
+    ephemeral: bool = False
+    suspended: bool = False
+    failed: str = ""
+    created: float = field(default_factory=time.time)
+    turns: int = 0
+    passes: int = 0
+    listeners: list[Sink] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    wire_received: int = 0
+    wire_sent: int = 0
+    norms: list[tuple[int, Any]] = field(default_factory=list)  # of the pass at work, if it is watched
+
+    @property
+    def state(self) -> State:
+        """What it is doing."""
+        if self.failed:
+            return State.FAILED
+        if self.suspended:
+            return State.SUSPENDED
+        if self.pause:
+            return State.PAUSED
+        return State.RUNNING if self.turn else State.IDLE
+
+    @property
+    def unread(self) -> list[int]:
+        """Tokens that no completed pass has read."""
+        return self.tokens[self.cache.length :]
+
+    def edits_at(self, layer: int) -> list[Edit]:
+        """Standing rules for the hidden state after ``layer`` layers."""
+        return [edit for edit in self.edits.values() if edit.layer == layer]
+
+    def emit(self, event: Event) -> None:
+        """Tell those who listen."""
+        event["session"] = self.id
+        for sink in [*(self.turn.sinks if self.turn else ()), *self.listeners]:
+            sink(event)

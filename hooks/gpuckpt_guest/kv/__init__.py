@@ -1,0 +1,1 @@
+"""Where sessions keep their keys and values."""
