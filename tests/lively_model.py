@@ -1,7 +1,7 @@
 """Make a tiny model whose greedy text varies: a small random model's usually repeats one token, whatever it reads.
 
-Runs in the server's environment: ``python tests/lively_model.py FOLDER``. Wider random weights and a head of its own make
-the next token depend on all that was read, so that a wrong bit anywhere shows in the tokens.
+Runs in the server's environment: ``python tests/lively_model.py FOLDER``. Wider random weights and a head of its own
+make the next token depend on all that was read, so that a wrong bit anywhere shows in the tokens.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -30,7 +31,13 @@ _KEY = "gpuckpt_session"
 
 def pack(tensors: Mapping[str, Any], metadata: Mapping[str, Any]) -> bytes:
     """A safetensors file; the metadata's values are written as JSON."""
-    held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    held, seen = {}, set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().to("cpu").contiguous()
+        # safetensors refuses tensors that share memory: what layers hand on may be a view of the cache.
+        place = whole.untyped_storage().data_ptr()
+        held[name] = whole.clone() if place in seen else whole
+        seen.add(place)
     return bytes(save_tensors(held, {name: json.dumps(value) for name, value in metadata.items()}))
 
 
@@ -177,10 +184,10 @@ def _fill(engine: Engine, session: Session, facts: dict[str, Any], tensors: dict
             raise ValueError("its pause does not fit its text")
         if not 0 <= pause.layer <= loaded.verdict.layers or pause.executed != pause.layer:
             raise ValueError("its pause is after a layer that is not there")
-        layout = loaded.verdict.layout
-        shape = pause.checkpoint.shape
-        if len(shape) != layout.dimensions or shape[layout.rows] != 1 or shape[layout.tokens] != pause.tokens:
-            raise ValueError("its activation has another shape")
+        ids = torch.tensor([session.unread[: pause.tokens]], device=loaded.device)
+        begun = loaded.stepper.begin(loaded.stepper.inputs(ids, past=[length]), session.cache).hidden
+        if tuple(begun.shape) != pause.checkpoint.shape:
+            raise ValueError(f"its activation has the shape {list(pause.checkpoint.shape)}, not {list(begun.shape)}")
         engine.steer(session, [read(edit) for edit in held["edits"]], standing=False)
     elif session.turn:
         raise ValueError("it was in a generation, but not paused")

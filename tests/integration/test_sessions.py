@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gpuckpt.sessions import Client
 from gpuckpt.workload import Guest
 from gpuckpt.workload.endpoint import Endpoint
 from tests.integration.conftest import PREFIX, Bench
@@ -96,10 +97,8 @@ def test_stopped_sessions_go_on_in_two_clones(bench: Bench, lively_model: Path) 
     one, other = (bench.endpoint(clone) for clone in clones)
 
     # A stopped session moves from one clone to the other, and goes on there as it would have here.
-    file = one.request("GET", "/v1/sessions/token/export", "", timeout=30)
-    assert file.status == 200
-    moved = other.request("POST", "/v1/sessions/import?id=moved", file.body, timeout=30)
-    assert moved.status == 201, moved.body
+    moved = Client(other).import_(Client(one).export("token"), "moved")
+    assert moved.id == "moved" and moved.state == "paused"
     assert resumed(one) == expected
     assert resumed(other) == expected
     done = ask(other, "POST", "/v1/sessions/moved/resume", {})

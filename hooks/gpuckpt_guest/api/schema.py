@@ -209,7 +209,7 @@ class PauseInfo(BaseModel):
     checkpoint: CheckpointInfo
     edits: list[dict[str, Any]]
     replaced: bool
-    norms: list[tuple[int, float]]
+    norms: list[tuple[int, float | None]] = Field(description="of the last token behind each layer; null: not finite")
     seconds: float
     wire_bytes: dict[str, int] = Field(description="received and sent by requests for this session since the stop")
 

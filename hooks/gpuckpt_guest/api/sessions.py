@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
@@ -117,7 +118,16 @@ async def show(id: str, request: HttpRequest) -> dict[str, Any]:
 async def delete(id: str, request: HttpRequest) -> dict[str, Any]:
     """Remove a session, in whatever state; a running generation ends as cancelled."""
     bridge = _bridge(request)
-    await bridge.do(lambda: bridge.engine.delete(bridge.engine.session(id)))
+    box = Mailbox()
+
+    def deleted() -> None:
+        session = bridge.engine.session(id)
+        session.listeners.append(box)
+        bridge.engine.delete(session)
+
+    await bridge.do(deleted)
+    async for _ in box.until("deleted"):  # one that shares a batch goes when the pass has landed
+        pass
     return {}
 
 
@@ -235,15 +245,18 @@ async def _until(
 
 
 async def _streamed(bridge: Bridge, session: Session, turn: Turn, box: Mailbox) -> AsyncIterator[str]:
+    ended = False
     try:
         async for event in box.until("done", "paused"):
+            ended = event["type"] in ("done", "paused")
             yield sse(_public(event), event["type"])
     finally:
 
         def left() -> None:
             if box in turn.sinks:
                 turn.sinks.remove(box)
-            if session.turn is turn and not session.pause:
+            # Behind a stop it is others' business: someone may have let it go on already.
+            if not ended and session.turn is turn and not session.pause:
                 bridge.engine.cancel(session)
 
         box.close()
@@ -644,7 +657,7 @@ def _pause_info(engine: Engine, session: Session) -> dict[str, Any] | None:
             "pinned": held.pinned,
         },
         "edits": [_edit_info(edit) for edit in pause.edits],
-        "norms": pause.norms,
+        "norms": [(layer, norm if math.isfinite(norm) else None) for layer, norm in pause.norms],
         "seconds": (time.monotonic_ns() - pause.began_ns) / 1e9,
         "wire_bytes": {
             "received": session.wire_received - pause.wire[0],

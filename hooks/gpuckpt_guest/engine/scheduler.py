@@ -114,7 +114,7 @@ class Scheduler:
             self._lanes.remove(lanes)
 
     def run(self) -> None:
-        """One quantum: a prologue, a layer, or a head and the choice of tokens."""
+        """One quantum: a layer, with the prologue if it is the first, or the head and the choice of tokens."""
         self._admit()
         flights = self._next()
         if flights is None:
@@ -191,8 +191,9 @@ class Scheduler:
         """Returns whether the flight is over."""
         forward = flight.forward
         if forward is None:
-            self._begin(flight)
-            return bool(flight.start is None and self._boundary(flight))
+            forward = self._begin(flight)
+            if flight.start is None and self._boundary(flight):
+                return True
         if forward.layer < len(self._stepper.layers):
             self._stepper.step(forward)
             self.layers_run += 1
@@ -200,7 +201,7 @@ class Scheduler:
         self._land(flight)
         return True
 
-    def _begin(self, flight: Flight) -> None:
+    def _begin(self, flight: Flight) -> Forward:
         ids = [session.unread[: flight.tokens] for session in flight.rows]
         tensor = torch.tensor(ids, device=self._loaded.device)
         if isinstance(flight.cache, Lanes):
@@ -216,6 +217,7 @@ class Scheduler:
             for session in flight.rows:
                 session.norms = []
         flight.forward = forward
+        return forward
 
     def _boundary(self, flight: Flight) -> bool:
         """Between two layers: edit, look whether someone wants to stop. Returns whether nobody goes on."""

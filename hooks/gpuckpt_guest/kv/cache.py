@@ -287,6 +287,12 @@ class SessionCache(Cache):
             if isinstance(layer, LinearAttentionLayer):
                 fact["previous"] = [bool(layer.has_previous_state[index]) for index in layer.has_previous_state]
                 fact["kernel"] = [layer.conv_kernel_size[index] for index in layer.conv_kernel_size]
+                fact["states"] = [
+                    [name, index]
+                    for name in _STATES
+                    for index, state in getattr(layer, name).items()
+                    if state is not None
+                ]
             made.append(fact)
         return made
 
@@ -309,11 +315,11 @@ class SessionCache(Cache):
             if isinstance(layer, LinearAttentionLayer):
                 for state, (previous, kernel) in enumerate(zip(fact["previous"], fact["kernel"], strict=True)):
                     layer.has_previous_state[state], layer.conv_kernel_size[state] = previous, kernel
-                    for name in _STATES:
-                        if (tensor := tensors.get(f"{index}.{name}.{state}")) is not None:
-                            getattr(layer, name)[state] = tensor.to(device).clone()
-                            getattr(layer, f"is_{name}_initialized")[state] = True
-                            layer.device, layer.dtype = tensor.device, tensor.dtype
+                for name, state in fact["states"]:
+                    tensor = tensors[f"{index}.{name}.{state}"].to(device)
+                    getattr(layer, name)[state] = tensor.clone()
+                    getattr(layer, f"is_{name}_initialized")[state] = True
+                    layer.device, layer.dtype = tensor.device, tensor.dtype
 
     def move(self, device: Any) -> None:
         """Bring it to ``device`` ("cpu" to free the device's memory)."""

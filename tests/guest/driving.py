@@ -1,0 +1,125 @@
+"""An engine with a tiny model in this process, and ways to drive it from a test."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpuckpt_guest.engine.engine import Engine, Request
+from gpuckpt_guest.engine.model import Loaded, prepare
+from gpuckpt_guest.engine.session import Event, Session, Turn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCABULARY = 199
+LAYERS = 4
+WAIT = 30.0
+
+
+class Letters:
+    """A tokenizer whose tokens are letters, so that texts can be foreseen."""
+
+    eos_token_id = None
+    chat_template = None
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(chr(0x4E00 + token) for token in ids)
+
+
+def model(kind: str = "llama", **more: Any) -> Any:
+    """A lively tiny model: what it writes depends on all that it read."""
+    torch.manual_seed(3)
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(config | more))).eval()
+
+
+def loaded(kind: str = "llama", **more: Any) -> Loaded:
+    """The same, probed."""
+    return prepare(model(kind, **more), Letters(), name="tiny", identity="tiny")
+
+
+class Driver:
+    """An engine that runs, and what its sessions report."""
+
+    def __init__(self, of: Loaded, **options: Any) -> None:
+        self.loaded = of
+        self.engine = Engine(of, ring_bytes=1 << 20, **options)
+        self.engine.start()
+        self.events: list[Event] = []
+
+    def close(self) -> None:
+        self.engine.stop()
+        self.loaded.stepper.close()
+
+    def do(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.engine.do(function, *args, **kwargs).result(WAIT)
+
+    def new(self, name: str | None = None, **options: Any) -> Session:
+        session: Session = self.do(self.engine.create, name, **options)
+        return session
+
+    def begin(self, session: Session, read: list[int], max_tokens: int = 12, **options: Any) -> Running:
+        running = Running(self)
+        request = Request(read=read, max_tokens=max_tokens, ignore_stops=True, **options)
+        running.turn = self.do(self.engine.generate, session, request, running)
+        return running
+
+    def resume(self, session: Session) -> Running:
+        running = Running(self)
+        running.turn = session.turn
+        self.do(self.engine.resume, session, running)
+        return running
+
+    def write(self, read: list[int], max_tokens: int = 12, **options: Any) -> list[int]:
+        """What a session of its own writes, undisturbed."""
+        session = self.new()
+        turn = self.begin(session, read, max_tokens, **options).wait("done")
+        self.do(self.engine.delete, session)
+        return turn.generated
+
+    def plain(self, read: list[int], max_tokens: int = 12) -> list[int]:
+        """What the model's own generate writes."""
+        with torch.inference_mode():
+            out = self.loaded.stepper.model.generate(
+                torch.tensor([read]), max_new_tokens=max_tokens, min_new_tokens=max_tokens, do_sample=False
+            )
+        return [int(token) for token in out[0, len(read) :]]
+
+
+class Running:
+    """A generation at work: the sink of its events."""
+
+    turn: Turn
+
+    def __init__(self, driver: Driver) -> None:
+        self._changed = threading.Condition()
+        self.events: list[Event] = []
+        self._driver = driver
+
+    def __call__(self, event: Event) -> None:
+        with self._changed:
+            self.events.append(event)
+            self._driver.events.append(event)
+            self._changed.notify_all()
+
+    def wait(self, kind: str, count: int = 1) -> Turn:
+        """Until so many events of that kind have come."""
+        with self._changed:
+            came = self._changed.wait_for(lambda: sum(e["type"] == kind for e in self.events) >= count, WAIT)
+        assert came, f"no {kind!r}; {self.events[-3:]}"
+        return self.turn
