@@ -18,6 +18,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +32,24 @@ _ALIGN = 256
 class Checkpoint:
     """A tensor on its way to, or in, host memory."""
 
-    shape: tuple[int, ...]
+    shape: Sequence[int]
     dtype: Any
     bytes: int
     dispatch_us: float = 0.0
     users: int = 1  # pauses that hold it: branches share their parent's
+    _memory: Any = None  # the ring's
     _source: Any = None  # held until the copy is complete: the device may not reuse the memory before
     _host: Any = None
     _place: int = -1  # offset in the ring, or -1
     _landed: Any = None
     _began: int = 0
     _complete_us: float | None = None
+
+    def home(self) -> Any:
+        """Where the bytes are to land: in the ring, or in memory of their own if they are more than it can hold."""
+        if self._place < 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return self._memory[self._place : self._place + self.bytes].view(self.dtype).view(self.shape)
 
     def wait(self) -> Any:
         """Wait until the bytes have landed; returns them as a tensor in host memory."""
@@ -82,13 +90,9 @@ class Ring:
         """Begin to copy ``tensor`` to host memory; the caller may drop it but must not write to it."""
         began = time.perf_counter_ns()
         source = tensor if tensor.is_contiguous() else tensor.contiguous()
-        made = Checkpoint(tuple(source.shape), source.dtype, int(source.nbytes), _source=source, _began=began)
-        place = self._room(made.bytes)
-        if place is None:  # larger than the ring
-            made._host = torch.empty(made.shape, dtype=made.dtype)
-        else:
-            made._place = place
-            made._host = self._memory[place : place + made.bytes].view(made.dtype).view(made.shape)
+        made = Checkpoint(source.shape, source.dtype, source.nbytes, _source=source, _memory=self._memory, _began=began)
+        made._place = self._room(made.bytes)
+        if made._place >= 0:
             self._held.append(made)
         self._copier.start(made)
         made.dispatch_us = (time.perf_counter_ns() - began) / 1000
@@ -124,11 +128,11 @@ class Ring:
         made._host, made._landed = tensor.contiguous().clone(), _Landed()
         return made
 
-    def _room(self, wanted: int) -> int | None:
-        """A place of ``wanted`` bytes, moving the oldest checkpoints out of the ring; None if there can be none."""
+    def _room(self, wanted: int) -> int:
+        """A place of ``wanted`` bytes, moving the oldest checkpoints out of the ring; -1 if there can be none."""
         wanted = -(-wanted // _ALIGN) * _ALIGN
         if wanted > self.size:
-            return None
+            return -1
         if self._next + wanted > self.size:
             self._clear(self._next, self.size)
             self._next = 0
@@ -165,6 +169,7 @@ class _Stream:
     def start(self, checkpoint: Checkpoint) -> None:
         ready = torch.cuda.Event()
         ready.record()
+        checkpoint._host = checkpoint.home()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
@@ -206,28 +211,35 @@ class _Copier:
         threading.Thread(target=self._run, name="gpuckpt-checkpoint", daemon=True).start()
 
     def start(self, checkpoint: Checkpoint) -> None:
-        checkpoint._landed = _ThreadLanded()
+        checkpoint._landed = _ThreadLanded(checkpoint)
         self._work.put(checkpoint)
 
     def _run(self) -> None:
         with torch.inference_mode():
             while True:
                 checkpoint = self._work.get()
-                checkpoint._host.copy_(checkpoint._source)
+                host = checkpoint.home()
+                host.copy_(checkpoint._source)
                 checkpoint._source = None
+                checkpoint._host = host
                 checkpoint._complete_us = (time.perf_counter_ns() - checkpoint._began) / 1000
-                checkpoint._landed.event.set()
+                checkpoint._landed.gate.release()
                 del checkpoint
 
 
 class _ThreadLanded:
-    __slots__ = ("event",)
+    # A bare lock, held until the bytes are there: an Event costs the caller more than all the rest of a dispatch.
+    __slots__ = ("checkpoint", "gate")
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.gate = threading.Lock()
+        self.gate.acquire()
 
     def wait(self) -> None:
-        self.event.wait()
+        if not self.done():
+            with self.gate:
+                pass
 
     def done(self) -> bool:
-        return self.event.is_set()
+        return self.checkpoint._complete_us is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpuckpt_guest.checkpoint import Ring
+from gpuckpt_guest.checkpoint import Checkpoint, Ring
 from gpuckpt_guest.engine import sampling
 from gpuckpt_guest.engine.sampling import Sampling
 from gpuckpt_guest.engine.steering import Edit, Layout, apply
@@ -155,16 +155,15 @@ def test_the_copy_is_made_elsewhere() -> None:
     ring = Ring(1 << 20, "cpu")
     gate = threading.Event()
 
-    class Slow:
-        """A tensor's place in the ring that takes its time."""
+    class Slow(Checkpoint):
+        """One whose place in memory takes its time to come."""
 
-        def copy_(self, _: Any) -> None:
+        def home(self) -> Any:
             gate.wait(10)
+            return Checkpoint.home(self)
 
-    before = ring.save(torch.zeros(4))
-    before.wait()
-    before._host = Slow()
-    ring._copier.start(before)
+    source = torch.zeros(4)
+    ring._copier.start(Slow(source.shape, source.dtype, source.nbytes, _source=source))
     checkpoint = ring.save(torch.arange(4.0))
     assert not checkpoint.done and checkpoint.complete_us is None
     gate.set()
