@@ -15,9 +15,12 @@ python := $(PREFIX)/venv/bin/python
 typed := gpuckpt hooks tests $(foreach folder,scripts seccomp benchmarks,$(if $(wildcard $(folder)/*.py),$(folder)))
 fast := $(wildcard tests/unit)
 benchmarks := restore density sweep steady create archive ignore_flags criu_binaries cold
-all := $(wildcard tests/unit tests/property tests/contract tests/integration)
+all := $(wildcard tests/unit tests/property tests/contract tests/integration tests/browser)
+# The guest server's own tests run where it runs: in the server's environment, with torch.
+guest := $(wildcard tests/guest tests/guest_api)
+server := $(PREFIX)/server/bin/python
 
-.PHONY: help setup setup-server setup-tests check lint types imports unit test demo bench format clean
+.PHONY: help setup setup-server setup-tests check lint types imports unit test-guest test demo bench bench-sessions format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,9 +53,13 @@ imports: $(python)
 unit: $(python)
 	@$(call timed,unit,$(python) -m pytest -q -n 2 $(fast))
 
+test-guest: $(server) ## the session engine's tests: exact over many architectures, its HTTP interface
+	@TORCHDYNAMO_DISABLE=1 PYTHONPATH=$(CURDIR):$(CURDIR)/hooks $(server) -m pytest -q -n 2 $(guest)
+
 test: ## set up everything, check, then all tests with real containers (as root)
 	@$(MAKE) setup-tests
 	@$(MAKE) check
+	@$(MAKE) test-guest
 	@$(python) -m pytest $(all)
 
 demo: ## set up everything, then show what gpuckpt does, step by step (as root)
@@ -69,6 +76,10 @@ bench: ## measure everything: about 3 hours on 2 cores (BENCH=--quick: a trial);
 	$(python) -m benchmarks.report --results build/results; \
 	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
+bench-sessions: ## measure the session engine: about 15 minutes on 2 cores (BENCH=--quick: a trial); build/bench/sessions.json
+	@$(MAKE) setup-server
+	@$(python) -m benchmarks.sessions $(BENCH)
+
 format: $(python) ## let ruff format the tree and mend what it can
 	@$(python) -m ruff check --fix-only .
 	@$(python) -m ruff format .
@@ -79,3 +90,6 @@ clean: ## remove caches and build output (nothing outside the checkout)
 
 $(python):
 	@echo 'there is no $@ yet: make setup' >&2; exit 1
+
+$(server):
+	@echo 'there is no $@ yet: make setup-tests' >&2; exit 1
