@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..kv.cache import Blueprint
 from .probe import Verdict, decoder_layers, probe
-from .stepper import Stepper
+from .stepper import Stepper, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,12 @@ def prepare(model: Any, tokenizer: Any, *, name: str, identity: str, limit: int 
         stepper = Stepper(model, decoder_layers(model))
         try:
             verdict = probe(stepper, blueprint)
-        except BaseException:
+        except BaseException as error:
             stepper.close()
+            if isinstance(error, Exception) and not isinstance(error, UnsupportedModelError):
+                said = (str(error).splitlines() or [""])[0]
+                what = f"its forward fails when it is probed: {type(error).__name__}: {said}"
+                raise UnsupportedModelError(what) from error
             raise
     text = model.config.get_text_config(decoder=True)
     longest = getattr(text, "max_position_embeddings", None) or 2**31

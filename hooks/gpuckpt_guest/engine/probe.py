@@ -7,6 +7,7 @@ model's plain forward on transformers' own cache. What fails is refused; nothing
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -63,10 +64,13 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
     """Try the model. Raises UnsupportedModelError with the reason if it cannot be driven layer by layer."""
     began = time.perf_counter()
     _check_configuration(stepper.model.config)
-    layout = _layout(stepper, blueprint)
+    if "past_key_values" not in inspect.signature(stepper.model.forward).parameters:
+        raise UnsupportedModelError("its forward takes no past_key_values: what it remembers is not in a cache")
     prompts = _prompts(stepper.model)
     before = _module_state(stepper.model)
+    # The model as it is comes first: its layers have then shown whether they return a tensor or a tuple.
     plain = [_plain(stepper, prompt) for prompt in prompts]
+    layout = _layout(stepper, blueprint)
     runs = [_Run(stepper, blueprint.session(), prompt) for prompt in prompts]
     carries = False
     cuts = 0
@@ -75,6 +79,7 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
             run.begin(step)
         for _ in stepper.layers:
             for run in runs:
+                run.again()
                 stepper.step(run.forward)
             cuts += 1
         carries = any(run.changed() for run in runs) or carries
@@ -114,9 +119,10 @@ def _check_configuration(config: Any) -> None:
 def _layout(stepper: Stepper, blueprint: Blueprint) -> Layout:
     ids = torch.ones(_ROWS, _TOKENS, dtype=torch.long, device=stepper.model.device)
     cache = blueprint.session()
+    empty = {name: tensor.shape for name, tensor in cache.tensors()}
     hidden = stepper.begin(stepper.inputs(ids, past=[0] * _ROWS), cache).hidden
     shape = tuple(hidden.shape)
-    if any(tensor.numel() for _, tensor in cache.tensors()):
+    if {name: tensor.shape for name, tensor in cache.tensors()} != empty:
         raise UnsupportedModelError("its prologue writes to the cache")
     if shape.count(_ROWS) != 1 or shape.count(_TOKENS) != 1:
         raise UnsupportedModelError(f"its hidden state has the shape {shape} for {_ROWS} rows of {_TOKENS} tokens")
@@ -155,16 +161,26 @@ class _Run:
         self.ids = prompt
         self.forward: Forward
         self.logits: Any = None
-        self._containers: list[tuple[Any, int]] = []
+        self._handed: list[int] = []
 
     def begin(self, step: int) -> None:
         if step:
             self.ids = self.logits.argmax(-1)
         self.forward = self._stepper.begin(self._stepper.inputs(self.ids, past=[self.cache.length]), self.cache)
-        self._containers = [(held, len(held)) for _, held in carried(self.forward)]
+        self._handed = [len(held) for _, held in carried(self.forward)]
+
+    def again(self) -> None:
+        """Go on as a session does that has stopped here: of the pass, only what a stopped session keeps is kept."""
+        before = self.forward
+        self.forward = self._stepper.begin(before.inputs, self.cache)
+        self.forward.layer, self.forward.hidden = before.layer, before.hidden.clone()
+        self.forward.executed = before.executed
+        given = {name: dict(held) for name, held in carried(before)}
+        for name, held in carried(self.forward):
+            held.update(given.get(name, {}))
 
     def changed(self) -> bool:
-        return any(len(held) != size for held, size in self._containers)
+        return [len(held) for _, held in carried(self.forward)] != self._handed
 
     def end(self) -> None:
         if self.forward.executed != len(self._stepper.layers):

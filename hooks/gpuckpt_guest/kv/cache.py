@@ -229,6 +229,18 @@ class SessionCache(Cache):
         super().__init__(layers=list(layers))
         self.span = span
         self._blueprint = blueprint
+        # What the prologue of the pass at work was told about layers of unknown kinds. Their own answers change once
+        # they have run, and a pass that goes on from a stop makes its prologue again.
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.span.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        key = (query_length, layer_idx)
+        if key not in self._sizes:
+            self._sizes[key] = super().get_mask_sizes(query_length, layer_idx)
+        return self._sizes[key]
 
     @property
     def length(self) -> int:
@@ -247,6 +259,7 @@ class SessionCache(Cache):
 
     def abandon(self) -> None:
         """Forget what the pass at work has written."""
+        self._sizes.clear()
         for layer in self.layers:
             if isinstance(layer, SessionLayer):
                 layer.pending = 0
@@ -255,6 +268,7 @@ class SessionCache(Cache):
         """The cache of a branch: what was read so far is shared, also by a pass that is stopped between layers."""
         made = self._blueprint.session()
         made.span.length = self.span.length
+        made._sizes = dict(self._sizes)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SessionLayer):
                 layer.share(made.layers[index])
