@@ -1,4 +1,4 @@
-"""Make a model folder on the spot: a Qwen2 of a chosen shape with seeded random weights and a small BPE tokenizer.
+"""Make a model folder on the spot: a Qwen2 or GPT-2 of a chosen shape, seeded random weights, a small BPE tokenizer.
 
 For machines that reach no model hub: vLLM loads the folder like any checkpoint, and greedy decoding is
 deterministic. Runs in the server environment (torch, transformers). The folder appears whole or not at all.
@@ -14,6 +14,7 @@ import os
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 # Shapes of the published Qwen2 family (hidden size, layers, heads, key-value heads, intermediate size); `tiny` is for
 # tests. The vocabulary is the published one for 0.5b, so that the file has the published size (0.99 GB in bfloat16).
@@ -21,6 +22,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden": 256, "layers": 4, "heads": 4, "kv": 2, "intermediate": 1024, "vocabulary": 8192},
     "0.5b": {"hidden": 896, "layers": 24, "heads": 14, "kv": 2, "intermediate": 4864, "vocabulary": 151936},
     "1.5b": {"hidden": 1536, "layers": 28, "heads": 12, "kv": 2, "intermediate": 8960, "vocabulary": 151936},
+    # GPT-2's smallest, in float32 as it was published (0.5 GB): what the benchmarks of the session engine run.
+    "gpt2-124m": {"hidden": 768, "layers": 12, "heads": 12, "positions": 1024, "vocabulary": 50257},
 }
 SEED = 20261120
 TOKENS = 8000  # of the tokenizer
@@ -56,10 +59,40 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_weights(folder: Path, shape: dict[str, int], seed: int) -> None:
+    """Write weights drawn from ``seed``, and the configuration."""
+    import torch
+
+    torch.manual_seed(seed)
+    model = gpt2(shape) if "positions" in shape else qwen2(shape)
+    with torch.no_grad():
+        # The rows that the tokenizer has no word for are zero, as padding rows are: what is generated can be read.
+        model.get_input_embeddings().weight[TOKENS:] = 0
+    model.save_pretrained(folder)
+
+
+def gpt2(shape: dict[str, int]) -> Any:
+    """A GPT-2 in float32."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=shape["vocabulary"],
+            n_embd=shape["hidden"],
+            n_layer=shape["layers"],
+            n_head=shape["heads"],
+            n_positions=shape["positions"],
+            # Of this tokenizer, not the published 50256.
+            eos_token_id=2,
+            bos_token_id=0,
+        )
+    )
+
+
+def qwen2(shape: dict[str, int]) -> Any:
+    """A Qwen2 in bfloat16."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=shape["vocabulary"],
         hidden_size=shape["hidden"],
@@ -75,11 +108,7 @@ def save_weights(folder: Path, shape: dict[str, int], seed: int) -> None:
         bos_token_id=0,
     )
     torch.set_default_dtype(torch.bfloat16)
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        # The rows that the tokenizer has no word for are zero, as padding rows are: what is generated can be read.
-        model.get_input_embeddings().weight[TOKENS:] = 0
-    model.save_pretrained(folder)
+    return Qwen2ForCausalLM(config)
 
 
 def main() -> None:

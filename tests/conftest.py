@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 TESTS = Path(__file__).resolve().parent
 PREFIX = Path(os.environ.get("PREFIX") or os.environ.get("GPUCKPT_PREFIX") or "/opt/gpuckpt")
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
-NEVER_SKIPPED_IN_CI = ("integration", "vllm")
+NEVER_SKIPPED_IN_CI = ("browser", "integration", "vllm")
 INTEGRATION_TIMEOUT = 600  # seconds; a cold start of a server is a minute, a loaded machine doubles it
 
 # A shared machine is slow at times: how long an example takes says nothing about the code.

@@ -8,7 +8,8 @@ On a GPU the copy runs on a stream of its own, behind what the computing stream 
 CPU a thread makes it, outside of the interpreter's lock. Both report the same times, each apart:
 
 ``dispatch_us``   what the caller waited
-``complete_us``   from the dispatch until the bytes had landed
+``complete_us``   from the dispatch until the bytes had landed, of which
+``copy_us``       the copy alone
 ``restore_us``    from host memory back to a tensor on the device
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +37,14 @@ class Checkpoint:
     dtype: Any
     bytes: int
     dispatch_us: float = 0.0
+    copy_us: float | None = None  # the copy alone
     users: int = 1  # pauses that hold it: branches share their parent's
     _memory: Any = None  # the ring's
     _source: Any = None  # held until the copy is complete: the device may not reuse the memory before
     _host: Any = None
     _place: int = -1  # offset in the ring, or -1
     _landed: Any = None
+    _error: Exception | None = None
     _began: int = 0
     _complete_us: float | None = None
 
@@ -54,6 +57,8 @@ class Checkpoint:
     def wait(self) -> Any:
         """Wait until the bytes have landed; returns them as a tensor in host memory."""
         self._landed.wait()
+        if self._error is not None:
+            raise self._error
         return self._host
 
     @property
@@ -80,7 +85,7 @@ class Ring:
         self.size = size
         self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         self._memory.zero_()  # the pages are there from now on, not from the first checkpoint on
-        self._held: deque[Checkpoint] = deque()  # in the order of their places
+        self._held: OrderedDict[Checkpoint, None] = OrderedDict()  # in the order of their places
         self._next = 0
         self.spilled = 0
         self._copier: _Copier | _Stream
@@ -93,7 +98,7 @@ class Ring:
         made = Checkpoint(source.shape, source.dtype, source.nbytes, _source=source, _memory=self._memory, _began=began)
         made._place = self._room(made.bytes)
         if made._place >= 0:
-            self._held.append(made)
+            self._held[made] = None
         self._copier.start(made)
         made.dispatch_us = (time.perf_counter_ns() - began) / 1000
         return made
@@ -109,17 +114,13 @@ class Ring:
             made = host.clone()
         return made, (time.perf_counter_ns() - began) / 1000
 
-    def replace(self, checkpoint: Checkpoint, tensor: Any) -> None:
-        """Put other values of the same shape and type in the place of a checkpoint's."""
-        checkpoint.wait().copy_(tensor)
-
     def drop(self, checkpoint: Checkpoint) -> None:
         """The checkpoint is not needed any more."""
-        checkpoint.wait()
+        checkpoint._landed.wait()
         if checkpoint.pinned:
+            # At once, not when it has become the oldest: behind one that stays, thousands would.
+            del self._held[checkpoint]
             checkpoint._place = -1
-            while self._held and not self._held[0].pinned:
-                self._held.popleft()
         checkpoint._host = None
 
     def adopt(self, tensor: Any) -> Checkpoint:
@@ -143,14 +144,13 @@ class Ring:
 
     def _clear(self, low: int, high: int) -> None:
         while self._held:
-            oldest = self._held[0]
-            if oldest.pinned and (oldest._place >= high or oldest._place + oldest.bytes <= low):
+            oldest = next(iter(self._held))
+            if oldest._place >= high or oldest._place + oldest.bytes <= low:
                 return
-            self._held.popleft()
-            if oldest.pinned:
-                oldest._host = oldest.wait().clone()
-                oldest._place = -1
-                self.spilled += 1
+            oldest._host = oldest.wait().clone()
+            del self._held[oldest]
+            oldest._place = -1
+            self.spilled += 1
 
 
 class _Landed:
@@ -167,8 +167,8 @@ class _Stream:
         self._stream = torch.cuda.Stream(device)
 
     def start(self, checkpoint: Checkpoint) -> None:
-        ready = torch.cuda.Event()
-        ready.record()
+        ready = torch.cuda.Event(enable_timing=True)
+        ready.record(torch.cuda.current_stream(self._stream.device))
         checkpoint._host = checkpoint.home()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(self._stream):
@@ -179,12 +179,13 @@ class _Stream:
         # The allocator must not hand the memory out again before the copy is through.
         checkpoint._source.record_stream(self._stream)
         checkpoint._source = None
-        checkpoint._landed = _DeviceLanded(checkpoint, begin, end)
+        checkpoint._landed = _DeviceLanded(checkpoint, ready, begin, end)
 
 
 @dataclass(slots=True)
 class _DeviceLanded:
     checkpoint: Checkpoint
+    ready: Any
     begin: Any
     end: Any
 
@@ -200,7 +201,9 @@ class _DeviceLanded:
 
     def _note(self) -> None:
         if self.checkpoint._complete_us is None:
-            self.checkpoint._complete_us = self.checkpoint.dispatch_us + self.begin.elapsed_time(self.end) * 1000
+            # From when the computing stream had come to it; what that still had to compute is not the checkpoint's.
+            self.checkpoint._complete_us = self.checkpoint.dispatch_us + self.ready.elapsed_time(self.end) * 1000
+            self.checkpoint.copy_us = self.begin.elapsed_time(self.end) * 1000
 
 
 class _Copier:
@@ -218,10 +221,15 @@ class _Copier:
         with torch.inference_mode():
             while True:
                 checkpoint = self._work.get()
-                host = checkpoint.home()
-                host.copy_(checkpoint._source)
+                began = time.perf_counter_ns()
+                try:
+                    host = checkpoint.home()
+                    host.copy_(checkpoint._source)
+                    checkpoint._host = host
+                except Exception as error:  # out of memory, say: told to who waits for it
+                    checkpoint._error = error
                 checkpoint._source = None
-                checkpoint._host = host
+                checkpoint.copy_us = (time.perf_counter_ns() - began) / 1000
                 checkpoint._complete_us = (time.perf_counter_ns() - checkpoint._began) / 1000
                 checkpoint._landed.gate.release()
                 del checkpoint

@@ -8,6 +8,7 @@ one entry, ``gpuckpt_session``, is JSON.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,15 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from . import filed
 from .checkpoint import Ring
 from .engine.breakpoints import Breakpoint, Condition
-from .engine.engine import Engine, EngineError, conflict
+from .engine.engine import FLOATS, Engine, EngineError, conflict
 from .engine.sampling import Sampling, Scores
-from .engine.session import Pause, Session, State, Turn
-from .engine.steering import KINDS, Edit
+from .engine.session import Pause, Session, State, Turn, norms
+from .engine.steering import Edit
 from .engine.text import TextStream
 
 VERSION = 1
+_PAUSE = ("layer", "step", "position", "tokens", "breakpoint", "executed", "replaced")
 _KEY = "gpuckpt_session"
 
 
@@ -48,7 +51,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size]).get("__metadata__", {})
         return tensors, {name: json.loads(value) for name, value in header.items()}
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise EngineError(f"this is no safetensors file: {error}", code="malformed") from None
 
 
@@ -62,8 +65,11 @@ def one_tensor(data: bytes, name: str) -> Any:
     return next(iter(tensors.values()))
 
 
-def export(engine: Engine, session: Session) -> bytes:
-    """The session as a file. Called by the engine's thread."""
+def export(engine: Engine, session: Session) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The session as tensors and metadata, for :func:`pack`. Called by the engine's thread.
+
+    The tensors are the session's own where they lie in one piece; nothing of them changes while it is stopped or idle.
+    """
     if session.state is State.RUNNING:
         raise conflict(f"session {session.id} is running; pause it first")
     if session.failed:
@@ -71,7 +77,7 @@ def export(engine: Engine, session: Session) -> bytes:
     if engine.loaded.blueprint.unknown:
         kinds = ", ".join(engine.loaded.blueprint.unknown)
         raise conflict(f"sessions of this model cannot be exported: its cache has layers of the kind {kinds}")
-    engine.scheduler.settle(session)
+    engine.scheduler.batches.settle(session)
     tensors: dict[str, Any] = {f"cache.{name}": tensor for name, tensor in session.cache.tensors()}
     tensors["random"] = session.random.get_state()
     vectors: list[Any] = []
@@ -108,95 +114,94 @@ def export(engine: Engine, session: Session) -> bytes:
                     tensors[f"carried.{len(carried)}.{index}"] = tensor
                 carried.append([name, key, len(values)])
         facts["pause"] = {
-            **{
-                name: getattr(pause, name) for name in ("layer", "step", "position", "tokens", "breakpoint", "executed")
-            },
-            "norms": pause.norms,
-            "replaced": pause.replaced,
+            **{name: getattr(pause, name) for name in _PAUSE},
+            "norms": [[layer, norm if math.isfinite(norm) else None] for layer, norm in norms(pause)],
             "edits": [written(edit) for edit in pause.edits],
             "carried": carried,
         }
-    return pack(tensors, {_KEY: facts})
+    return tensors, {_KEY: facts}
 
 
-def load(engine: Engine, data: bytes, name: str | None) -> Session:
-    """A session out of a file, as it was. Called by the engine's thread.
+def load(engine: Engine, file: tuple[dict[str, Any], dict[str, Any]], name: str | None) -> Session:
+    """A session out of what :func:`unpack` found in a file, as it was. Called by the engine's thread.
 
     Raises EngineError: the file is malformed, is of another model, or does not hold together; nothing is left behind.
     """
-    tensors, metadata = unpack(data)
+    tensors, metadata = file
     facts = metadata.get(_KEY)
     if not isinstance(facts, dict) or facts.get("version") != VERSION:
         raise EngineError("this safetensors file is no session, or one of another version", code="malformed")
     if facts.get("model") != engine.loaded.identity:
         raise conflict("the session belongs to another model")
-    session = engine.create(name or facts.get("id"))
     try:
-        _fill(engine, session, facts, tensors)
+        held = filed.Session.model_validate(facts)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"the session in the file has a wrong form: {error}", code="malformed") from None
+    session = engine.create(name or held.id)
+    try:
+        _fill(engine, session, held, tensors)
     except EngineError:
         engine.delete(session)
         raise
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, OverflowError, AttributeError) as error:
         engine.delete(session)
         raise EngineError(f"the session in the file does not hold together: {error}", code="malformed") from None
     return session
 
 
-def _fill(engine: Engine, session: Session, facts: dict[str, Any], tensors: dict[str, Any]) -> None:
+def _fill(engine: Engine, session: Session, held: filed.Session, tensors: dict[str, Any]) -> None:
     loaded = engine.loaded
-    tokens = [int(token) for token in facts["tokens"]]
-    if not all(0 <= token < loaded.vocabulary for token in tokens) or len(tokens) > loaded.limit:
+    if not all(token < loaded.vocabulary for token in held.tokens) or len(held.tokens) > loaded.limit:
         raise ValueError("its tokens are not this model's")
-    length = int(facts["length"])
-    if not 0 <= length <= len(tokens):
+    if held.length > len(held.tokens):
         raise ValueError("its cache is longer than its text")
-    _check_dtypes(tensors, loaded.dtype)
-    session.tokens = tokens
+    pause, turn = held.pause, held.turn
+    if (pause is None) != (turn is None):
+        raise ValueError("it was in a generation, but not stopped, or the other way round")
+    if pause:
+        if pause.position != held.length or pause.tokens > len(held.tokens) - held.length:
+            raise ValueError("its pause does not fit its text")
+        if pause.layer > loaded.verdict.layers or pause.executed != pause.layer:
+            raise ValueError("its pause is after a layer that is not there")
+    if turn and pause:
+        if any(token >= loaded.vocabulary for token in turn.generated):
+            raise ValueError("what it has written is not this model's")
+        if len(turn.scores) != (0 if turn.top_scores is None else len(turn.generated)):
+            raise ValueError("its scores are not those of what it has written")
+        if pause.step != turn.step:
+            raise ValueError("its pause is in another pass than its generation")
+    session.tokens = list(held.tokens)
     cached = {key.removeprefix("cache."): tensor for key, tensor in tensors.items() if key.startswith("cache.")}
-    session.cache.load(length, facts["cache"], cached, loaded.device)
+    stopped = (pause.layer, pause.tokens) if pause else (0, 0)
+    session.cache.load(held.length, [layer.model_dump() for layer in held.cache], cached, loaded.device, stopped)
     session.random.set_state(tensors["random"])
 
-    def read(edit: dict[str, Any]) -> Edit:
-        vector = tensors[f"vector.{edit['vector']}"] if "vector" in edit else None
-        if edit["kind"] not in KINDS:
-            raise ValueError(f"an edit of the kind {edit['kind']}")
-        last = None if edit["last"] is None else int(edit["last"])
-        return Edit(
-            edit["kind"], int(edit["layer"]), float(edit["factor"]), vector, int(edit["first"]), last, str(edit["name"])
-        )
+    def read(edit: filed.FiledEdit) -> Edit:
+        vector = None if edit.vector is None else tensors[f"vector.{edit.vector}"]
+        if vector is not None and (vector.dtype not in FLOATS or not bool(vector.isfinite().all())):
+            raise ValueError("a vector is made of finite floating-point numbers")
+        return Edit(edit.kind, edit.layer, edit.factor, vector, edit.first, edit.last, edit.name or "")
 
-    engine.steer(session, [read(edit) for edit in facts["edits"]], standing=True)
-    for item in facts["breakpoints"]:
-        wanted = dict(item.pop("condition"))
-        tokens_wanted = wanted.pop("tokens")
-        condition = Condition(tokens=None if tokens_wanted is None else frozenset(tokens_wanted), **wanted)
-        hits = int(item.pop("hits"))
-        name = engine.stop_at(session, name=str(item.pop("id")), condition=condition, **item)
-        session.breakpoints[name].hits = hits
-    session.messages = list(facts["messages"])
-    session.turns, session.passes = int(facts["turns"]), int(facts["passes"])
-    if facts["turn"]:
-        session.turn = _read_turn(engine, facts["turn"])
-    if held := facts["pause"]:
-        session.pause = _read_pause(engine.ring, held, tensors)
-        pause = session.pause
-        if not session.turn or pause.position != length or not 0 < pause.tokens <= len(tokens) - length:
-            raise ValueError("its pause does not fit its text")
-        if not 0 <= pause.layer <= loaded.verdict.layers or pause.executed != pause.layer:
-            raise ValueError("its pause is after a layer that is not there")
+    engine.steer(session, [read(edit) for edit in held.edits], standing=True)
+    for item in held.breakpoints:
+        wanted = item.condition.model_dump()
+        wanted["tokens"] = None if wanted["tokens"] is None else frozenset(wanted["tokens"])
+        what = {key: getattr(item, key) for key in ("layer", "phase", "position", "step", "once")}
+        name = engine.stop_at(session, name=item.id, condition=Condition(**wanted), **what)
+        session.breakpoints[name].hits = item.hits
+    session.messages = [message.model_dump() for message in held.messages]
+    session.turns, session.passes = held.turns, held.passes
+    if pause and turn:
+        session.turn = _read_turn(engine, turn)
+        session.pause = _read_pause(engine.ring, pause, tensors)
         ids = torch.tensor([session.unread[: pause.tokens]], device=loaded.device)
-        begun = loaded.stepper.begin(loaded.stepper.inputs(ids, past=[length]), session.cache).hidden
-        if tuple(begun.shape) != pause.checkpoint.shape:
-            raise ValueError(f"its activation has the shape {list(pause.checkpoint.shape)}, not {list(begun.shape)}")
-        engine.steer(session, [read(edit) for edit in held["edits"]], standing=False)
-    elif session.turn:
-        raise ValueError("it was in a generation, but not paused")
-
-
-def _check_dtypes(tensors: dict[str, Any], dtype: Any) -> None:
-    wrong = [name for name, tensor in tensors.items() if name.endswith((".keys", "hidden")) and tensor.dtype != dtype]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is {tensors[wrong[0]].dtype}, the model {dtype}")
+        begun = loaded.stepper.begin(loaded.stepper.inputs(ids, past=[held.length]), session.cache).hidden
+        got = session.pause.checkpoint
+        if tuple(begun.shape) != tuple(got.shape) or begun.dtype != got.dtype:
+            raise ValueError(f"its activation is {got.dtype} {list(got.shape)}, not {begun.dtype} {list(begun.shape)}")
+        if not bool(got.wait().isfinite().all()):
+            raise ValueError("its activation has values that are not finite numbers")
+        engine.steer(session, [read(edit) for edit in pause.edits], standing=False)
 
 
 def breakpoint_facts(breakpoint: Breakpoint) -> dict[str, Any]:
@@ -206,7 +211,7 @@ def breakpoint_facts(breakpoint: Breakpoint) -> dict[str, Any]:
     return facts
 
 
-_TURN = ("max_tokens", "top_scores", "ignore_stops", "keep_logits", "step", "prompt_tokens", "generated")
+_TURN = ("max_tokens", "top_scores", "ignore_stops", "keep_logits", "chat", "step", "prompt_tokens", "generated")
 
 
 def _turn(turn: Turn) -> dict[str, Any]:
@@ -219,36 +224,27 @@ def _turn(turn: Turn) -> dict[str, Any]:
     }
 
 
-def _read_turn(engine: Engine, facts: dict[str, Any]) -> Turn:
-    text = TextStream(engine.loaded.tokenizer, [str(stop) for stop in facts["stops"]])
-    for token in facts["generated"]:
-        text.add(int(token))
+def _read_turn(engine: Engine, held: filed.Turn) -> Turn:
+    text = TextStream(engine.loaded.tokenizer, held.stops)
+    for token in held.generated:
+        text.add(token)
     return Turn(
-        sampling=Sampling(**facts["sampling"]),
-        stop_tokens=frozenset(int(token) for token in facts["stop_tokens"]),
+        sampling=Sampling(**held.sampling.model_dump()),
+        stop_tokens=frozenset(held.stop_tokens),
         text=text,
-        scores=[
-            Scores(float(chosen), tuple((int(token), float(value)) for token, value in top))
-            for chosen, top in facts["scores"]
-        ],
-        **{name: facts[name] for name in _TURN},
+        scores=[Scores(chosen, tuple(top)) for chosen, top in held.scores],
+        **{name: getattr(held, name) for name in _TURN},
     )
 
 
-def _read_pause(ring: Ring, facts: dict[str, Any], tensors: dict[str, Any]) -> Pause:
+def _read_pause(ring: Ring, held: filed.Pause, tensors: dict[str, Any]) -> Pause:
     carried: dict[str, dict[Any, Any]] = {}
-    for number, (name, key, count) in enumerate(facts["carried"]):
+    for number, (name, key, count) in enumerate(held.carried):
         handed = [tensors[f"carried.{number}.{index}"].to(ring.device) for index in range(count)]
         carried.setdefault(name, {})[key] = tuple(handed)
     return Pause(
-        layer=int(facts["layer"]),
-        step=int(facts["step"]),
-        position=int(facts["position"]),
-        tokens=int(facts["tokens"]),
+        **{name: getattr(held, name) for name in _PAUSE},
         checkpoint=ring.adopt(tensors["hidden"]),
-        breakpoint=str(facts["breakpoint"]),
-        executed=int(facts["executed"]),
         carried=carried,
-        norms=[(int(layer), float(norm)) for layer, norm in facts["norms"]],
-        replaced=bool(facts["replaced"]),
+        norms=[(layer, float("nan") if norm is None else norm) for layer, norm in held.norms],
     )

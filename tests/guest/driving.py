@@ -93,7 +93,8 @@ class Driver:
         return turn.generated
 
     def plain(self, read: list[int], max_tokens: int = 12) -> list[int]:
-        """What the model's own generate writes."""
+        """What the model's own generate writes; not while the engine is at work, for they share the model."""
+        assert not self.do(lambda: self.engine.scheduler.busy)
         with torch.inference_mode():
             out = self.loaded.stepper.model.generate(
                 torch.tensor([read]), max_new_tokens=max_tokens, min_new_tokens=max_tokens, do_sample=False

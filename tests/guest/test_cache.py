@@ -147,8 +147,9 @@ def test_saved_and_loaded(reads: list[int], pending: int) -> None:
     if half:
         write(one.cache, 0, [half], [one.columns])
     other = plan.session()
+    plan.learn(one.cache)
     tensors = {name: tensor.clone() for name, tensor in one.cache.tensors()}
-    other.load(one.cache.length, one.cache.facts(), tensors, "cpu")
+    other.load(one.cache.length, one.cache.facts(), tensors, "cpu", (1, pending))
     if half:
         write(other, 1, [half], [one.columns])
         other.commit(pending)
@@ -163,6 +164,7 @@ def test_what_does_not_fit_is_not_loaded() -> None:
     for layer in range(2):
         write(one, layer, [[1, 2, 3]], [[]])
     one.commit(3)
+    plan.learn(one)
     tensors, facts = dict(one.tensors()), one.facts()
     for length, wrong_facts, wrong in (
         (4, facts, tensors),

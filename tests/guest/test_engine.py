@@ -335,6 +335,114 @@ def test_an_edit_that_breaks_the_numbers_is_an_error_of_that_generation(driver: 
     assert driver.write(PROMPT) == driver.plain(PROMPT)
 
 
+def test_numbers_that_went_wrong_do_not_stay(driver: Driver) -> None:
+    """Alone and in a batch: when the edit is gone, the session goes on as if it had never been."""
+    alone, begun = driver.plain(PROMPT, 40), driver.plain(PROMPT, 3)
+    after = driver.plain([*PROMPT, *begun, 9, 8], 5)
+    for others in (0, 2):
+        beside = [driver.new() for _ in range(others)]
+        running = [driver.begin(one, PROMPT, 40) for one in beside]
+        session = driver.new()
+        assert driver.begin(session, PROMPT, 3).wait("done").generated == begun
+        driver.do(driver.engine.steer, session, [Edit("scale", 2, 3e38), Edit("scale", 3, 3e38)], standing=True)
+        assert driver.begin(session, [9], 5).wait("done").reason == "error"
+        driver.do(session.edits.clear)
+        assert driver.begin(session, [8], 5).wait("done").generated == after
+        for one in running:
+            assert one.wait("done").generated == alone
+
+
+@pytest.mark.parametrize("how", ["delete", "cancel"])
+def test_taken_out_of_a_batch_with_a_breakpoint_ahead(driver: Driver, how: str) -> None:
+    alone = driver.plain(PROMPT, 200)
+    victim, other = driver.new("victim"), driver.new()
+    beside, running = driver.begin(other, PROMPT, 200), driver.begin(victim, PROMPT, 200)
+
+    def at_the_last_moment() -> None:
+        assert victim.turn is not None
+        driver.engine.stop_at(victim, layer=LAYERS)  # would be hit at the end of this very pass
+        (driver.engine.delete if how == "delete" else driver.engine.cancel)(victim)
+
+    running.wait("token", 5)
+    driver.do(at_the_last_moment)
+    assert running.wait("done").reason == "cancelled"
+    assert beside.wait("done").generated == alone
+    assert ("victim" in driver.do(lambda: dict(driver.engine.sessions))) == (how == "cancel")
+    assert victim.pause is None
+
+
+def test_a_pause_that_came_too_late_is_not_for_the_next_generation(driver: Driver) -> None:
+    session = driver.new()
+    running = driver.begin(session, PROMPT, 50)
+    running.wait("token", 2)
+
+    def ask() -> None:
+        driver.engine.pause(session, LAYERS)
+        driver.engine.cancel(session)
+
+    driver.do(ask)
+    running.wait("done")
+    assert not session.breakpoints
+    assert driver.begin(session, [1], 3).wait("done").reason == "length"
+
+
+def test_sampling_that_goes_to_an_extreme_harms_nobody_else(driver: Driver) -> None:
+    alone = driver.plain(PROMPT, 20)
+    cold, other = driver.new(), driver.new()
+    beside = driver.begin(other, PROMPT, 20)
+    turn = driver.begin(cold, PROMPT, 5, sampling=Sampling(temperature=1e-308)).wait("done")
+    assert turn.generated == alone[:5]  # as good as greedy
+    assert beside.wait("done").generated == alone
+
+
+def test_a_draw_that_fails_ends_that_generation_only(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> int:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr("gpuckpt_guest.engine.sampling.draw", broken)
+    victim, other = driver.new(), driver.new()
+    beside = driver.begin(other, PROMPT, 20)
+    turn = driver.begin(victim, PROMPT, 5, sampling=Sampling(temperature=1.0)).wait("done")
+    assert turn.reason == "error" and "no luck" in turn.error
+    assert beside.wait("done").generated == driver.plain(PROMPT, 20)
+
+
+def test_what_batches_hold_is_handed_back_when_all_is_idle(driver: Driver) -> None:
+    sessions = [driver.new() for _ in range(3)]
+    for running in [driver.begin(session, PROMPT[: 3 + i], 10) for i, session in enumerate(sessions)]:
+        running.wait("done")
+    assert driver.engine.scheduler.largest_batch > 1
+    assert not driver.do(lambda: len(driver.engine.scheduler.batches))
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_next"])
+def test_a_prompt_of_one_token_beside_others_of_a_recurrent_model(kind: str) -> None:
+    more = {
+        "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "conv_L_cache": 3},
+        "qwen3_next": {
+            "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+        },
+    }[kind]  # fmt: skip
+    made = Driver(loaded(kind, **more))
+    assert made.loaded.verdict.batching and made.loaded.verdict.recurrent
+    wanted = made.plain([5], 10), made.plain([6], 10), made.plain(PROMPT, 30)
+    early = made.new()  # made before the other, begun behind it: it comes first in a batch
+    beside = made.begin(made.new(), PROMPT, 30)
+    beside.wait("token", 4)
+    one, two = made.begin(early, [5], 10), made.begin(made.new(), [6], 10)
+    assert tuple(running.wait("done").generated for running in (one, two, beside)) == wanted
+    made.engine.stop()
+
+
+def test_every_future_is_answered_when_the_engine_stops(model: Any) -> None:
+    made = Driver(model)
+    made.engine.stop()
+    with pytest.raises(EngineError, match="stopped"):
+        made.do(lambda: None)
+
+
 def test_a_layer_that_did_not_run_stops_the_engine(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Driver(model)
     monkeypatch.setattr("threading.excepthook", lambda _: None)  # the engine's thread is meant to end

@@ -63,4 +63,4 @@ def test_an_engine_with_nothing_to_do_does_nothing(driver: Driver) -> None:
     before = driver.engine.scheduler.layers_run
     assert not driver.do(lambda: driver.engine.scheduler.busy)
     assert driver.engine.scheduler.layers_run == before
-    assert not driver.do(lambda: driver.engine.scheduler._lanes)
+    assert not driver.do(lambda: len(driver.engine.scheduler.batches))

@@ -62,6 +62,10 @@ def stopped(driver: Driver, layer: int, step: int, **options: Any) -> Session:
     return session
 
 
+def filed(driver: Driver, session: Session) -> bytes:
+    return transfer.pack(*driver.do(transfer.export, driver.engine, session))
+
+
 def written(data: bytes) -> tuple[Any, dict[str, Any]]:
     """A file's content, but for the session's name, in a form that can be compared."""
     tensors, metadata = transfer.unpack(data)
@@ -76,10 +80,10 @@ def test_it_goes_on_elsewhere(pair: tuple[Driver, Driver]) -> None:
         session = stopped(here, layer, step)
         here.do(here.engine.steer, session, [Edit("scale", layer, 1.1)], standing=False)
         here.do(here.engine.stop_at, session, layer=2, phase="decode", condition=Condition(norm_above=1e9))
-        data = here.do(transfer.export, here.engine, session)
-        moved = there.do(transfer.load, there.engine, data, f"moved-{layer}-{step}")
+        data = filed(here, session)
+        moved = there.do(transfer.load, there.engine, transfer.unpack(data), f"moved-{layer}-{step}")
         assert moved.state is State.PAUSED and list(moved.breakpoints) == list(session.breakpoints)
-        assert written(there.do(transfer.export, there.engine, moved)) == written(data)
+        assert written(filed(there, moved)) == written(data)
         wanted, got = here.resume(session).wait("done"), there.resume(moved).wait("done")
         assert got.generated == wanted.generated and len(got.generated) == 12
         assert got.scores == wanted.scores
@@ -91,7 +95,7 @@ def test_an_idle_session_moves_too(pair: tuple[Driver, Driver]) -> None:
     here, there = pair
     session = here.new()
     here.begin(session, PROMPT, 5).wait("done")
-    moved = there.do(transfer.load, there.engine, here.do(transfer.export, here.engine, session), "idle")
+    moved = there.do(transfer.load, there.engine, transfer.unpack(filed(here, session)), "idle")
     assert moved.state is State.IDLE and moved.tokens == session.tokens
     wanted, got = (
         driver.begin(one, [8], 6).wait("done").generated for driver, one in ((here, session), (there, moved))
@@ -101,7 +105,7 @@ def test_an_idle_session_moves_too(pair: tuple[Driver, Driver]) -> None:
 
 def test_files_that_are_not_right(pair: tuple[Driver, Driver]) -> None:
     here, there = pair
-    data = here.do(transfer.export, here.engine, stopped(here, 2, 3))
+    data = filed(here, stopped(here, 2, 3))
     tensors, metadata = transfer.unpack(data)
     facts = metadata["gpuckpt_session"]
 
@@ -139,12 +143,20 @@ def test_files_that_are_not_right(pair: tuple[Driver, Driver]) -> None:
         "edit": changed(put("edits", 0, "kind", "explode")),
         "no cache": changed(lambda _, held: held.pop(next(key for key in held if key.startswith("cache.1.")))),
         "hidden": changed(lambda _, held: held.update(hidden=held["hidden"][..., :3])),
+        "infinite length": changed(put("length", float("inf"))),
+        "a word for a position": changed(put("pause", "position", "a")),
+        "temperature": changed(put("turn", "sampling", "temperature", "x")),
+        "top_k": changed(put("turn", "sampling", "top_k", -1)),
+        "max_tokens": changed(put("turn", "max_tokens", "x")),
+        "breakpoint": changed(put("breakpoints", [{"id": "../x"}])),
+        "pending": changed(put("cache", 1, "pending", 7)),
+        "rule": changed(put("edits", 0, "name", "../x")),
         "random": changed(lambda _, held: held.update(random=held["hidden"])),
     }
     before = there.do(lambda: set(there.engine.sessions))
     for name, file in wrong.items():
         try:
-            there.do(transfer.load, there.engine, file, f"wrong-{name.replace(' ', '-')}")
+            there.do(transfer.load, there.engine, transfer.unpack(file), f"wrong-{name.replace(' ', '-')}")
             pytest.fail(f"a file was taken whose fault is: {name}")
         except EngineError:
             pass

@@ -19,7 +19,7 @@ import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler
 
-from gpuckpt_guest import lifecycle  # type: ignore[import-not-found]  # every container has it
+from gpuckpt_guest import lifecycle  # every container has it
 
 parser = argparse.ArgumentParser()
 parser.add_argument("where")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import ipaddress
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -22,6 +24,7 @@ from .bridge import Bridge, Gone
 
 _PAGE = Path(__file__).with_name("page.html")
 _SESSION = "/v1/sessions/"
+_JSON_LIMIT = 256 << 20  # a prompt of a million tokens, an activation, a vector
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.Problem, "description": text}
     for status, text in (
@@ -44,6 +47,9 @@ def application(engine: Engine, *, body_limit: int = 4 << 30) -> ASGIApp:
         version="1",
         description="An OpenAI-compatible server whose generations can be stopped between any two layers.",
         responses=_PROBLEMS,
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.bridge = Bridge(engine)
     app.state.created = int(time.time())
@@ -55,6 +61,7 @@ def application(engine: Engine, *, body_limit: int = 4 << 30) -> ASGIApp:
     app.add_exception_handler(EngineError, _engine_error)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(StarletteHTTPException, _http_error)
+    app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(Gone, _gone)
     app.add_exception_handler(ClientDisconnect, _gone)
     return _Wire(app, engine, body_limit)
@@ -83,7 +90,7 @@ def _exposition(engine: Engine) -> str:
     for name, kind, value in (
         ("requests_running", "gauge", states[State.RUNNING]),
         ("layers_run_total", "counter", scheduler.layers_run),
-        ("tokens_sampled_total", "counter", scheduler.tokens_sampled),
+        ("tokens_sampled_total", "counter", scheduler.passes.tokens_sampled),
         ("batch_size_max", "gauge", scheduler.largest_batch),
         ("checkpoint_ring_bytes", "gauge", engine.ring.size),
         ("checkpoints_spilled_total", "counter", engine.ring.spilled),
@@ -98,7 +105,8 @@ async def _page() -> Response:
 
 
 def _problem(status: int, message: str, code: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": code, "code": code}}, status_code=status)
+    error = {"message": message, "type": code, "param": None, "code": code}
+    return JSONResponse({"error": error}, status_code=status)
 
 
 async def _engine_error(_: Request, error: Exception) -> Response:
@@ -122,16 +130,21 @@ async def _http_error(_: Request, error: Exception) -> Response:
     return made
 
 
+async def _failed(_: Request, error: Exception) -> Response:
+    """A fault of this server: clients get the form of errors that they know; the log gets the rest."""
+    return _problem(500, f"this is a fault of the server: {type(error).__name__}; its log tells more", "internal")
+
+
 async def _gone(_: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
 
-class _TooLargeError(Exception):
-    pass
-
-
 class _Wire:
-    """Counts the bytes that requests for a session receive and send; notices that the process woke up as a clone."""
+    """Counts the bytes that requests for a session receive and send; notices that the process woke up as a clone.
+
+    Also the door: a web page that somebody looks at on this machine must not reach a server that only listens here. Its
+    requests carry an Origin that is not this server's; or, where it has made its own name mean 127.0.0.1, a Host.
+    """
 
     def __init__(self, app: ASGIApp, engine: Engine, limit: int) -> None:
         self._app = app
@@ -143,38 +156,59 @@ class _Wire:
             await self._app(scope, receive, send)
             return
         lifecycle.check()
+        if refused := _foreign(scope):
+            await _problem(403, refused, "forbidden")(scope, receive, send)
+            return
         path: str = scope["path"]
         name = path[len(_SESSION) :].partition("/")[0] if path.startswith(_SESSION) else ""
+        # A file may be large; what is written in JSON is not.
+        limit = self._limit if path.endswith("/import") else min(self._limit, _JSON_LIMIT)
         total = 0
+        too_large = StarletteHTTPException(413, f"the body has more than {limit} bytes", {"Connection": "close"})
+        # What says that it is too large is refused before it is read.
+        said = Headers(scope=scope).get("content-length", "0")
+        if said.isdecimal() and int(said) > limit:
+            refusal = await _http_error(Request(scope), too_large)
+            await refusal(scope, receive, send)
+            return
 
         async def counted_receive() -> Message:
             nonlocal total
             message = await receive()
             size = len(message.get("body", b""))
             total += size
-            if total > self._limit:
-                raise _TooLargeError
+            if total > limit:
+                raise too_large  # of all exceptions only this one passes through what reads bodies as it is
             if size and (session := self._engine.sessions.get(name)):
                 session.wire_received += size
             return message
 
-        started = False
-
         async def counted_send(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
             size = len(message.get("body", b""))
             if size and (session := self._engine.sessions.get(name)):
                 session.wire_sent += size
             await send(message)
 
-        try:
-            await self._app(scope, counted_receive, counted_send)
-        except _TooLargeError:
-            if not started:
-                body = json.dumps(
-                    {"error": {"message": f"the body has more than {self._limit} bytes", "type": "too_large"}}
-                ).encode()
-                head = [(b"content-type", b"application/json"), (b"connection", b"close")]
-                await send({"type": "http.response.start", "status": 413, "headers": head})
-                await send({"type": "http.response.body", "body": body})
+        await self._app(scope, counted_receive, counted_send)
+
+
+def _foreign(scope: Scope) -> str:
+    """Why a request is not for this server; empty if it is."""
+    headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+    host = headers.get("host", "")
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != host:
+        return f"requests of pages from {origin} are refused"
+    address = scope.get("server")
+    if address and address[1] is not None and _loopback(address[0]) and host:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name != "localhost" and not _loopback(name):
+            return f"this server is not called {name}"
+    return ""
+
+
+def _loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -20,6 +20,8 @@ from .schema import ChatSpec, CompletionSpec
 from .text import encode, encode_chat, stops, token_text
 
 router = APIRouter(tags=["openai"])
+# Of a chat without max_tokens, of a model that knows no longest text.
+_LONGEST_ANSWER = 32768
 
 
 def _bridge(request: HttpRequest) -> Bridge:
@@ -33,6 +35,14 @@ async def models(request: HttpRequest) -> dict[str, Any]:
     loaded = _bridge(request).engine.loaded
     card = {"id": loaded.name, "object": "model", "created": request.app.state.created, "owned_by": "gpuckpt"}
     return {"object": "list", "data": [card | {"max_model_len": loaded.limit}]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: HttpRequest) -> dict[str, Any]:
+    """The model of that name."""
+    _check_model(_bridge(request).engine, name)
+    card: dict[str, Any] = (await models(request))["data"][0]
+    return card
 
 
 @router.post("/v1/completions", response_model=None)
@@ -49,7 +59,10 @@ async def completions(spec: CompletionSpec, request: HttpRequest) -> Response:
         prompts = list(spec.prompt)
     if not prompts:
         raise EngineError("the prompt is empty")
-    reads = [encode(engine.loaded.tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    tokenizer = engine.loaded.tokenizer
+    reads = [
+        await asyncio.to_thread(encode, tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts
+    ]
     work = Request(
         max_tokens=spec.max_tokens,
         sampling=Sampling(spec.temperature, spec.top_p, spec.top_k),
@@ -69,8 +82,10 @@ async def chat(spec: ChatSpec, request: HttpRequest) -> Response:
     """Answer a conversation."""
     engine = _bridge(request).engine
     _check_model(engine, spec.model)
-    read = encode_chat(engine.loaded.tokenizer, [message.model_dump() for message in spec.messages])
-    wanted = spec.max_completion_tokens or spec.max_tokens or max(1, engine.loaded.limit - len(read))
+    messages = [message.model_dump() for message in spec.messages]
+    read = await asyncio.to_thread(encode_chat, engine.loaded.tokenizer, messages)
+    room = max(1, min(engine.loaded.limit - len(read), _LONGEST_ANSWER))
+    wanted = spec.max_completion_tokens or spec.max_tokens or room
     work = Request(
         max_tokens=wanted,
         sampling=Sampling(spec.temperature, spec.top_p, spec.top_k),
@@ -99,6 +114,7 @@ class _Completion:
         self.engine = engine
         self.ids = ids
         self.usage = usage
+        self._written: dict[int, int] = {}  # of a stream's choices: characters of the tokens so far
 
     def text(self, token: int) -> str:
         return f"token_id:{token}" if self.ids else token_text(self.engine.loaded.tokenizer, token)
@@ -107,7 +123,11 @@ class _Completion:
         return None
 
     def piece(self, index: int, text: str, token: int, scores: Scores | None) -> dict[str, Any]:
-        logs = self.logprobs([token], [scores], [0]) if scores else None
+        logs = None
+        if scores:
+            at = self._written.get(index, 0)
+            self._written[index] = at + len(token_text(self.engine.loaded.tokenizer, token))
+            logs = self.logprobs([token], [scores], [at])
         return {"index": index, "text": text, "logprobs": logs, "finish_reason": None}
 
     def last(self, index: int, turn: Turn) -> dict[str, Any]:

@@ -12,6 +12,8 @@ Count = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
 # Limits that keep one request from taking the server's memory.
 Tokens = Annotated[list[Count], Field(max_length=1 << 20)]
 Text = Annotated[str, Field(max_length=1 << 24)]
+StopText = Annotated[str, Field(max_length=1024)]
+Stop = StopText | Annotated[list[StopText], Field(max_length=64)]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), le=2**64 - 1)]
 
 
@@ -90,10 +92,7 @@ class GenerateSpec(SamplingSpec):
     messages: Annotated[list[Message], Field(max_length=4096)] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1, le=2**31 - 1)] = 16
     seed: Seed | None = None
-    stop: (
-        Annotated[str, Field(max_length=1024)]
-        | Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)]
-    ) = Field(default_factory=list)
+    stop: Stop = Field(default_factory=list)
     stop_token_ids: Tokens = Field(default_factory=list)
     ignore_eos: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=100)] | None = None
@@ -111,9 +110,12 @@ class PauseSpec(Strict):
 
 
 class ResumeSpec(Strict):
-    """Go on. `wait`: answer at once, when the interrupted pass has given its token, or at the end or next stop."""
+    """Go on. `wait`: answer at once, when the interrupted pass has given its token, or at the end or next stop.
 
-    wait: Literal["none", "token", "end"] = "end"
+    `paused` only brings a suspended session's cache back to the device, and lets it stay where it has stopped.
+    """
+
+    wait: Literal["none", "paused", "token", "end"] = "end"
 
 
 class SteerSpec(Strict):
@@ -154,7 +156,7 @@ class CompletionSpec(SamplingSpec):
     temperature: Annotated[Finite, Field(ge=0, le=100)] = 1.0
     n: Annotated[int, Field(ge=1, le=64)] = 1
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | None = None
     stop_token_ids: Tokens = Field(default_factory=list)
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
@@ -176,7 +178,7 @@ class ChatSpec(SamplingSpec):
     temperature: Annotated[Finite, Field(ge=0, le=100)] = 1.0
     n: Annotated[int, Field(ge=1, le=64)] = 1
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | None = None
     stop_token_ids: Tokens = Field(default_factory=list)
     ignore_eos: bool = False
     logprobs: bool = False
@@ -192,6 +194,7 @@ class CheckpointInfo(BaseModel):
     bytes: int
     dispatch_us: float
     complete_us: float | None
+    copy_us: float | None
     pinned: bool
 
 
@@ -254,6 +257,9 @@ class Result(BaseModel):
     logits: list[float] | None = None
     pause: PauseInfo | None = None
     prompt_tokens: int
+    resumed: dict[str, float | None] | None = Field(
+        None, description="the last resume: the activation back to the device, and until the pass' token (µs)"
+    )
     error: str | None = None
 
 

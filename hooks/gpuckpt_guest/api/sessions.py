@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import time
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 from typing import Annotated, Any
 
-import torch
 from fastapi import APIRouter, Query
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
 from .. import transfer
-from ..engine.breakpoints import Condition
 from ..engine.engine import Engine, EngineError, Request, Variant, conflict, missing
 from ..engine.sampling import Sampling
-from ..engine.session import Session, State, Turn
-from ..engine.steering import Edit
+from ..engine.session import Session, Turn
 from . import schema
 from .bridge import Bridge, Mailbox, sse, unless_gone
-from .text import encode, encode_chat, stops, token_text
+from .forms import edits_from, info, result, stop_at
+from .text import continued, encode, encode_chat, stops, token_text
 
 router = APIRouter(prefix="/v1", tags=["sessions"])
 _SAFETENSORS = "application/octet-stream"
@@ -69,7 +64,7 @@ def _engine_info(engine: Engine) -> dict[str, Any]:
         "ring": {"bytes": engine.ring.size, "spilled": engine.ring.spilled},
         "counters": {
             "layers_run": scheduler.layers_run,
-            "tokens_sampled": scheduler.tokens_sampled,
+            "tokens_sampled": scheduler.passes.tokens_sampled,
             "largest_batch": scheduler.largest_batch,
         },
     }
@@ -86,9 +81,9 @@ async def create(spec: schema.SessionSpec, request: HttpRequest) -> dict[str, An
 
 
 def _create(engine: Engine, spec: schema.SessionSpec) -> dict[str, Any]:
-    session = engine.create(spec.id, edits=_edits(engine, spec.steering, None), seed=spec.seed)
+    session = engine.create(spec.id, edits=edits_from(engine, spec.steering, None), seed=spec.seed)
     try:
-        _stop_at(engine, session, spec.breakpoints)
+        stop_at(engine, session, spec.breakpoints)
     except EngineError:
         engine.delete(session)
         raise
@@ -140,7 +135,8 @@ async def generate(id: str, spec: schema.GenerateSpec, request: HttpRequest) -> 
     """
     bridge = _bridge(request)
     box = Mailbox()
-    session, turn = await bridge.do(_generate, bridge.engine, id, spec, box)
+    read, messages = await _tokens(bridge, id, spec)
+    session, turn = await bridge.do(_generate, bridge.engine, id, spec, read, messages, box)
     if spec.stream:
         return StreamingResponse(_streamed(bridge, session, turn, box), media_type="text/event-stream")
     if spec.wait:
@@ -148,25 +144,46 @@ async def generate(id: str, spec: schema.GenerateSpec, request: HttpRequest) -> 
     return await bridge.do(result, bridge.engine, session, turn)
 
 
-def _generate(engine: Engine, id: str, spec: schema.GenerateSpec, box: Mailbox) -> tuple[Session, Turn]:
-    session = engine.session(id)
+async def _tokens(bridge: Bridge, id: str, spec: schema.GenerateSpec) -> tuple[list[int], list[dict[str, Any]] | None]:
+    """What is to be read, and the whole conversation if messages were given. Long texts do not hold the engine up."""
     given = [name for name in ("prompt", "token_ids", "messages") if getattr(spec, name) is not None]
     if len(given) > 1:
         raise EngineError(f"give one of prompt, token_ids and messages, not {' and '.join(given)}")
-    read: list[int] = []
+    if spec.token_ids is not None:
+        return list(spec.token_ids), None
+    if not given:
+        return [], None
+
+    def known() -> tuple[int | None, list[dict[str, Any]]]:
+        session = bridge.engine.session(id)
+        return session.tokens[-1] if session.tokens else None, list(session.messages)
+
+    last, before = await bridge.do(known)
+    loaded = bridge.engine.loaded
     if spec.prompt is not None:
         # What a tokenizer puts before a text belongs before the first one only.
-        tokenizer = engine.loaded.tokenizer
-        read = encode(tokenizer, spec.prompt) if not session.tokens else _plain(tokenizer, spec.prompt)
-    elif spec.token_ids is not None:
-        read = list(spec.token_ids)
-    messages = session.messages
-    if spec.messages is not None:
-        messages = [*session.messages, *(message.model_dump() for message in spec.messages)]
-        read = _continued(engine, session, messages)
+        return await asyncio.to_thread(encode, loaded.tokenizer, spec.prompt, first=last is None), None
+    new = [message.model_dump() for message in spec.messages or ()]
+    if last is None:
+        return await asyncio.to_thread(encode_chat, loaded.tokenizer, new), new
+    if not before:
+        raise conflict(f"session {id} was not begun with messages; go on with a prompt")
+    read = await asyncio.to_thread(continued, loaded.tokenizer, before, new, last, loaded.stops)
+    return read, [*before, *new]
+
+
+def _generate(
+    engine: Engine,
+    id: str,
+    spec: schema.GenerateSpec,
+    read: list[int],
+    messages: list[dict[str, Any]] | None,
+    box: Mailbox,
+) -> tuple[Session, Turn]:
+    session = engine.session(id)
     added: list[str] = []
     try:
-        added = _stop_at(engine, session, spec.breakpoints)
+        added = stop_at(engine, session, spec.breakpoints)
         turn = engine.generate(
             session,
             Request(
@@ -179,6 +196,7 @@ def _generate(engine: Engine, id: str, spec: schema.GenerateSpec, box: Mailbox) 
                 ignore_stops=spec.ignore_eos,
                 top_scores=spec.logprobs,
                 keep_logits=spec.logits,
+                chat=messages is not None,
             ),
             box if spec.stream or spec.wait else None,
         )
@@ -186,30 +204,9 @@ def _generate(engine: Engine, id: str, spec: schema.GenerateSpec, box: Mailbox) 
         for name in added:
             session.breakpoints.pop(name, None)
         raise
-    session.messages = messages
+    if messages is not None:
+        session.messages = messages
     return session, turn
-
-
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-
-def _continued(engine: Engine, session: Session, messages: list[dict[str, Any]]) -> list[int]:
-    """The tokens of a conversation beyond those that the session has; its own answers are what it wrote."""
-    wanted = encode_chat(engine.loaded.tokenizer, messages)
-    if not session.tokens:
-        return wanted
-    # The template's text for what is new: how the whole conversation goes on behind what came before it.
-    known = len(session.messages)
-    if known == 0:
-        raise conflict(f"session {session.id} was not begun with messages; go on with a prompt")
-    before = engine.loaded.tokenizer.apply_chat_template(messages[:known], tokenize=False, add_generation_prompt=True)
-    marker = "\x00answer\x00"
-    answered = [*messages[:known], {"role": "assistant", "content": marker}, *messages[known:]]
-    text = engine.loaded.tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=True)
-    if not text.startswith(before) or marker not in text:
-        raise conflict("the chat template rewrites earlier messages; send the conversation to a new session")
-    return _plain(engine.loaded.tokenizer, text[text.index(marker) + len(marker) :])
 
 
 async def _until(
@@ -226,22 +223,19 @@ async def _until(
         async for _ in box.until(*types):
             pass
 
-    async def leave(hung_up: bool) -> None:
-        def left() -> None:
-            if box in turn.sinks:
-                turn.sinks.remove(box)
-            if hung_up and cancel and session.turn is turn and not session.pause:
-                bridge.engine.cancel(session)
+    def left() -> None:
+        if box in turn.sinks:
+            turn.sinks.remove(box)
+        if gone and cancel and session.turn is turn and not session.pause:
+            bridge.engine.cancel(session)
 
-        box.close()
-        await bridge.do(left)
-
+    gone = True
     try:
         await unless_gone(request, wait())
-    except BaseException:
-        await asyncio.shield(leave(True))
-        raise
-    await leave(False)
+        gone = False
+    finally:
+        box.close()
+        bridge.engine.do(left)
 
 
 async def _streamed(bridge: Bridge, session: Session, turn: Turn, box: Mailbox) -> AsyncIterator[str]:
@@ -344,6 +338,9 @@ async def resume(id: str, spec: schema.ResumeSpec, request: HttpRequest) -> Any:
 
     def begin() -> tuple[Session, Turn | None]:
         session = bridge.engine.session(id)
+        if spec.wait == "paused":
+            bridge.engine.wake(session)
+            return session, None
         bridge.engine.resume(session, None if spec.wait == "none" else box)
         return session, session.turn
 
@@ -353,7 +350,9 @@ async def resume(id: str, spec: schema.ResumeSpec, request: HttpRequest) -> Any:
     if spec.wait != "none":
         types = ("done", "paused", "token") if spec.wait == "token" else ("done", "paused")
         await _until(request, bridge, session, turn, box, types, cancel=False)
-    return await bridge.do(result, bridge.engine, session, turn)
+    # Not by the engine's thread, which is in a layer of the next pass already: nothing here changes under it but the
+    # end of a list.
+    return result(bridge.engine, session, turn)
 
 
 @router.post("/sessions/{id}/suspend", response_model=schema.SessionInfo)
@@ -373,7 +372,7 @@ async def suspend(id: str, request: HttpRequest) -> dict[str, Any]:
 async def add_breakpoint(id: str, spec: schema.BreakpointSpec, request: HttpRequest) -> dict[str, Any]:
     """Add breakpoints; they hold for this and later generations."""
     bridge = _bridge(request)
-    return {"ids": await bridge.do(lambda: _stop_at(bridge.engine, bridge.engine.session(id), [spec]))}
+    return {"ids": await bridge.do(lambda: stop_at(bridge.engine, bridge.engine.session(id), [spec]))}
 
 
 @router.delete("/sessions/{id}/breakpoints/{name}", response_model=schema.Done)
@@ -442,7 +441,7 @@ async def steer(id: str, spec: schema.SteerSpec, request: HttpRequest) -> dict[s
     def steered() -> list[str]:
         session = bridge.engine.session(id)
         layer = session.pause.layer if session.pause else None
-        return bridge.engine.steer(session, _edits(bridge.engine, spec.edits, layer), standing=spec.standing)
+        return bridge.engine.steer(session, edits_from(bridge.engine, spec.edits, layer), standing=spec.standing)
 
     return {"ids": await bridge.do(steered)}
 
@@ -478,9 +477,9 @@ async def branch(id: str, spec: schema.BranchSpec, request: HttpRequest) -> dict
         variants = [
             Variant(
                 id=variant.id,
-                edits=tuple(_edits(engine, variant.edits, layer)),
-                standing=tuple(_edits(engine, variant.standing, layer)),
-                sampling=Sampling(**variant.sampling.model_dump()) if variant.sampling else None,
+                edits=tuple(edits_from(engine, variant.edits, layer)),
+                standing=tuple(edits_from(engine, variant.standing, layer)),
+                sampling=variant.sampling.model_dump(exclude_unset=True) if variant.sampling else {},
                 seed=variant.seed,
                 max_tokens=variant.max_tokens,
             )
@@ -507,18 +506,24 @@ async def branch(id: str, spec: schema.BranchSpec, request: HttpRequest) -> dict
 async def export(id: str, request: HttpRequest) -> Response:
     """The session, stopped or idle, as one safetensors file: to keep, or for `POST /v1/sessions/import` elsewhere."""
     bridge = _bridge(request)
-    data = await bridge.do(lambda: transfer.export(bridge.engine, bridge.engine.session(id)))
-    return Response(data, media_type=_SAFETENSORS)
+
+    def taken() -> tuple[dict[str, Any], dict[str, Any]]:
+        tensors, metadata = transfer.export(bridge.engine, bridge.engine.session(id))
+        # Copies: the session may go on while the file is written.
+        return {name: tensor.clone() for name, tensor in tensors.items()}, metadata
+
+    tensors, metadata = await bridge.do(taken)
+    return Response(await asyncio.to_thread(transfer.pack, tensors, metadata), media_type=_SAFETENSORS)
 
 
 @router.post("/sessions/import", response_model=schema.SessionInfo, status_code=201, openapi_extra=_BINARY_BODY)
 async def load(request: HttpRequest, id: schema.Name | None = None) -> dict[str, Any]:
     """A session out of a file that `export` made, of the same model; under another name if one is given."""
     bridge = _bridge(request)
-    data = await request.body()
+    file = await asyncio.to_thread(transfer.unpack, await request.body())
 
     def loaded() -> dict[str, Any]:
-        return info(bridge.engine, transfer.load(bridge.engine, data, id))
+        return info(bridge.engine, transfer.load(bridge.engine, file, id))
 
     return await bridge.do(loaded)
 
@@ -563,128 +568,3 @@ async def delete_vector(name: str, request: HttpRequest) -> dict[str, Any]:
 
     await bridge.do(removed)
     return {}
-
-
-# ---------------------------------------------------------------------- forms
-
-
-def _edits(engine: Engine, specs: Sequence[schema.EditSpec], layer: int | None) -> list[Edit]:
-    made = []
-    for spec in specs:
-        at = spec.layer if spec.layer is not None else layer
-        if at is None:
-            raise EngineError("the edit needs a layer: the session has not stopped at one")
-        vector: Any = None
-        if isinstance(spec.vector, str):
-            if (vector := engine.vectors.get(spec.vector)) is None:
-                raise missing("vector", spec.vector)
-        elif spec.vector is not None:
-            vector = torch.tensor(spec.vector, dtype=torch.float32)
-        made.append(Edit(spec.kind, at, spec.factor, vector, spec.first, spec.last, spec.name or ""))
-    return made
-
-
-def _stop_at(engine: Engine, session: Session, specs: Sequence[schema.BreakpointSpec]) -> list[str]:
-    made: list[str] = []
-    try:
-        for spec in specs:
-            layers = spec.layer if isinstance(spec.layer, list) else [spec.layer]
-            if spec.id and len(layers) > 1:
-                raise EngineError("a breakpoint with several layers makes several: they cannot share an id")
-            condition = spec.condition.model_dump()
-            if condition["tokens"] is not None:
-                condition["tokens"] = frozenset(condition["tokens"])
-            stop = partial(
-                engine.stop_at,
-                session,
-                name=spec.id,
-                phase=spec.phase,
-                position=spec.position,
-                step=spec.step,
-                condition=Condition(**condition),
-                once=spec.once,
-            )
-            made += [stop(layer=layer) for layer in layers]
-    except EngineError:
-        for name in made:
-            session.breakpoints.pop(name, None)
-        raise
-    return made
-
-
-def _edit_info(edit: Edit) -> dict[str, Any]:
-    made = {name: getattr(edit, name) for name in ("name", "kind", "layer", "factor", "first", "last")}
-    return made | {"vector": None if edit.vector is None else float(edit.vector.float().norm())}
-
-
-def info(engine: Engine, session: Session) -> dict[str, Any]:
-    """A session in the form of :class:`schema.SessionInfo`."""
-    turn = session.turn
-    return {
-        "id": session.id,
-        "state": session.state,
-        "parent": session.parent,
-        "created": session.created,
-        "tokens": len(session.tokens),
-        "length": session.cache.length,
-        "cache_bytes": session.cache.bytes() if session.state is not State.RUNNING else 0,
-        "turns": session.turns,
-        "passes": session.passes,
-        "steering": [_edit_info(edit) for edit in session.edits.values()],
-        "breakpoints": [transfer.breakpoint_facts(breakpoint) for breakpoint in session.breakpoints.values()],
-        "pause": _pause_info(engine, session),
-        "generated": len(turn.generated) if turn else 0,
-        "text": turn.text.text if turn else "",
-        "failed": session.failed,
-        "wire_bytes": {"received": session.wire_received, "sent": session.wire_sent},
-    }
-
-
-def _pause_info(engine: Engine, session: Session) -> dict[str, Any] | None:
-    pause = session.pause
-    if pause is None:
-        return None
-    held = pause.checkpoint
-    return {
-        **{name: getattr(pause, name) for name in ("layer", "step", "position", "tokens", "breakpoint", "replaced")},
-        "layers": engine.loaded.verdict.layers,
-        "shape": list(held.shape),
-        "dtype": str(held.dtype).removeprefix("torch."),
-        "checkpoint": {
-            "bytes": held.bytes,
-            "dispatch_us": held.dispatch_us,
-            "complete_us": held.complete_us if held.done else None,
-            "pinned": held.pinned,
-        },
-        "edits": [_edit_info(edit) for edit in pause.edits],
-        "norms": [(layer, norm if math.isfinite(norm) else None) for layer, norm in pause.norms],
-        "seconds": (time.monotonic_ns() - pause.began_ns) / 1e9,
-        "wire_bytes": {
-            "received": session.wire_received - pause.wire[0],
-            "sent": session.wire_sent - pause.wire[1],
-        },
-    }
-
-
-def result(engine: Engine, session: Session, turn: Turn) -> dict[str, Any]:
-    """A generation in the form of :class:`schema.Result`."""
-    state = "done" if turn.reason else "paused" if session.turn is turn and session.pause else "running"
-    logs = None
-    if turn.top_scores is not None:
-        logs = [
-            {"token": token, "logprob": scores.chosen, "top": [list(pair) for pair in scores.top]}
-            for token, scores in zip(turn.generated, turn.scores, strict=True)
-        ]
-    return {
-        "session": session.id,
-        "state": state,
-        "text": turn.text.text,
-        "tokens": turn.generated,
-        "finish_reason": turn.reason or None,
-        "stop": turn.stop,
-        "logprobs": logs,
-        "logits": turn.logits.tolist() if turn.logits is not None else None,
-        "pause": _pause_info(engine, session) if state == "paused" else None,
-        "prompt_tokens": turn.prompt_tokens,
-        "error": turn.error or None,
-    }

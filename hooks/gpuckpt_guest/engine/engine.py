@@ -11,8 +11,9 @@ import logging
 import queue
 import re
 import threading
+import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -24,14 +25,17 @@ from ..checkpoint import Ring
 from . import sampling
 from .breakpoints import Breakpoint, Condition
 from .model import Loaded
+from .passes import drop_pauses, release
 from .sampling import Sampling
-from .scheduler import Scheduler, release
+from .scheduler import Scheduler
 from .session import Pause, Session, Sink, State, Turn
 from .steering import Edit, apply
 from .text import TextStream
 
 _log = logging.getLogger("gpuckpt_guest")
 _Result = TypeVar("_Result")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST = 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -67,6 +71,7 @@ class Request:
     ignore_stops: bool = False
     top_scores: int | None = None
     keep_logits: bool = False
+    chat: bool = False  # what is written is an answer to the session's messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,7 @@ class Variant:
     id: str | None = None
     edits: tuple[Edit, ...] = ()
     standing: tuple[Edit, ...] = ()
-    sampling: Sampling | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # what differs of the parent's
     seed: int | None = None
     max_tokens: int | None = None
 
@@ -109,6 +114,8 @@ class Engine:
         """End between two layers; what is running is lost."""
         self._commands.put(None)
         self._thread.join()
+        self.fault = self.fault or "the engine has been stopped"
+        self._refuse()
 
     def do(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> Future[_Result]:
         """Have the engine's thread call ``function``, between two layers."""
@@ -117,14 +124,20 @@ class Engine:
             future.set_exception(EngineError(self.fault, status=503, code="engine_stopped"))
         else:
             self._commands.put((lambda: function(*args, **kwargs), future))
+            if self.fault:  # it stopped in this moment: nobody else would answer
+                self._refuse()
         return future
 
     def _run(self) -> None:
         with torch.inference_mode():
             try:
+                if self.loaded.device.type == "cuda":
+                    torch.cuda.set_device(self.loaded.device)  # a thread begins on the first one
                 while self._obey():
                     if self.scheduler.busy:
                         self.scheduler.run()
+                    if not self.scheduler.busy:
+                        self.scheduler.rest()
             except BaseException as error:
                 # A fault of the engine itself: better no answer than a wrong one.
                 self.fault = f"the engine has stopped: {error}"
@@ -153,15 +166,16 @@ class Engine:
                 future.set_exception(error)
 
     def _refuse(self) -> None:
-        for session in self.sessions.values():
-            if session.turn:
+        for session in list(self.sessions.values()):
+            if session.turn and not session.turn.reason:
+                session.turn.reason, session.turn.error = "error", self.fault
                 session.emit({"type": "done", "reason": "error", "error": self.fault, "tokens": 0})
         while True:
             try:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 return
-            if command:
+            if command and command[1].set_running_or_notify_cancel():
                 command[1].set_exception(EngineError(self.fault, status=503, code="engine_stopped"))
 
     # ------------------------------------------------------------------ sessions
@@ -216,10 +230,8 @@ class Engine:
         self._remove(session)
 
     def _remove(self, session: Session) -> None:
-        self.scheduler.settle(session)
-        if session.pause:
-            release(self.ring, session.pause)
-            session.pause = None
+        self.scheduler.batches.settle(session)
+        drop_pauses(self.ring, [session])
         if session.turn:
             session.turn.reason = "cancelled"
             session.emit({"type": "done", "reason": "cancelled", "tokens": len(session.turn.generated)})
@@ -264,6 +276,7 @@ class Engine:
             ignore_stops=request.ignore_stops,
             stop_tokens=self.loaded.stops | request.stop_tokens,
             keep_logits=request.keep_logits,
+            chat=request.chat,
             prompt_tokens=len(tokens),
             sinks=[sink] if sink else [],
         )
@@ -277,17 +290,11 @@ class Engine:
             return
         if session.pause and self.loaded.blueprint.recurrent:
             turn.cancelled = True  # its state is half-way: the pass must land
-            session.breakpoints.clear()
             self.scheduler.resume([session])
         elif session.pause or self.scheduler.drop(session):
-            if session.pause:
-                release(self.ring, session.pause)
-                session.pause = None
-                session.cache.abandon()
-            turn.reason = "cancelled"
-            session.emit({"type": "done", "reason": "cancelled", "tokens": len(turn.generated)})
-            session.turn = None
-            self._ended(session)
+            drop_pauses(self.ring, [session])
+            session.cache.abandon()
+            self.scheduler.passes.end(session, turn, "cancelled")
         else:
             turn.cancelled = True
 
@@ -296,7 +303,9 @@ class Engine:
         self._can_work(session)
         if session.turn is None:
             raise conflict(f"session {session.id} is {session.state}: there is nothing to pause")
-        return self.stop_at(session, layer=layer, once=True)
+        name = self.stop_at(session, layer=layer, once=True)
+        session.turn.asked.append(session.breakpoints[name])
+        return name
 
     def stop_at(self, session: Session, *, name: str | None = None, **what: Any) -> str:
         """Add a breakpoint; the arguments are :class:`Breakpoint`'s."""
@@ -304,24 +313,33 @@ class Engine:
         layer = what.get("layer")
         if layer is not None and not 0 <= layer <= layers:
             raise EngineError(f"there is no layer {layer}: 0 is behind the embeddings, {layers} the last")
+        _bounded(session.breakpoints, "breakpoints")
         name = name or f"b{next(n for n in range(1, 10**9) if f'b{n}' not in session.breakpoints)}"
         if name in session.breakpoints:
             raise conflict(f"session {session.id} has a breakpoint {name!r} already")
         session.breakpoints[name] = Breakpoint(id=name, **{"condition": Condition(), **what})
         return name
 
-    def resume(self, session: Session, sink: Sink | None = None) -> None:
-        """Let a paused session go on; of a suspended one, bring its cache back."""
+    def wake(self, session: Session) -> None:
+        """Bring a suspended session's cache back to the device; it goes on being idle or stopped."""
         if session.suspended:
             session.cache.move(self.loaded.device)
+            if session.pause:
+                session.pause.move(self.loaded.device)
             session.suspended = False
             session.emit({"type": "woken"})
+
+    def resume(self, session: Session, sink: Sink | None = None) -> None:
+        """Let a paused session go on, waking it first; a suspended one that is idle is only woken."""
+        if session.suspended:
+            self.wake(session)
             if not session.pause:
                 return
         if not session.pause or not session.turn:
             raise conflict(f"session {session.id} is {session.state}, not paused")
         if sink:
             session.turn.sinks.append(sink)
+        session.turn.resumed_ns = time.perf_counter_ns()
         self.scheduler.resume([session])
         session.emit({"type": "resumed"})
 
@@ -332,8 +350,10 @@ class Engine:
         if session.failed:
             raise conflict(f"session {session.id} has failed: {session.failed}")
         if not session.suspended:
-            self.scheduler.settle(session)
+            self.scheduler.batches.settle(session)
             session.cache.move("cpu")
+            if session.pause:
+                session.pause.move("cpu")
             session.suspended = True
             session.emit({"type": "suspended"})
         return session.cache.bytes()
@@ -389,6 +409,7 @@ class Engine:
 
     def _rule(self, session: Session, edit: Edit) -> str:
         self._check(edit)
+        _bounded(session.edits, "standing rules")
         name = edit.name or f"r{next(n for n in range(1, 10**9) if f'r{n}' not in session.edits)}"
         session.edits[name] = replace(edit, name=name)
         return name
@@ -414,6 +435,8 @@ class Engine:
         ids = torch.tensor([session.unread[: pause.tokens]], device=self.loaded.device)
         forward = stepper.begin(stepper.inputs(ids, past=[session.cache.length]), session.cache)
         shares = stepper.head(forward, state)[0, -1].float().softmax(-1)
+        if not bool(shares.isfinite().all()):
+            raise conflict("the logits are not finite numbers: the activation has been edited too strongly")
         values, tokens = shares.topk(min(top, shares.numel()))
         return list(zip(tokens.tolist(), values.tolist(), strict=True))
 
@@ -428,8 +451,9 @@ class Engine:
             raise EngineError(f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
         if tuple(vector.shape) != (self.loaded.features,):
             raise EngineError(f"a vector has {self.loaded.features} numbers, not {list(vector.shape)}")
-        if not vector.is_floating_point() or not bool(vector.isfinite().all()):
-            raise EngineError("a vector is made of finite floating-point numbers")
+        # Floats of eight bits have no arithmetic of their own, not even a test for finiteness.
+        if vector.dtype not in FLOATS or not bool(vector.isfinite().all()):
+            raise EngineError("a vector is made of finite floating-point numbers of 16, 32 or 64 bits")
         self.vectors[name] = vector.clone()
 
     # ------------------------------------------------------------------ branching
@@ -439,8 +463,8 @@ class Engine:
     ) -> list[Session]:
         """Make a session for each variant from where ``parent`` has stopped, or from its end if it is idle.
 
-        They share what it has read, in memory too, and go their own ways. With ``resume`` the rest of the pass is run
-        for all of them as one batch; else they are paused where the parent is.
+        They share what it has read, in memory too, and go their own ways, without its breakpoints. With ``resume`` the
+        rest of the pass is run for all of them as one batch; else they are paused where the parent is.
         """
         self._can_work(parent)
         if parent.state is State.RUNNING:
@@ -455,9 +479,13 @@ class Engine:
         for variant in variants:
             for edit in (*variant.edits, *variant.standing):
                 self._check(edit)
+            if parent.turn is None and (variant.sampling or variant.max_tokens):
+                raise conflict(
+                    f"session {parent.id} is idle: sampling and max_tokens are given when a branch generates"
+                )
             if variant.edits and (parent.pause is None or any(e.layer != parent.pause.layer for e in variant.edits)):
                 raise conflict("edits of a variant are for the layer after which the parent has stopped")
-        self.scheduler.settle(parent)
+        self.scheduler.batches.settle(parent)
         made = [self._child(parent, variant) for variant in variants]
         for child, sink in zip(made, sinks, strict=False):
             if sink and child.turn:
@@ -485,10 +513,12 @@ class Engine:
             child.turn.text = parent.turn.text.copy()
             child.turn.generated, child.turn.scores = list(parent.turn.generated), list(parent.turn.scores)
             child.turn.sinks = []
-            child.turn.sampling = variant.sampling or parent.turn.sampling
+            child.turn.asked = []
+            child.turn.sampling = replace(parent.turn.sampling, **variant.sampling)
             child.turn.max_tokens = variant.max_tokens or parent.turn.max_tokens
         if parent.pause:
             child.pause = copy.copy(parent.pause)
+            child.pause.wire, child.pause.began_ns = (0, 0), time.monotonic_ns()
             child.pause.checkpoint.users += 1
             child.pause.edits = [*parent.pause.edits, *variant.edits]
             child.pause.carried = {name: dict(held) for name, held in parent.pause.carried.items()}
@@ -496,6 +526,12 @@ class Engine:
             self._rule(child, edit)
         self.sessions[child.id] = child
         return child
+
+
+def _bounded(held: Mapping[str, object], what: str) -> None:
+    # Each costs a look at every boundary between layers.
+    if len(held) >= _MOST:
+        raise EngineError(f"a session can have {_MOST} {what}")
 
 
 def _dtype(dtype: Any) -> str:

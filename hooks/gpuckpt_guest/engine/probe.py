@@ -90,6 +90,7 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
     for run, (_, cached) in zip(runs, plain, strict=True):
         if difference := _compare(run.cache, cached):
             raise UnsupportedModelError(_why(stepper.model, before, f"its cache differs: {difference}"))
+    blueprint.learn(runs[0].cache)
     alone = _alone(stepper, blueprint, layout, carries, plain, prompts)
     return Verdict(
         architecture=type(stepper.model).__name__,

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+# So many of the most likely tokens are looked at first.
+_FIRST = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -40,19 +43,35 @@ def draw(logits: Any, sampling: Sampling, random: torch.Generator) -> int:
     """One token id out of ``logits`` [vocabulary]."""
     if sampling.temperature == 0:
         return int(logits.argmax().item())
-    scaled = logits.to("cpu", torch.float64) / sampling.temperature
-    if sampling.top_k:
-        scaled, kept = scaled.topk(min(sampling.top_k, scaled.numel()))
-    else:
-        kept = None
+    scaled = logits.to("cpu", torch.float64)
+    scaled = (scaled - scaled.max()) / sampling.temperature  # the largest is 0: nothing overflows
+    shares = scaled.softmax(0)
+    kept = None
+    if sampling.top_k and sampling.top_k < shares.numel():
+        shares, kept = shares.topk(sampling.top_k)
+        shares = shares / shares.sum()
     if sampling.top_p < 1:
-        scaled, order = scaled.sort(descending=True)
+        shares, order = _likely(shares, sampling.top_p)
         kept = order if kept is None else kept[order]
-        shares = scaled.softmax(0)
-        # The first token always stays: what is dropped is what lies wholly behind top_p.
-        scaled = scaled[: max(1, int((shares.cumsum(0) - shares < sampling.top_p).sum()))]
-    chosen = int(torch.multinomial(scaled.softmax(0), 1, generator=random).item())
-    return chosen if kept is None else int(kept[chosen].item())
+    # One uniform number, and where it falls in the running sum.
+    sums = shares.cumsum(0)
+    number = torch.rand((), dtype=torch.float64, generator=random) * sums[-1]
+    chosen = int(torch.searchsorted(sums, number, right=True))
+    if chosen >= sums.numel() or not shares[chosen]:  # rounding at the very end of the sum
+        chosen = int(shares.nonzero()[-1])
+    return chosen if kept is None else int(kept[chosen])
+
+
+def _likely(shares: Any, top_p: float) -> tuple[Any, Any]:
+    """The most likely tokens that make up ``top_p``, in order; one at least. What lies wholly behind is dropped."""
+    wanted = _FIRST
+    while True:
+        best, order = shares.topk(min(wanted, shares.numel()))
+        before = best.cumsum(0) - best
+        count = max(1, int((before < top_p).sum()))
+        if count < best.numel() or best.numel() == shares.numel():
+            return best[:count], order[:count]
+        wanted *= 16  # a flat distribution; sorting it all is dear, and seldom needed
 
 
 def scores(logits: Any, chosen: int, top: int) -> Scores:

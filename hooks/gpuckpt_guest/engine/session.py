@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..checkpoint import Checkpoint
 from ..kv.cache import SessionCache
 from .breakpoints import Breakpoint
@@ -41,6 +43,7 @@ class Turn:
     ignore_stops: bool = False
     stop_tokens: frozenset[int] = frozenset()
     keep_logits: bool = False
+    chat: bool = False  # the text is an answer to the session's messages
     step: int = 0  # completed passes: 0 while the prompt is read
     prompt_tokens: int = 0
     generated: list[int] = field(default_factory=list)
@@ -50,8 +53,10 @@ class Turn:
     stop: str | int | None = None
     error: str = ""
     cancelled: bool = False
-    began_ns: int = field(default_factory=time.monotonic_ns)
-    first_token_ns: int = 0
+    asked: list[Breakpoint] = field(default_factory=list)  # set to pause it: they end with it
+    resumed_ns: int = 0  # when it was last asked to go on, until the token of that pass
+    restore_us: float | None = None  # the activation from host memory back to the device
+    token_us: float | None = None  # from being asked to go on until the interrupted pass had its token
     sinks: list[Sink] = field(default_factory=list)
 
 
@@ -67,11 +72,28 @@ class Pause:
     breakpoint: str
     executed: int
     carried: dict[str, dict[Any, Any]] = field(default_factory=dict)
-    norms: list[tuple[int, float]] = field(default_factory=list)
+    norms: list[tuple[int, Any]] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)  # made when it goes on
     replaced: bool = False  # the activation was uploaded
     began_ns: int = field(default_factory=time.monotonic_ns)
     wire: tuple[int, int] = (0, 0)  # bytes received and sent by this session's requests up to here
+
+    def move(self, device: Any) -> None:
+        """Bring what layers handed on to ``device``; the hidden state is in host memory anyway."""
+        for held in self.carried.values():
+            for key, values in held.items():
+                held[key] = tuple(value.to(device) for value in values)
+
+
+def norms(pause: Pause) -> list[tuple[int, float]]:
+    """The norm of the last token's hidden state behind each layer that was watched.
+
+    They are read from the device when somebody asks, all at once.
+    """
+    if pause.norms and isinstance(pause.norms[0][1], torch.Tensor):
+        values = torch.stack([value for _, value in pause.norms]).tolist()
+        pause.norms = [(layer, value) for (layer, _), value in zip(pause.norms, values, strict=True)]
+    return pause.norms
 
 
 @dataclass(slots=True, eq=False)

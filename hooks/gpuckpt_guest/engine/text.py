@@ -68,9 +68,8 @@ class TextStream:
             self._held = ""
             self.text += held[:found]
             return held[:found]
-        keep = max(
-            (size for stop in self.stops for size in range(1, len(stop)) if held.endswith(stop[:size])), default=0
-        )
+        starts = ((stop, size) for stop in self.stops for size in range(1, min(len(stop), len(held) + 1)))
+        keep = max((size for stop, size in starts if held.endswith(stop[:size])), default=0)
         sure = held[: len(held) - keep]
         self._held = held[len(held) - keep :]
         self.text += sure

@@ -199,6 +199,11 @@ class SessionLayer(_Attention):
         """Take over stored columns, of which the last ``pending`` belong to a pass at work."""
         self._shared, self._tail, self.pending = [], segment, pending
 
+    def bytes(self) -> int:
+        """The size of what is stored, the room to spare left out."""
+        filled = self.span.length + self.pending
+        return sum(part.cut(part.first, min(part.end, filled)).bytes() for part in self.segments)
+
     def stored(self) -> Segment | None:
         """Everything that may still be read, in one piece; None if it is empty."""
         filled = self.span.length + self.pending
@@ -257,6 +262,11 @@ class SessionCache(Cache):
         self.span.length += tokens
         self.abandon()
 
+    def uncommit(self, tokens: int) -> None:
+        """The last ``tokens`` do not count after all; not for layers with a recurrent state."""
+        self.span.length -= tokens
+        self.abandon()
+
     def abandon(self) -> None:
         """Forget what the pass at work has written."""
         self._sizes.clear()
@@ -280,7 +290,12 @@ class SessionCache(Cache):
 
     def bytes(self) -> int:
         """Memory that it holds; what branches share counts for each."""
-        return sum(tensor.nbytes for _, tensor in self.tensors())
+        held = 0
+        for layer in self.layers:
+            if isinstance(layer, SessionLayer):
+                held += layer.bytes()
+            held += sum(tensor.nbytes for _, tensor in _own_tensors(layer))
+        return held
 
     def tensors(self) -> Iterator[tuple[str, Any]]:
         """All tensors with names that tell where they are: ``LAYER.keys``, ``LAYER.recurrent_states.0`` …"""
@@ -295,7 +310,7 @@ class SessionCache(Cache):
         """What one must know beside :meth:`tensors` to make it again, for each layer, as JSON."""
         made: list[dict[str, Any]] = []
         for layer in self.layers:
-            fact: dict[str, Any] = {}
+            fact: dict[str, Any] = {"first": None, "pending": 0, "previous": [], "kernel": [], "states": []}
             if isinstance(layer, SessionLayer) and (stored := layer.stored()) is not None:
                 fact |= {"first": stored.first, "pending": layer.pending}
             if isinstance(layer, LinearAttentionLayer):
@@ -310,30 +325,45 @@ class SessionCache(Cache):
             made.append(fact)
         return made
 
-    def load(self, length: int, facts: Sequence[dict[str, Any]], tensors: dict[str, Any], device: Any) -> None:
+    def load(
+        self,
+        length: int,
+        facts: Sequence[dict[str, Any]],
+        tensors: dict[str, Any],
+        device: Any,
+        stopped: tuple[int, int] = (0, 0),
+    ) -> None:
         """Fill an empty cache with what :meth:`tensors` and :meth:`facts` said.
 
-        Raises ValueError or KeyError if they do not fit together or do not fit this model.
+        ``stopped``: the layers that a pass at work has run, and how many tokens it reads. Raises ValueError or KeyError
+        if they do not fit together, or are not what this model's caches are like.
         """
         if self._blueprint.unknown or len(facts) != len(self.layers):
             raise ValueError(f"{len(facts)} layers of cache, {len(self.layers)} were expected")
         self.span.length = length
         for index, (layer, fact) in enumerate(zip(self.layers, facts, strict=True)):
-            if isinstance(layer, SessionLayer) and "first" in fact:
-                keys, values = tensors[f"{index}.keys"].to(device), tensors[f"{index}.values"].to(device)
-                first, pending = int(fact["first"]), int(fact["pending"])
-                fits = keys.dim() == values.dim() == 4 and keys.shape[0] == values.shape[0] == 1
-                if not fits or not first + keys.shape[-2] == first + values.shape[-2] == length + pending:
-                    raise ValueError(f"layer {index} of the cache holds other tokens than the session has")
-                layer.fill(Segment(first, keys, values), pending)
+            form = self._blueprint.forms.get(index, {})
+            if isinstance(layer, SessionLayer):
+                pending = stopped[1] if index < stopped[0] else 0
+                if "keys" in form and length + pending:
+                    self._load_columns(index, layer, fact, tensors, device, pending)
+                elif fact["first"] is not None:
+                    raise ValueError(f"layer {index} of the cache has columns, but there is nothing that it has read")
             if isinstance(layer, LinearAttentionLayer):
-                for state, (previous, kernel) in enumerate(zip(fact["previous"], fact["kernel"], strict=True)):
-                    layer.has_previous_state[state], layer.conv_kernel_size[state] = previous, kernel
-                for name, state in fact["states"]:
-                    tensor = tensors[f"{index}.{name}.{state}"].to(device)
-                    getattr(layer, name)[state] = tensor.clone()
-                    getattr(layer, f"is_{name}_initialized")[state] = True
-                    layer.device, layer.dtype = tensor.device, tensor.dtype
+                _load_states(layer, index, fact, tensors, device, form)
+
+    def _load_columns(
+        self, index: int, layer: SessionLayer, fact: dict[str, Any], tensors: dict[str, Any], device: Any, pending: int
+    ) -> None:
+        keys, values = tensors[f"{index}.keys"].to(device), tensors[f"{index}.values"].to(device)
+        for name, tensor in (("keys", keys), ("values", values)):
+            heads, size, dtype = self._blueprint.forms[index][name]
+            columns = self.span.length + pending - (fact["first"] or 0)
+            if tuple(tensor.shape) != (1, heads, columns, size) or tensor.dtype != dtype:
+                raise ValueError(f"layer {index} of the cache has {name} of {tensor.dtype} {list(tensor.shape)}")
+        if fact["first"] is None or fact["first"] > layer.lowest() or fact["pending"] != pending:
+            raise ValueError(f"layer {index} of the cache holds other tokens than the session has read")
+        layer.fill(Segment(fact["first"], keys, values), pending)
 
     def move(self, device: Any) -> None:
         """Bring it to ``device`` ("cpu" to free the device's memory)."""
@@ -418,6 +448,8 @@ class _RecurrentLane(LinearAttentionLayer):
     def gather(self, members: Sequence[Any]) -> None:
         """Put the members' states together."""
         self._sources = members
+        if any(member.has_previous_state != members[0].has_previous_state for member in members):
+            raise ValueError("sessions that have a recurrent state cannot share a batch with one that has none")
         for name in _STATES:
             for index in getattr(self, name):
                 states = [getattr(member, name)[index] for member in members]
@@ -507,8 +539,21 @@ class Blueprint:
         self.unknown = sorted(
             {type(layer).__name__ for layer, make in zip(kinds, self._makers, strict=True) if make is None}
         )
+        # What the layers hold, by name, once it has been seen.
+        self.forms: dict[int, dict[str, Any]] = {}
         # Whether a pass, once begun, must be run to its end.
         self.recurrent = bool(self.unknown) or any(isinstance(layer, LinearAttentionLayer) for layer in kinds)
+
+    def learn(self, cache: SessionCache) -> None:
+        """See from a cache in use what its layers hold: heads, sizes, types."""
+        for index, layer in enumerate(cache.layers):
+            form: dict[str, Any] = {}
+            if isinstance(layer, SessionLayer) and (stored := layer.stored()) is not None:
+                for name, tensor in (("keys", stored.keys), ("values", stored.values)):
+                    form[name] = (tensor.shape[1], tensor.shape[3], tensor.dtype)
+            if isinstance(layer, LinearAttentionLayer):
+                form |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _own_tensors(layer)}
+            self.forms[index] = form
 
     def session(self) -> SessionCache:
         """An empty cache."""
@@ -531,6 +576,27 @@ def _maker(layer: Any) -> Callable[[Span], Any] | None:
     if kind is LinearAttentionAndSlidingWindowAttentionLayer:
         return lambda span: SessionHybridLayer(span, int(layer.sliding_window), layer.number_of_states)
     return None
+
+
+def _load_states(
+    layer: Any, index: int, fact: dict[str, Any], tensors: dict[str, Any], device: Any, form: dict[str, Any]
+) -> None:
+    if len(fact["previous"]) != layer.number_of_states or len(fact["kernel"]) != layer.number_of_states:
+        raise ValueError(f"layer {index} of the cache has another number of states")
+    for state, (previous, kernel) in enumerate(zip(fact["previous"], fact["kernel"], strict=True)):
+        layer.has_previous_state[state], layer.conv_kernel_size[state] = previous, kernel
+    for name, state in fact["states"]:
+        tensor = tensors[f"{index}.{name}.{state}"].to(device)
+        if (tuple(tensor.shape), tensor.dtype) != form.get(f"{name}.{state}"):
+            raise ValueError(f"layer {index} of the cache has {name} of {tensor.dtype} {list(tensor.shape)}")
+        getattr(layer, name)[state] = tensor.clone()
+        getattr(layer, f"is_{name}_initialized")[state] = True
+        layer.device, layer.dtype = tensor.device, tensor.dtype
+    if any(fact["previous"]) and {f"{name}.{state}" for name, state in fact["states"]} != set(form) - {
+        "keys",
+        "values",
+    }:
+        raise ValueError(f"layer {index} of the cache lacks a state")
 
 
 _STATES = ("conv_states", "recurrent_states")

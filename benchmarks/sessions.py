@@ -1,0 +1,592 @@
+"""Measure the session engine: every part, on one model after the other, into build/bench/sessions.json and figures.
+
+    make bench-sessions                        about 15 minutes on 2 cores
+    python -m benchmarks.sessions --quick      the tiny model, a trial: under 3 minutes
+    python -m benchmarks.sessions --only checkpoint,interference
+
+The parts run in the server's environment, one process each (`python -m benchmarks.sessions_resume --help`); nothing
+else of ours runs meanwhile. A part that fails is noted and the others go on; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment, harness
+from benchmarks.journal import Document
+from benchmarks.suite import Budget, rest, say
+from benchmarks.targets import FEW, Target, at, least, least_n
+from gpuckpt.errors import InterruptedByUser
+
+VERSION = 1
+_LIMIT = 1.5  # times its budget: a part that takes longer is ended
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process: `benchmarks.sessions_NAME` on a model, for so many seconds; ``key`` is its place in the result."""
+
+    name: str
+    model: str
+    seconds: float
+    options: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-{self.model}"
+
+
+# Shapes and the folders that hold them. The 0.5B shape runs in float32: many processors have no instructions for its
+# own bfloat16. Its prompt is shorter and its cuts are fewer, so that the whole run stays near twenty minutes.
+MODELS = {"gpt2-124m": "gpt2-124m-random", "0.5b": "qwen2-0.5b-random", "tiny": "tiny-random"}
+PARTS = (
+    Part("checkpoint", "gpt2-124m", 40),
+    Part("interference", "gpt2-124m", 90),
+    Part("overhead", "gpt2-124m", 220),
+    Part("concurrency", "gpt2-124m", 90),
+    Part("branch", "gpt2-124m", 200),
+    Part("resume", "gpt2-124m", 240, ("--cuts", "1,3,6,9,12")),
+    Part("resume", "0.5b", 200, ("--dtype", "float32", "--prompt", "128", "--cuts", "1,12,24")),
+)
+QUICK = tuple(
+    Part(name, "tiny", 20, ("--quick", "--dtype", "float32", "--prompt", "128"))
+    for name in ("checkpoint", "interference", "overhead", "concurrency", "branch", "resume")
+)
+EXACT_SECONDS = 300.0
+PEER_SECONDS = 300.0
+
+TARGETS = (
+    Target("layers cut without an exact continuation", "exact.failures", 0, (), at_most=True),
+    Target(
+        "dispatch of a checkpoint beyond a bare launch, p50 of the slowest size",
+        "dispatch_us.worst_beyond_launch",
+        20,
+        ("dispatch_us.by_size",),
+        at_most=True,
+        unit="µs",
+    ),
+    Target(
+        "completion over 1.5 × bytes / bandwidth + 20 µs, p50 of the slowest size",
+        "complete_us.worst_over_bound",
+        1,
+        ("complete_us.by_size",),
+        at_most=True,
+        unit="×",
+    ),
+    Target(
+        "resume over HTTP beside its layers and head, p50 of the slowest cut",
+        "resume_rtt_ms.worst",
+        5,
+        ("resume_rtt_ms.by_model",),
+        at_most=True,
+        unit="ms",
+    ),
+    Target(
+        "a session's time per token beside another's checkpoint",
+        "interference_ratio.value",
+        1.01,
+        ("interference_ratio",),
+        at_most=True,
+        unit="×",
+    ),
+    Target("tokens per second over generate's, one session", "generate_ratio.value", 0.97, ("generate_ratio",)),
+    Target("tokens as undisturbed beside a stopped session", "concurrency.tokens_equal", 1, ("concurrency",)),
+    Target("a steered run repeats", "steering.repeats", 1, ()),
+    Target("4 variants over 4 whole runs", "branch_cost.4.value", 1, ("branch_cost.4",), at_most=True, unit="×"),
+    Target("8 variants over 8 whole runs", "branch_cost.8.value", 1, ("branch_cost.8",), at_most=True, unit="×"),
+)
+
+
+def merge(parts: dict[str, Document], exact: Document | None) -> Document:
+    """The contract's keys out of the parts' documents; a part that is not there leaves its keys out."""
+    made: Document = {"settings": {key: part["setting"] for key, part in parts.items()}}
+    if exact is not None:
+        made["exact"] = {key: exact[key] for key in ("architectures", "cuts", "failures")}
+    first = {part["part"].removeprefix("sessions_"): part for part in reversed(list(parts.values()))}
+    if found := first.get("checkpoint"):
+        made |= _checkpoint(found)
+    if found := first.get("interference"):
+        made["interference_ratio"] = found["own"] | {"large": found["large"]}
+    if found := first.get("overhead"):
+        made["generate_ratio"] = found["one"] | {"eight": found["eight"]}
+        made["pause_overhead"] = found["pause"]
+    if found := first.get("branch"):
+        made["branch_cost"], made["steering"] = found["branches"], found["steering"]
+    if found := first.get("concurrency"):
+        made["concurrency"] = {key: found[key] for key in found if key not in ("setting", "load_average", "part")}
+    resumed = {key: part for key, part in parts.items() if part["part"] == "sessions_resume"}
+    if resumed:
+        made |= _resume(resumed)
+    return made
+
+
+def _checkpoint(found: Document) -> Document:
+    sizes = found["by_size"]
+
+    def of(*names: str) -> Document:
+        return {size: {name: entry[name] for name in ("bytes", *names)} for size, entry in sizes.items()}
+
+    def worst(name: str) -> float:
+        return float(max(entry[name]["p50"] for entry in sizes.values()))
+
+    return {
+        "dispatch_us": {
+            "by_size": of("dispatch_us", "launch_us", "beyond_launch_us"),
+            "worst_beyond_launch": worst("beyond_launch_us"),
+        },
+        "complete_us": {
+            "by_size": of("complete_us", "landed_us", "plain_us", "bound_us", "complete_over_bound"),
+            "worst_over_bound": worst("complete_over_bound"),
+            "bandwidth_bytes_per_s": found["bandwidth_bytes_per_s"],
+            "pinned": found["pinned"],
+        },
+        "restore_us": {"by_size": of("restore_us", "restore_over_bound")},
+    }
+
+
+def _resume(resumed: dict[str, Document]) -> Document:
+    """Floors, ways and what HTTP adds, by model, kind of pass and layer."""
+    rtt: Document = {"by_model": {}, "in_process": {}}
+    made: Document = {"tail_floor_ms": {}, "resume_ms": {}, "resume_rtt_ms": rtt, "unavailable": {}}
+    for part in resumed.values():
+        model = part["setting"]["model"]
+        phases = {name: part[name] for name in ("prefill", "decode")}
+
+        def each(pick: Callable[[Document], Any], phases: Document = phases) -> Document:
+            return {name: {layer: pick(entry) for layer, entry in phase.items()} for name, phase in phases.items()}
+
+        made["tail_floor_ms"][model] = each(lambda entry: entry["tail_floor_ms"])
+        made["resume_ms"][model] = each(lambda entry: entry["ways_ms"])
+        rtt["by_model"][model] = each(lambda entry: entry["around_ms"]["http"])
+        rtt["in_process"][model] = each(lambda entry: entry["around_ms"]["engine"])
+        made["unavailable"] |= part["unavailable"]
+    rtt["worst"] = max(
+        layer["p50"] for phases in rtt["by_model"].values() for layers in phases.values() for layer in layers.values()
+    )
+    return made
+
+
+def targets(document: Document) -> list[Document]:
+    """Every target: value, n, whether it is met; `enough` is whether n suffices for that to count."""
+    found = []
+    for target in TARGETS:
+        value = at(document, target.path)
+        known = value is not None
+        counted = bool(target.made_of)
+        n = least(least_n(at(document, path)) for path in target.made_of) if known and counted else None
+        found.append(
+            {
+                "name": target.name,
+                "path": target.path,
+                "limit": target.limit,
+                "direction": "at most" if target.at_most else "at least",
+                "unit": target.unit,
+                "value": value,
+                "n": n,
+                "enough": known and (not counted or (n is not None and n >= FEW)),
+                "met": target.met(float(value)) if known else None,
+            }
+        )
+    return found
+
+
+# ---------------------------------------------------------------------- running
+
+
+class Runner:
+    """Starts the parts one after the other; what failed is in ``failures``."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.python = environment.prefix() / "server" / "bin" / "python"
+        self.work: Path = options.out / "sessions"
+        self.failures: dict[str, str] = {}
+        self.unavailable: dict[str, str] = {}
+        self.budget = Budget(options.budget)
+
+    def run(self, name: str, argv: Sequence[str | Path], seconds: float) -> bool:
+        """Whether a process in the server's environment ended well; its words go where ours go."""
+        environ = {
+            **os.environ,
+            "PYTHONPATH": str(harness.ROOT),
+            "TORCHDYNAMO_DISABLE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TQDM_DISABLE": "1",
+        }
+        process = subprocess.Popen(
+            [str(word) for word in argv],
+            cwd=harness.ROOT,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            status: int | str = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            status = f"it took more than {seconds:g} s"
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(timeout=20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        if status != 0:
+            self.failures[name] = status if isinstance(status, str) else f"it ended with status {status}"
+            say(f"  {name} failed: {self.failures[name]}")
+        return status == 0
+
+    def model(self, shape: str) -> Path:
+        """The folder of a model; makes it where there is none."""
+        folder: Path = environment.prefix() / "models" / MODELS[shape]
+        script = harness.ROOT / "scripts" / "make_model.py"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.run(f"model {shape}", [self.python, script, "--shape", shape, folder], 300)
+        return folder
+
+    def part(self, part: Part, peer: Path | None) -> Document | None:
+        """One part's document."""
+        if self.budget.spent:
+            self.failures[part.key] = "the budget was spent before it began"
+            return None
+        say(f"[{self.budget.elapsed:5.0f} s] {part.key}")
+        out = self.work / f"{part.key}.json"
+        out.unlink(missing_ok=True)
+        argv: list[str | Path] = [self.python, "-m", f"benchmarks.sessions_{part.name}", "--model"]
+        argv += [environment.prefix() / "models" / MODELS[part.model], "--out", out, "--budget", str(part.seconds)]
+        argv += ["--device", self.options.device, "--seed", str(self.options.seed), *part.options]
+        if part.name == "resume" and peer:
+            argv += ["--nnsight", peer]
+        if not self.run(part.key, argv, _LIMIT * part.seconds + 60):
+            return None
+        made: Document = json.loads(out.read_text())
+        return made
+
+    def exact(self) -> Document | None:
+        """What the tests of many architectures found, in the server's environment."""
+        out = self.work / "exact.json"
+        out.unlink(missing_ok=True)
+        say(f"[{self.budget.elapsed:5.0f} s] exact continuation, over architectures")
+        done = self.run("exact", [self.python, "-m", "tests.guest.architectures", "--json", out], EXACT_SECONDS)
+        # A failure that it found is a result; none is there only if it could not run.
+        if not out.exists():
+            return None
+        if not done:
+            say("  it reports failures")
+        found: Document = json.loads(out.read_text())
+        return found
+
+    def peer(self) -> Path | None:
+        """Python of an environment with nnsight beside the server's packages; made once, under build."""
+        folder = harness.ROOT / "build" / "nnsight"
+        python = folder / "bin" / "python"
+        if (folder / "ready").exists():
+            return python
+        say(f"[{self.budget.elapsed:5.0f} s] an environment for nnsight")
+        site = subprocess.run(
+            [self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        if self.run("nnsight", [self.python, "-m", "venv", "--clear", folder], PEER_SECONDS):
+            link = next(folder.glob("lib/python3*/site-packages")) / "server.pth"
+            link.write_text(site + "\n")
+            if self.run("nnsight", [python, "-m", "pip", "install", "--quiet", "nnsight"], PEER_SECONDS):
+                (folder / "ready").touch()
+                return python
+        # A peer that cannot be had is no failure of ours.
+        self.unavailable["nnsight"] = f"its installation failed: {self.failures.pop('nnsight')}"
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    options.out = options.out.absolute()
+    runner = Runner(options)
+    if not runner.python.exists():
+        print(f"there is no {runner.python}: make setup-server", file=sys.stderr)
+        return 4
+    runner.work.mkdir(parents=True, exist_ok=True)
+    wanted = [part for part in (QUICK if options.quick else PARTS) if not options.only or part.name in options.only]
+    document: Document = {
+        "version": VERSION,
+        "benchmark": "sessions",
+        "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "options": {"quick": options.quick, "only": options.only, "seed": options.seed, "device": options.device},
+        "machine": environment.machine(),
+    }
+    try:
+        with harness.interrupts():
+            measured, exact = _measure(runner, wanted, document)
+    except InterruptedByUser as interrupted:
+        print(interrupted.message, file=sys.stderr)
+        return interrupted.exit_code
+    merged = merge(measured, exact)
+    document |= merged
+    document["unavailable"] = merged.get("unavailable", {}) | runner.unavailable
+    document["failures"] = runner.failures
+    document["load_average_at_end"] = environment.load()
+    document["elapsed_s"] = round(runner.budget.elapsed, 1)
+    document["targets"] = targets(document)
+    file = options.out / "sessions.json"
+    file.write_text(json.dumps(document, indent=1) + "\n")
+    drawn = draw(document, options.out)
+    for line in table(document):
+        say(line)
+    say(f"{file}; figures: {', '.join(drawn) or 'none'}")
+    return 1 if runner.failures else 0
+
+
+def _measure(runner: Runner, wanted: Sequence[Part], document: Document) -> tuple[dict[str, Document], Document | None]:
+    for shape in dict.fromkeys(part.model for part in wanted):
+        runner.model(shape)
+    peer = runner.peer() if any(part.name == "resume" for part in wanted) else None
+    cores = document["machine"]["cores"]
+    if not runner.options.quick:
+        document["waited_for_rest_s"] = rest(cores)
+    document["load_average"] = environment.load()
+    measured: dict[str, Document] = {}
+    for part in wanted:
+        if (made := runner.part(part, peer)) is not None:
+            measured[part.key] = made
+    only = runner.options.only
+    # Last, and not in a trial: it is a test that takes minutes, not a measurement.
+    exact = runner.exact() if (not only or "exact" in only) and not runner.options.quick else None
+    return measured, exact
+
+
+def table(document: Document) -> list[str]:
+    """The targets as lines for people."""
+    lines = []
+    for target in document["targets"]:
+        value = target["value"]
+        verdict = "not measured" if value is None else "met" if target["met"] else "MISSED"
+        if value is not None and not target["enough"]:
+            verdict += " (few samples)"
+        shown = "–" if value is None else f"{float(value):.3f}"
+        limit = f"{target['direction']} {target['limit']:g} {target['unit']}".strip()
+        lines.append(f"  {target['name']:<76} {shown:>10}  {limit:<16} {verdict}")
+    return lines
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.sessions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--quick", action="store_true", help="the tiny model, few samples: does it work at all?")
+    made.add_argument("--only", type=_names, help="some of the parts: checkpoint, resume, …, exact")
+    made.add_argument("--device", default="auto", help="auto (the default), cpu, cuda")
+    made.add_argument("--seed", type=int, default=1, help="of prompts and orders (default: %(default)s)")
+    made.add_argument("--budget", type=float, default=1200, help="seconds after which to stop (default: %(default)g)")
+    made.add_argument("--out", type=Path, default=harness.ROOT / "build" / "bench", help="folder of the results")
+    return made
+
+
+def _names(text: str) -> list[str]:
+    known = {part.name for part in PARTS} | {"exact"}
+    names = text.split(",")
+    if unknown := sorted(set(names) - known):
+        raise argparse.ArgumentTypeError(
+            f"no part is called {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+        )
+    return names
+
+
+# ---------------------------------------------------------------------- figures
+
+
+_WAYS = {
+    "recompute": "whole pass again",
+    "nnsight": "nnsight, layers before skipped",
+    "http": "gpuckpt, over HTTP",
+    "engine": "gpuckpt, in process",
+    "offload": "hand-written offload",
+}
+
+
+def draw(document: Document, folder: Path) -> list[str]:
+    """Draw the figures that the document has numbers for, as PNG and SVG; their names."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    from benchmarks.style import STYLE
+
+    figures: dict[str, tuple[str, Callable[[Document], tuple[Any, str, str]]]] = {
+        "sessions_crossover": ("resume_ms", crossover),
+        "sessions_interference": ("interference_ratio", interference),
+        "sessions_branching": ("branch_cost", branching),
+    }
+    drawn = []
+    for name, (key, function) in figures.items():
+        if not document.get(key):
+            continue
+        with pyplot.rc_context(STYLE):
+            figure, title, note = function(document)
+            _finish(figure, document, title, note)
+            for suffix in (".png", ".svg"):
+                metadata = {"Date": None} if suffix == ".svg" else None
+                figure.savefig(folder / f"{name}{suffix}", dpi=150, metadata=metadata)
+            pyplot.close(figure)
+        drawn.append(name)
+    return drawn
+
+
+def _finish(figure: Any, document: Document, title: str, note: str) -> None:
+    from benchmarks.style import QUIET
+
+    height = figure.get_figheight()
+    figure.text(0.012, 1 - 0.34 / height, title, fontsize=14, fontweight="bold")
+    quick = "A trial, not a measurement. " if document["options"]["quick"] else ""
+    setting = next(iter(document["settings"].values()))
+    machine = document["machine"]
+    where = setting["device"] if setting["device"] != "cpu" else f"{machine['cpu_model']}, {machine['cores']} cores"
+    words = f"{quick}{note} {where}; torch {setting['torch']}, transformers {setting['transformers']}"
+    lines = textwrap.wrap(words, int(figure.get_figwidth() * 18))
+    figure.text(0.012, 0.1 / height, "\n".join(lines), fontsize=7, color=QUIET, va="bottom")
+
+
+def crossover(document: Document) -> tuple[Any, str, str]:
+    """How long until the token, by the layer after which the pass stopped: every way, and the floor."""
+    from matplotlib import pyplot
+
+    from benchmarks.style import COLOURS, INK, QUIET
+
+    panels = [
+        (model, phase, layers) for model, phases in document["resume_ms"].items() for phase, layers in phases.items()
+    ]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(1.0 + 3.5 * len(panels), 4.8), squeeze=False)
+    # Two panels leave no room for one row of names.
+    columns = len(_WAYS) + 1 if len(panels) > 2 else 3
+    bottom = 0.25 if len(panels) > 2 else 0.3
+    figure.subplots_adjust(left=0.62 / figure.get_figwidth(), right=0.985, top=0.78, bottom=bottom, wspace=0.22)
+    colours = dict(zip(_WAYS, (QUIET, COLOURS[3], COLOURS[1], COLOURS[0], COLOURS[2]), strict=True))
+    settings = {setting["model"]: setting for setting in document["settings"].values()}
+    resumed = {part["model"]: part for key, part in document["settings"].items() if key.startswith("resume")}
+    least = 10**9
+    for panel, (model, phase, layers) in zip(axes[0], panels, strict=True):
+        places = [int(layer) for layer in layers]
+        floor = document["tail_floor_ms"][model][phase]
+        panel.fill_between(places, [floor[str(layer)]["p50"] for layer in places], color="#EEEEEE", label="floor")
+        for way, label in _WAYS.items():
+            values = [layers[str(layer)].get(way) for layer in places]
+            if not all(values):
+                continue
+            middles = [value["p50"] for value in values]
+            least = min([least, *(value["n"] for value in values)])
+            errors = [
+                [middle - value["interval"][0] for middle, value in zip(middles, values, strict=True)],
+                [value["interval"][1] - middle for middle, value in zip(middles, values, strict=True)],
+            ]
+            panel.errorbar(
+                places, middles, yerr=errors, fmt="o--" if way == "recompute" else "o-", color=colours[way],
+                label=label, capsize=2.5, linewidth=1.5, markersize=4.5,
+            )  # fmt: skip
+            if way == "http":
+                for place, middle in zip(places, middles, strict=True):
+                    panel.annotate(f"{middle:.3g}", (place, middle), xytext=(4, 6), textcoords="offset points",
+                                   fontsize=7.5, color=INK)  # fmt: skip
+        what = f"{resumed[model]['prompt']} tokens" if phase == "prefill" else "one token"
+        panel.set_title(f"{model}\n{settings[model]['dtype']}, {what}", fontsize=9.5)
+        panel.set_xticks(places)
+        panel.set_ylim(bottom=0)
+        panel.margins(x=0.08, y=0.12)
+        panel.set_xlabel(f"layers run before the stop, of {settings[model]['layers']}")
+        panel.grid(axis="y", color="#EEEEEE")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("ms until the token")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8.5, ncols=columns, loc="lower center",
+                  bbox_to_anchor=(0.5, 0.075))  # fmt: skip
+    note = f"Medians and their 95 % intervals, n ≥ {least}, in turn; floor: the remaining layers and the head alone."
+    return figure, "Going on from a stop, or computing anew", note
+
+
+def interference(document: Document) -> tuple[Any, str, str]:
+    """The distribution of B's times per token, with and without a copy in flight."""
+    from matplotlib import pyplot
+
+    from benchmarks.style import COLOURS, REST
+
+    found = document["interference_ratio"]
+    runs = [found, found["large"]]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 4.3), squeeze=False)
+    figure.subplots_adjust(left=0.07, right=0.985, top=0.76, bottom=0.22, wspace=0.16)
+    for panel, run in zip(axes[0], runs, strict=True):
+        low, high = run["interval"]
+        for side, label, colour in (("below", "alone", REST), ("above", "a copy in flight", COLOURS[0])):
+            values = sorted(run[side]["samples"])
+            shares = [(index + 1) / len(values) for index in range(len(values))]
+            panel.step(
+                values, shares, where="post", color=colour, linewidth=2, label=f"{label}: p50 {run[side]['p50']:.2f} ms"
+            )
+        both = sorted(run["below"]["samples"] + run["above"]["samples"])
+        # The slowest few, whatever held them up, would squeeze the rest into a line.
+        panel.set_xlim(both[0] * 0.98, both[int(len(both) * 0.98)] * 1.02)
+        panel.set(xlabel="ms per token of B", ylim=(0, 1.02))
+        panel.set_title(f"{run['bytes'] / 1e6:.2g} MB each: {run['value']:.3f} × ({low:.3f} – {high:.3f})", fontsize=10)
+        panel.legend(frameon=False, fontsize=8.5, loc="lower right")
+        panel.grid(color="#EEEEEE")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("share of tokens that came by then")
+    note = (
+        f"{found['n']} pairs of tokens, one with a checkpoint of A in flight, one without; the slowest 2 % not shown."
+    )
+    return figure, "A session's tokens while another's checkpoint is copied", note
+
+
+def branching(document: Document) -> tuple[Any, str, str]:
+    """Whole runs one after the other against branches from the middle."""
+    from matplotlib import pyplot
+
+    from benchmarks.style import COLOURS, INK, REST
+
+    found = document["branch_cost"]
+    figure, axes = pyplot.subplots(figsize=(9.2, 0.5 + 1.45 * len(found)))
+    figure.subplots_adjust(left=0.16, right=0.97, top=0.8, bottom=0.28)
+    rows: list[str] = []
+    for count, run in sorted(found.items(), key=lambda item: -int(item[0])):
+        full, prefix, tails = (run[key]["p50"] for key in ("below", "prefix_ms", "tails_ms"))
+        place = len(rows)
+        axes.barh(place, prefix, 0.6, color=COLOURS[4], label=None if rows else "layers up to the stop, once")
+        axes.barh(place, tails, 0.6, left=prefix, color=COLOURS[0], label=None if rows else "the rest, as one batch")
+        axes.text(prefix + tails, place, f"  {run['above']['p50']:.0f} ms, {run['value']:.2f} × (layers alone: "
+                  f"{run['least']:.2f})", va="center", fontsize=9, color=INK)  # fmt: skip
+        axes.barh(place + 1, full, 0.6, color=REST, label=None if rows else "whole runs")
+        axes.text(full, place + 1, f"  {full:.0f} ms", va="center", fontsize=9, color=INK)
+        rows += [f"{count} branches", f"{count} whole runs"]
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("ms until all have their token (median)")
+    axes.margins(x=0.2)
+    axes.legend(frameon=False, fontsize=8.5, ncols=3, loc="lower right", bbox_to_anchor=(1, 0.99))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    setting = next(part for key, part in document["settings"].items() if key.startswith("branch"))
+    layer = next(iter(found.values()))["layer"]
+    note = (
+        f"{setting['model']} in {setting['dtype']}, a prompt of {setting['prompt']} tokens, variants after layer "
+        f"{layer} of {setting['layers']}; n = {min(run['n'] for run in found.values())} pairs, in turn."
+    )
+    return figure, "Variants from the middle of a pass", note
+
+
+if __name__ == "__main__":
+    sys.exit(main())

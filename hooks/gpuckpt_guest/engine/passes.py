@@ -1,0 +1,308 @@
+"""What happens to a pass: its begin, what is done between two layers, its end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..checkpoint import Ring
+from ..kv.cache import Lanes, SessionCache
+from . import sampling
+from .batches import Batches
+from .breakpoints import Breakpoint, Stop
+from .model import Loaded
+from .probe import batch_inputs, carried
+from .session import Pause, Session, Turn
+from .steering import Edit, apply
+from .stepper import Forward
+
+_log = logging.getLogger("gpuckpt_guest")
+
+
+class LayerCountError(Exception):
+    """A pass did not run each layer exactly once: a fault of the engine, never to be passed over."""
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One pass of some sessions on its way through the layers.
+
+    One that goes on has the ``pauses`` of its rows, or the hidden state and layer of the batch that it was a part of.
+    """
+
+    rows: list[Session]
+    tokens: int = 1
+    pauses: list[Pause] = field(default_factory=list)
+    split: tuple[int, Any] | None = None
+    cache: SessionCache | Lanes | None = None
+    forward: Forward | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it begins with the first layer."""
+        return not self.pauses and self.split is None
+
+
+class Passes:
+    """Begins, edits, stops and ends passes."""
+
+    def __init__(self, loaded: Loaded, ring: Ring, batches: Batches, ended: Callable[[Session], None]) -> None:
+        self._loaded = loaded
+        self._stepper = loaded.stepper
+        self._layout = loaded.verdict.layout
+        self._ring = ring
+        self._batches = batches
+        self._ended = ended
+        self.tokens_sampled = 0
+
+    # ------------------------------------------------------------------ begin
+
+    def begin(self, flight: Flight) -> Forward:
+        """The prologue, and where the pass goes on, the hidden state that it stopped with."""
+        cache = flight.cache = self._batches.cache(flight.rows)
+        ids = torch.tensor([session.unread[: flight.tokens] for session in flight.rows], device=self._loaded.device)
+        if isinstance(cache, Lanes):
+            inputs = batch_inputs(self._stepper, ids, cache)
+        else:
+            inputs = self._stepper.inputs(ids, past=[cache.length])
+        forward = self._stepper.begin(inputs, cache)
+        if flight.split is not None:
+            forward.layer, forward.hidden = flight.split
+            forward.executed = forward.layer
+        elif flight.pauses:
+            self._take_up(flight, forward)
+        else:
+            for session in flight.rows:
+                session.norms = []
+        flight.forward = forward
+        return forward
+
+    def _take_up(self, flight: Flight, forward: Forward) -> None:
+        states = []
+        for session, pause in zip(flight.rows, flight.pauses, strict=True):
+            state, restore_us = self._ring.restore(pause.checkpoint)
+            for edit in pause.edits:
+                state = apply(edit, state, self._layout, pause.position)
+            states.append(state)
+            if session.turn:
+                session.turn.restore_us = restore_us
+        first = flight.pauses[0]
+        forward.layer, forward.executed = first.layer, first.executed
+        forward.hidden = self._layout.join(states)
+        for name, container in carried(forward):
+            container.update(first.carried.get(name, {}))
+        self.let_go(flight)
+
+    def let_go(self, flight: Flight) -> None:
+        """The pauses that the flight went on from are over."""
+        for pause in flight.pauses:
+            release(self._ring, pause)
+        flight.pauses = []
+
+    # ------------------------------------------------------------------ between two layers
+
+    def boundary(self, flight: Flight) -> Flight | None:
+        """Edit, and stop who is to stop; returns the flight that goes on: itself, one of the others, or none."""
+        if not any(session.edits or session.breakpoints for session in flight.rows):
+            return flight
+        forward = flight.forward
+        assert forward is not None
+        look = _Lens(self._stepper, forward)
+        stopped: dict[int, Breakpoint] = {}
+        for row, session in enumerate(flight.rows):
+            for edit in session.edits_at(forward.layer):
+                self._edit(flight, row, edit, session.cache.length)
+            turn = session.turn
+            # One that is to end stops no more: it would have to be resumed to end.
+            if turn and not turn.cancelled and session.breakpoints:
+                found = self._stop(flight, row, session, turn, look)
+                if found is not None:
+                    stopped[row] = found
+        return self._pause(flight, stopped) if stopped else flight
+
+    def _edit(self, flight: Flight, row: int, edit: Edit, position: int) -> None:
+        forward = flight.forward
+        assert forward is not None
+        if len(flight.rows) == 1:
+            forward.hidden = apply(edit, forward.hidden, self._layout, position)
+            return
+        mine = forward.hidden.narrow(self._layout.rows, row, 1)
+        changed = apply(edit, mine, self._layout, position)
+        if changed is not mine:
+            forward.hidden = forward.hidden.clone()
+            forward.hidden.narrow(self._layout.rows, row, 1).copy_(changed)
+
+    def _stop(self, flight: Flight, row: int, session: Session, turn: Turn, look: _Lens) -> Breakpoint | None:
+        forward = flight.forward
+        assert forward is not None
+        last = self._layout.last(forward.hidden.narrow(self._layout.rows, row, 1))
+        session.norms.append((forward.layer, last.float().norm()))
+        at = Stop(
+            layer=forward.layer,
+            step=turn.step,
+            position=session.cache.length,
+            tokens=flight.tokens,
+            last_token=session.unread[flight.tokens - 1],
+            norm=lambda: float(session.norms[-1][1]),
+            entropy=lambda: sampling.entropy(look.logits()[row]),
+        )
+        for breakpoint in list(session.breakpoints.values()):
+            if breakpoint.due(at):
+                breakpoint.hits += 1
+                if breakpoint.once:
+                    del session.breakpoints[breakpoint.id]
+                return breakpoint
+        return None
+
+    def _pause(self, flight: Flight, stopped: dict[int, Breakpoint]) -> Flight | None:
+        forward = flight.forward
+        assert forward is not None
+        if isinstance(flight.cache, Lanes):
+            self._batches.hand_back(flight.cache)
+        for row, breakpoint in stopped.items():
+            session = flight.rows[row]
+            turn = session.turn
+            assert turn is not None
+            hidden = forward.hidden if len(flight.rows) == 1 else self._layout.select(forward.hidden, [row])
+            session.pause = Pause(
+                layer=forward.layer,
+                step=turn.step,
+                position=session.cache.length,
+                tokens=flight.tokens,
+                checkpoint=self._ring.save(hidden),
+                breakpoint=breakpoint.id,
+                executed=forward.executed,
+                carried={name: dict(container) for name, container in carried(forward)},
+                norms=list(session.norms),
+                wire=(session.wire_received, session.wire_sent),
+            )
+            session.emit({"type": "paused", "layer": forward.layer, "step": turn.step, "breakpoint": breakpoint.id})
+        others = [row for row in range(len(flight.rows)) if row not in stopped]
+        if not others:
+            return None
+        rows = [flight.rows[row] for row in others]
+        return Flight(rows, flight.tokens, split=(forward.layer, self._layout.select(forward.hidden, others)))
+
+    # ------------------------------------------------------------------ end
+
+    def land(self, flight: Flight) -> list[Session]:
+        """Logits, and a token for each session; returns those that go on."""
+        forward, cache = flight.forward, flight.cache
+        assert forward is not None and cache is not None
+        if forward.executed != len(self._stepper.layers):
+            raise LayerCountError(f"{forward.executed} of {len(self._stepper.layers)} layers ran in a pass")
+        logits = self._stepper.head(forward)[:, -1]
+        # Asked for all rows at once: on a GPU each question waits for the device.
+        finite = logits.isfinite().all(-1).tolist()
+        greedy = logits.argmax(-1).tolist()
+        cache.commit(flight.tokens)
+        on = []
+        for row, session in enumerate(flight.rows):
+            session.passes += 1
+            turn = session.turn
+            assert turn is not None
+            try:
+                if not finite[row]:
+                    self._undo(session, flight)
+                    raise ValueError("the logits are not finite numbers; an edit of the activations may be too strong")
+                if self._choose(session, turn, logits[row], greedy[row]):
+                    on.append(session)
+            except Exception as error:  # of this row's own settings: the others have their tokens
+                if not isinstance(error, ValueError):
+                    _log.exception("choosing a token failed")
+                turn.error = str(error)
+                self.end(session, turn, "error")
+        return on
+
+    def _undo(self, session: Session, flight: Flight) -> None:
+        """Take back a pass whose numbers went wrong: its keys and values would spoil all that comes."""
+        if self._loaded.blueprint.recurrent:
+            session.failed = "a pass had numbers that are not finite, and its recurrent state cannot be put back"
+            return
+        self._batches.settle(session)
+        session.cache.uncommit(flight.tokens)
+
+    def _choose(self, session: Session, turn: Turn, logits: Any, greedy: int) -> bool:
+        turn.step += 1
+        if turn.cancelled:
+            self.end(session, turn, "cancelled")
+            return False
+        if turn.keep_logits:
+            turn.logits = logits.to("cpu", torch.float32)
+        token = greedy if turn.sampling.temperature == 0 else sampling.draw(logits, turn.sampling, session.random)
+        self.tokens_sampled += 1
+        session.tokens.append(token)
+        turn.generated.append(token)
+        if turn.resumed_ns:
+            turn.token_us, turn.resumed_ns = (time.perf_counter_ns() - turn.resumed_ns) / 1000, 0
+        event: dict[str, Any] = {"type": "token", "token": token, "step": turn.step - 1}
+        if turn.top_scores is not None:
+            turn.scores.append(sampling.scores(logits, token, turn.top_scores))
+            event["scores"] = turn.scores[-1]
+        ends = token in turn.stop_tokens and not turn.ignore_stops
+        event["text"] = "" if ends else turn.text.add(token)
+        reason = ""
+        if ends:
+            reason, turn.stop = "stop", token
+        elif turn.text.stopped is not None:
+            reason, turn.stop = "stop", turn.text.stopped
+        elif len(turn.generated) >= turn.max_tokens or len(session.tokens) >= self._loaded.limit:
+            reason = "length"
+        if reason:
+            event["text"] += turn.text.finish()
+        session.emit(event)
+        if reason:
+            self.end(session, turn, reason)
+        return not reason
+
+    def end(self, session: Session, turn: Turn, reason: str) -> None:
+        """The generation is over."""
+        turn.reason = reason
+        event = {"type": "done", "reason": reason, "tokens": len(turn.generated)}
+        if turn.error:
+            event["error"] = turn.error
+        # A pause that was asked for and came too late is not for the next generation.
+        for asked in turn.asked:
+            # One that was hit is gone, and its name may be another's by now.
+            if session.breakpoints.get(asked.id) is asked:
+                del session.breakpoints[asked.id]
+        if turn.chat:
+            session.messages.append({"role": "assistant", "content": turn.text.text})
+        session.emit(event)
+        session.turn = None
+        session.turns += 1
+        self._ended(session)
+
+
+class _Lens:
+    """The logits that the model's head sees between two layers, computed once for all rows, if anybody asks."""
+
+    def __init__(self, stepper: Any, forward: Forward) -> None:
+        self._stepper = stepper
+        self._forward = forward
+        self._logits: Any = None
+
+    def logits(self) -> Any:
+        if self._logits is None:
+            self._logits = self._stepper.head(self._forward)[:, -1]
+        return self._logits
+
+
+def release(ring: Ring, pause: Pause) -> None:
+    """The pause is over: its checkpoint goes, unless a branch still holds it."""
+    pause.checkpoint.users -= 1
+    if pause.checkpoint.users == 0:
+        ring.drop(pause.checkpoint)
+
+
+def drop_pauses(ring: Ring, sessions: Sequence[Session]) -> None:
+    """Forget where these sessions have stopped."""
+    for session in sessions:
+        if session.pause:
+            release(ring, session.pause)
+            session.pause = None

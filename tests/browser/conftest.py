@@ -1,0 +1,94 @@
+"""The page in a real browser (the distribution's Chromium, driven by Playwright) against a real guest server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+PREFIX = Path(os.environ.get("GPUCKPT_PREFIX", "/opt/gpuckpt"))
+START_S = 120  # importing torch on a loaded machine, a model of a few megabytes
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+expect.set_options(timeout=20_000)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder needs a browser and the server environment."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A guest with a model of four layers; its address."""
+    python = PREFIX / "server" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no server environment in {PREFIX} (make setup-server)")
+    folder = tmp_path_factory.mktemp("guest")
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "hooks"), "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    script = ROOT / "scripts" / "make_model.py"
+    subprocess.run([python, script, "--shape", "tiny", folder / "tiny"], check=True, env=env, timeout=START_S)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    argv: list[str | Path] = [python, "-m", "gpuckpt_guest", "serve", "--model", folder / "tiny", "--port", str(port)]
+    # In 32-bit floats what shares a batch does not change greedy tokens here.
+    argv += ["--dtype", "float32", "--threads", "1"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(argv, env=env, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + START_S
+        while True:
+            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"{address}/health", timeout=10).close()
+                break
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    program = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("no Chromium is installed (make setup-tests)")
+    with sync_playwright() as playwright:
+        # Chromium has no sandbox for root, and a container's /dev/shm is small.
+        arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        started = playwright.chromium.launch(executable_path=program, args=arguments)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(server: str, browser: Browser) -> Iterator[Page]:
+    """The page, connected; no script of it may fail, and nothing may be asked of another address."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    opened = context.new_page()
+    failures: list[str] = []
+    opened.on("pageerror", lambda error: failures.append(str(error)))
+    opened.on(
+        "request", lambda request: None if request.url.startswith((server, "blob:")) else failures.append(request.url)
+    )
+    opened.goto(server)
+    expect(opened.locator("#link .dot.live")).to_be_visible()
+    yield opened
+    context.close()
+    assert failures == []

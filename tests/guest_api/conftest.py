@@ -1,0 +1,251 @@
+"""The real guest server, once for each run, and a client that asserts the form of every answer.
+
+Runs in the server's environment (torch, transformers), where the guest runs:
+
+    PYTHONPATH=.:hooks /opt/gpuckpt/server/bin/python -m pytest tests/guest_api
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "tiny"
+START_S = 120  # importing torch on a loaded machine, a model of a few megabytes
+# Elsewhere there is no guest to start; `make test` runs this folder with the server's interpreter.
+collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
+
+
+class Guest:
+    """A running server, and requests to it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
+        self.process = process
+        self.port = port
+        self.base = f"http://127.0.0.1:{port}"
+
+    def send(
+        self, method: str, path: str, body: Any = None, *, stream: bool = False, kind: str = "application/octet-stream"
+    ) -> requests.Response:
+        """One request; ``body`` is sent as JSON, or as it is, under the type ``kind``, if it is bytes."""
+        given: dict[str, Any] = {"json": body}
+        if isinstance(body, bytes):
+            given = {"data": body, "headers": {"Content-Type": kind}}
+        return requests.request(method, self.base + path, stream=stream, timeout=60, **given)
+
+    def ok(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON of an answer that must be a good one."""
+        answer = self.send(method, path, body)
+        assert answer.status_code < 300, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
+        return json.loads(answer.text, parse_constant=_no_constant)
+
+    def data(self, path: str) -> bytes:
+        """The bytes of an answer that must be a good one."""
+        answer = self.send("GET", path)
+        assert answer.status_code == 200, answer.text[:500]
+        return answer.content
+
+    def refused(self, status: int, method: str, path: str, body: Any = None) -> str:
+        """The message of an answer that must be a refusal, in the form of OpenAI's errors."""
+        answer = self.send(method, path, body)
+        assert answer.status_code == status, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
+        error = answer.json()["error"]
+        assert {"message", "type", "code"} <= set(error)
+        assert error["message"] and isinstance(error["message"], str)
+        return str(error["message"])
+
+    def events(self, path: str, body: Any = None) -> Iterator[tuple[str, Any]]:
+        """Server-sent events: (name, data), the data as JSON but for OpenAI's [DONE]."""
+        with self.send("GET" if body is None else "POST", path, body, stream=True) as answer:
+            assert answer.status_code == 200, answer.text[:500]
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            name = ""
+            # In the smallest pieces: an event is to be seen when it comes.
+            for raw in answer.iter_lines(chunk_size=1):
+                line = raw.decode()
+                if line.startswith("event: "):
+                    name = line[7:]
+                elif line.startswith("data: "):
+                    text = line[6:]
+                    yield name, text if text == "[DONE]" else json.loads(text, parse_constant=_no_constant)
+                    name = ""
+
+    # ------------------------------------------------------------------ sessions
+
+    def session(self, name: str, **spec: Any) -> str:
+        """A new session; returns its path."""
+        assert self.ok("POST", "/v1/sessions", {"id": name, **spec})["id"] == name
+        return f"/v1/sessions/{name}"
+
+    def paused(self, name: str, *layers: int, prompt: str = "def read(self):", tokens: int = 8, **spec: Any) -> str:
+        """A session that has stopped in the prompt, after the first of ``layers``; returns its path."""
+        path = self.session(name)
+        breakpoints = [{"layer": list(layers), "phase": "prefill"}]
+        told = self.ok(
+            "POST",
+            f"{path}/generate",
+            {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "breakpoints": breakpoints, **spec},
+        )
+        assert (told["state"], told["pause"]["layer"]) == ("paused", layers[0])
+        return path
+
+    def tokens(self, prompt: str, count: int) -> list[int]:
+        """What the model writes when nobody stops it: greedy, by OpenAI's endpoint."""
+        told = self.ok(
+            "POST",
+            "/v1/completions",
+            {
+                "prompt": prompt,
+                "max_tokens": count,
+                "temperature": 0,
+                "ignore_eos": True,
+                "logprobs": 0,
+                "return_tokens_as_token_ids": True,
+            },
+        )
+        return [int(token.removeprefix("token_id:")) for token in told["choices"][0]["logprobs"]["tokens"]]
+
+    def metrics(self) -> dict[str, float]:
+        """The counters of /metrics."""
+        lines = self.send("GET", "/metrics").text.splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    def clear(self, *keep: str) -> None:
+        """Delete all sessions but those named, and see to it that they are gone."""
+        for session in self.ok("GET", "/v1/sessions")["sessions"]:
+            if session["id"] not in keep:
+                self.send("DELETE", f"/v1/sessions/{session['id']}")
+        until(lambda: {s["id"] for s in self.ok("GET", "/v1/sessions")["sessions"]} <= set(keep))
+
+    def memory(self) -> int:
+        """Bytes of memory that the server's process has touched."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def vanish(self, head: str, body: bytes = b"", *, read: int = 0, reset: bool = False) -> None:
+        """Send a request, read some bytes of the answer, and hang up; with ``reset``, without a farewell."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as client:
+            client.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
+            got = 0
+            while got < read:
+                piece = client.recv(read - got)
+                assert piece, "the server hung up first"
+                got += len(piece)
+            if not read:
+                time.sleep(0.3)  # let the server take the request up
+            if reset:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def _no_constant(name: str) -> Any:
+    raise AssertionError(f"{name} is no JSON: browsers refuse it")
+
+
+def until(true: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until ``true`` is."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not become true"
+        time.sleep(0.02)
+
+
+def safetensors(tensors: dict[str, tuple[str, list[int], bytes]], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file, made by hand: name → (data type, shape, bytes)."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    data = b""
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    return with_header(header, data)
+
+
+def with_header(header: Any, data: bytes) -> bytes:
+    """A safetensors file of this header, whatever it says."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def opened(file: bytes) -> tuple[Any, bytes]:
+    """Header and data of a safetensors file."""
+    (size,) = struct.unpack_from("<Q", file)
+    return json.loads(file[8 : 8 + size]), file[8 + size :]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of four layers with random weights."""
+    folder = tmp_path_factory.mktemp("models") / MODEL
+    script = ROOT / "scripts" / "make_model.py"
+    subprocess.run([sys.executable, script, "--shape", "tiny", folder], check=True, env=_environment(), timeout=START_S)
+    return folder
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(ROOT / "hooks"),
+        "TORCHDYNAMO_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+@contextlib.contextmanager
+def serving(model: Path, log: Path, *options: str) -> Iterator[Guest]:
+    """A server of ``model``; ended by SIGTERM, to which it must answer with exit code 0."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    argv = [
+        sys.executable,
+        "-m",
+        "gpuckpt_guest",
+        "serve",
+        "--model",
+        str(model),
+        "--port",
+        str(port),
+        "--threads",
+        "1",
+    ]
+    with log.open("wb") as output:
+        process = subprocess.Popen([*argv, *options], stdout=output, stderr=subprocess.STDOUT, env=_environment())
+    guest = Guest(process, port)
+    try:
+        end = time.monotonic() + START_S
+        while True:
+            assert process.poll() is None, f"the server has ended:\n{log.read_text()[-3000:]}"
+            assert time.monotonic() < end, f"the server does not answer:\n{log.read_text()[-3000:]}"
+            with contextlib.suppress(requests.ConnectionError):
+                if guest.send("GET", "/health").ok:
+                    break
+            time.sleep(0.1)
+        yield guest
+        assert process.poll() is None, f"the server has ended:\n{log.read_text()[-3000:]}"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM), log.read_text()[-3000:]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def guest(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    """A server in 32-bit floats: with them what shares a batch does not change greedy tokens here."""
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with serving(model, log, "--dtype", "float32", "--max-model-len", "8192") as started:
+        yield started
