@@ -15,7 +15,7 @@ from gpuckpt.proc import tail
 _KEPT = 40  # log files of failed operations; older ones go
 _LARGEST = 4 << 20  # bytes kept of one log: its end, where the reason stands
 _ASKED = 2000  # lines of a server's log
-_LOOKS, _LOOK_SECONDS = 5, 0.1
+_LOOKS, _LOOK_SECONDS = 20, 0.1
 
 
 def keep_log(tools: Tools, label: str, text: str | Path) -> Path | None:
