@@ -5,7 +5,8 @@ milliseconds per megabyte, far longer than the copy. A checkpoint stays in the r
 is then moved to ordinary memory; a thousand paused sessions do not need a ring for a thousand.
 
 On a GPU the copy runs on a stream of its own, behind what the computing stream had queued when it was dispatched. On a
-CPU a thread makes it, outside of the interpreter's lock. Both report the same times, each apart:
+CPU a thread makes it, outside of the interpreter's lock, or the caller itself where handing it over would cost more.
+Both report the same times, each apart:
 
 ``dispatch_us``   what the caller waited
 ``complete_us``   from the dispatch until the bytes had landed, of which
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 
+# On a CPU, copies of less are made at once: to wake a thread costs as much as to copy this.
+_AT_ONCE = 256 << 10
 # Places in the ring begin at multiples of this: a cache line, and what copy engines like.
 _ALIGN = 256
 
@@ -114,8 +117,14 @@ class Ring:
             made = host.clone()
         return made, (time.perf_counter_ns() - began) / 1000
 
+    def release(self, checkpoint: Checkpoint) -> None:
+        """One of its users does not need the checkpoint any more; the last one's drops it."""
+        checkpoint.users -= 1
+        if checkpoint.users == 0:
+            self.drop(checkpoint)
+
     def drop(self, checkpoint: Checkpoint) -> None:
-        """The checkpoint is not needed any more."""
+        """Nobody needs the checkpoint any more."""
         checkpoint._landed.wait()
         if checkpoint.pinned:
             # At once, not when it has become the oldest: behind one that stays, thousands would.
@@ -214,25 +223,34 @@ class _Copier:
         threading.Thread(target=self._run, name="gpuckpt-checkpoint", daemon=True).start()
 
     def start(self, checkpoint: Checkpoint) -> None:
-        checkpoint._landed = _ThreadLanded(checkpoint)
-        self._work.put(checkpoint)
+        if checkpoint.bytes <= _AT_ONCE:
+            checkpoint._landed = _Landed()
+            _copy(checkpoint)
+        else:
+            checkpoint._landed = _ThreadLanded(checkpoint)
+            self._work.put(checkpoint)
 
     def _run(self) -> None:
         with torch.inference_mode():
             while True:
                 checkpoint = self._work.get()
-                began = time.perf_counter_ns()
-                try:
-                    host = checkpoint.home()
-                    host.copy_(checkpoint._source)
-                    checkpoint._host = host
-                except Exception as error:  # out of memory, say: told to who waits for it
-                    checkpoint._error = error
-                checkpoint._source = None
-                checkpoint.copy_us = (time.perf_counter_ns() - began) / 1000
-                checkpoint._complete_us = (time.perf_counter_ns() - checkpoint._began) / 1000
+                _copy(checkpoint)
                 checkpoint._landed.gate.release()
                 del checkpoint
+
+
+def _copy(checkpoint: Checkpoint) -> None:
+    began = time.perf_counter_ns()
+    try:
+        host = checkpoint.home()
+        host.copy_(checkpoint._source)
+        checkpoint._host = host
+    except Exception as error:  # out of memory, say: told to who waits for it
+        checkpoint._error = error
+    checkpoint._source = None
+    ended = time.perf_counter_ns()
+    checkpoint.copy_us = (ended - began) / 1000
+    checkpoint._complete_us = (ended - checkpoint._began) / 1000
 
 
 class _ThreadLanded:

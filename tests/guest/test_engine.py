@@ -11,7 +11,7 @@ import torch
 from gpuckpt_guest.engine.breakpoints import Condition
 from gpuckpt_guest.engine.engine import EngineError, Variant
 from gpuckpt_guest.engine.sampling import Sampling
-from gpuckpt_guest.engine.session import State
+from gpuckpt_guest.engine.session import Session, State
 from gpuckpt_guest.engine.steering import Edit
 
 from tests.guest.driving import LAYERS, VOCABULARY, Driver, loaded
@@ -55,6 +55,46 @@ def test_stopped_anywhere_it_goes_on_as_if_it_had_not(driver: Driver, layer: int
     assert running.wait("done").generated == wanted
     # Exactly the layers that were left: each pass ran each layer once.
     assert driver.engine.scheduler.layers_run - before - other == LAYERS * (12 - step) - layer
+
+
+def test_going_on_soon_needs_no_second_prologue(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments of the layers are kept for a while; a branch, and one that has waited longer, get new ones."""
+    begun: list[Any] = []
+    real = driver.loaded.stepper.begin
+
+    def noted(*given: Any) -> Any:
+        begun.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(driver.loaded.stepper, "begin", noted)
+    passes = driver.engine.scheduler.passes
+
+    def stopped(prompt: list[int]) -> Session:
+        session = driver.new()
+        driver.do(driver.engine.stop_at, session, layer=2, once=True)
+        driver.begin(session, prompt, 1).wait("paused")
+        return session
+
+    prompts = [[11, 12, index] for index in range(1, 20)]
+    expected = [driver.write(prompt, 1) for prompt in prompts]
+    sessions = [stopped(prompt) for prompt in prompts]
+    assert len(passes._kept) == 16
+    before = len(begun)
+    # The last one: at once. Its branch, made before, has a cache of its own.
+    (child,) = driver.do(driver.engine.branch, sessions[-1], [Variant()], resume=False)
+    for session, more in ((sessions[-2], 0), (child, 1), (sessions[0], 2)):
+        driver.resume(session).wait("done")
+        assert len(begun) == before + more
+    for session in sessions[1:]:
+        if session.pause:
+            driver.resume(session).wait("done")
+    assert [session.tokens[-1:] for session in sessions] == expected
+    assert child.tokens == sessions[-1].tokens
+    assert not passes._kept
+    # What goes without going on leaves nothing either.
+    driver.do(driver.engine.delete, stopped([1, 2, 3]))
+    driver.do(driver.engine.cancel, stopped([1, 2, 3]))
+    assert not passes._kept
 
 
 def test_many_breakpoints_in_one_request(driver: Driver) -> None:

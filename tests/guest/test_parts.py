@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from gpuckpt_guest.checkpoint import Checkpoint, Ring
-from gpuckpt_guest.engine import sampling
+from gpuckpt_guest.engine import sampling, tail
 from gpuckpt_guest.engine.sampling import Sampling
 from gpuckpt_guest.engine.steering import Edit, Layout, apply
 from gpuckpt_guest.engine.text import TextStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.guest import driving
 
 # ---------------------------------------------------------------------- text
 
@@ -152,7 +154,7 @@ def test_a_tensor_larger_than_the_ring_is_kept_all_the_same() -> None:
 
 def test_the_copy_is_made_elsewhere() -> None:
     """What the caller waits for is the dispatch: the copies before may take as long as they like."""
-    ring = Ring(1 << 20, "cpu")
+    ring = Ring(4 << 20, "cpu")
     gate = threading.Event()
 
     class Slow(Checkpoint):
@@ -162,9 +164,66 @@ def test_the_copy_is_made_elsewhere() -> None:
             gate.wait(10)
             return Checkpoint.home(self)
 
-    source = torch.zeros(4)
+    source = torch.zeros(100_000)
     ring._copier.start(Slow(source.shape, source.dtype, source.nbytes, _source=source))
-    checkpoint = ring.save(torch.arange(4.0))
+    large = torch.arange(100_000.0)
+    checkpoint = ring.save(large)
     assert not checkpoint.done and checkpoint.complete_us is None
+    # A small one is not handed over: it is there before those that were begun earlier.
+    small = ring.save(torch.arange(4.0))
+    assert small.done and small.wait().tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert small.copy_us is not None and small.complete_us is not None and small.complete_us >= small.copy_us
     gate.set()
-    assert checkpoint.wait().tolist() == [0.0, 1.0, 2.0, 3.0] and checkpoint.done
+    assert torch.equal(checkpoint.wait(), large) and checkpoint.done
+
+
+def test_a_checkpoint_goes_with_its_last_user() -> None:
+    """Branches share their parent's: the place in the ring is free again when the last of them is gone."""
+    ring = Ring(1 << 16, "cpu")
+    held = ring.save(torch.arange(4.0))
+    held.users += 1
+    ring.release(held)
+    assert held.pinned and held.wait().tolist() == [0.0, 1.0, 2.0, 3.0]
+    ring.release(held)
+    assert not held.pinned
+
+
+# ---------------------------------------------------------------------- the way to the logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "direct"),
+    [
+        ("llama", {}, True),
+        ("gemma2", {"final_logit_softcapping": 5.0}, False),
+        ("granite", {"logits_scaling": 3.0}, False),
+    ],
+)
+def test_a_norm_and_a_head_are_called_directly_where_nothing_else_follows(
+    kind: str, more: dict[str, Any], direct: bool
+) -> None:
+    made = driving.loaded(kind, **more)
+    try:
+        assert made.verdict.direct_head is direct
+        with torch.inference_mode():
+            cache = made.blueprint.session()
+            forward = made.stepper.begin(made.stepper.inputs(torch.tensor([[3, 1, 4, 1, 5]]), past=[0]), cache)
+            for _ in made.stepper.layers:
+                made.stepper.step(forward)
+            own = made.stepper.epilogue(forward, forward.hidden)
+            assert torch.equal(made.stepper.head(forward), own)
+            found = tail.find(made.stepper, forward)
+            assert found is not None
+            assert tail.agrees(found, made.stepper, forward, torch.Generator().manual_seed(0)) is direct
+    finally:
+        made.stepper.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "modernbert-decoder"])
+def test_the_last_token_is_cut_out_where_the_model_does_it(kind: str) -> None:
+    """Behind the norm, before what multiplies matrices: those of one row and of many add up in another order."""
+    made = driving.loaded(kind, bos_token_id=1, eos_token_id=2)
+    try:
+        assert isinstance(made.stepper.tail, tail.Tail) and made.stepper.tail.cut == 1
+    finally:
+        made.stepper.close()

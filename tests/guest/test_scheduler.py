@@ -6,8 +6,9 @@ import itertools
 from typing import Any
 
 import pytest
+from gpuckpt_guest.engine.engine import Request
 
-from tests.guest.driving import LAYERS, Driver, loaded
+from tests.guest.driving import LAYERS, Driver, Running, loaded
 
 
 @pytest.fixture
@@ -28,16 +29,17 @@ def test_long_prompts_hold_a_token_up_by_one_layer_at_most(driver: Driver, monke
     monkeypatch.setattr(driver.engine.scheduler, "_advance", noted)
     writer = driver.begin(driver.new(), [1, 2], 120)
     writer.wait("token", 3)
-    readers = [driver.begin(driver.new(), list(range(1, 180)), 1) for _ in range(5)]
+    prompt = [*range(1, 180), *range(1, 121)]  # too long to be read together with others
+    readers = [driver.begin(driver.new(), prompt, 1) for _ in range(5)]
     for reader in readers:
         reader.wait("done")
     writer.wait("done")
-    first = ran.index(179)
-    last = len(ran) - ran[::-1].index(179)
+    first = ran.index(299)
+    last = len(ran) - ran[::-1].index(299)
     between = ran[first:last]
     # While prompts are being read and a token is under way, no two layers of prompts run in a row.
-    assert between.count(179) == 5 * (LAYERS + 1)
-    pairs = [pair for pair in itertools.pairwise(between) if pair == (179, 179)]
+    assert between.count(299) == 5 * (LAYERS + 1)
+    pairs = [pair for pair in itertools.pairwise(between) if pair == (299, 299)]
     assert not pairs
 
 
@@ -48,6 +50,33 @@ def test_sessions_that_become_ready_join_at_the_next_token(driver: Driver) -> No
     for running in (first, *rest):
         running.wait("done")
     assert driver.engine.scheduler.largest_batch == 4
+
+
+def test_short_prompts_of_one_length_are_read_together(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []  # how many sessions read how many tokens in one pass
+    real = driver.engine.scheduler.passes.begin
+
+    def noted(flight: Any) -> Any:
+        read.append((len(flight.rows), flight.tokens))
+        return real(flight)
+
+    monkeypatch.setattr(driver.engine.scheduler.passes, "begin", noted)
+    prompts = [[7, index, 3] for index in range(1, 5)] + [[9, 8, 7, 6, 5]]
+    running = [Running(driver) for _ in prompts]
+    sessions = [driver.new() for _ in prompts]
+    driver.do(driver.engine.stop_at, sessions[1], layer=2, phase="prefill", once=True)
+
+    def begin() -> None:
+        for session, prompt, sink in zip(sessions, prompts, running, strict=True):
+            sink.turn = driver.engine.generate(session, Request(read=prompt, max_tokens=6, ignore_stops=True), sink)
+
+    driver.do(begin)
+    running[1].wait("paused")  # one of them stops; the others go on
+    turns = [one.wait("done") for index, one in enumerate(running) if index != 1]
+    assert read[:2] == [(4, 3), (1, 5)]
+    turns.insert(1, driver.resume(sessions[1]).wait("done"))
+    assert [turn.generated for turn in turns] == [driver.plain(prompt, 6) for prompt in prompts]
+    assert [session.passes for session in sessions] == [6] * 5
 
 
 def test_a_small_limit_on_the_batch_still_serves_all(driver: Driver) -> None:

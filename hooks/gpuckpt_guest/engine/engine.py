@@ -25,7 +25,6 @@ from ..checkpoint import Ring
 from . import sampling
 from .breakpoints import Breakpoint, Condition
 from .model import Loaded
-from .passes import drop_pauses, release
 from .sampling import Sampling
 from .scheduler import Scheduler
 from .session import Pause, Session, Sink, State, Turn
@@ -231,7 +230,7 @@ class Engine:
 
     def _remove(self, session: Session) -> None:
         self.scheduler.batches.settle(session)
-        drop_pauses(self.ring, [session])
+        self.scheduler.passes.drop_pause(session)
         if session.turn:
             session.turn.reason = "cancelled"
             session.emit({"type": "done", "reason": "cancelled", "tokens": len(session.turn.generated)})
@@ -292,7 +291,7 @@ class Engine:
             turn.cancelled = True  # its state is half-way: the pass must land
             self.scheduler.resume([session])
         elif session.pause or self.scheduler.drop(session):
-            drop_pauses(self.ring, [session])
+            self.scheduler.passes.drop_pause(session)
             session.cache.abandon()
             self.scheduler.passes.end(session, turn, "cancelled")
         else:
@@ -384,7 +383,7 @@ class Engine:
             raise EngineError(f"the activation is {_dtype(held.dtype)}, not {_dtype(tensor.dtype)}")
         if not bool(tensor.isfinite().all()):
             raise EngineError("the activation has values that are not finite numbers")
-        release(self.ring, pause)
+        self.ring.release(held)
         pause.checkpoint = self.ring.adopt(tensor)
         pause.edits.clear()
         pause.replaced = True

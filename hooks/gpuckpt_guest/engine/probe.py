@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from ..kv.cache import Blueprint, Lanes, SessionCache
+from . import tail
 from .steering import Layout
 from .stepper import Forward, Stepper, UnsupportedModelError
 
@@ -37,6 +38,7 @@ class Verdict:
     alone: str
     recurrent: bool
     carries: bool
+    direct_head: bool  # logits come from the norm and head alone, which give the model's own bits
     cuts: int
     seconds: float
 
@@ -74,6 +76,7 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
     runs = [_Run(stepper, blueprint.session(), prompt) for prompt in prompts]
     carries = False
     cuts = 0
+    shorter, random = None, torch.Generator().manual_seed(1)
     for step in range(_STEPS):
         for run in runs:
             run.begin(step)
@@ -83,6 +86,11 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
                 stepper.step(run.forward)
             cuts += 1
         carries = any(run.changed() for run in runs) or carries
+        if step == 0:
+            shorter = tail.find(stepper, runs[0].forward)
+        # One that reads a prompt, and one that reads a token; they may be computed in different ways.
+        if step < 2 and shorter is not None and not tail.agrees(shorter, stepper, runs[0].forward, random):
+            shorter = None
         for index, run in enumerate(runs):
             run.end()
             if not torch.equal(run.logits, plain[index][0][step]):
@@ -90,6 +98,8 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
     for run, (_, cached) in zip(runs, plain, strict=True):
         if difference := _compare(run.cache, cached):
             raise UnsupportedModelError(_why(stepper.model, before, f"its cache differs: {difference}"))
+    if shorter is not None and tail.agrees(shorter, stepper, _several(stepper, blueprint), random):
+        stepper.tail = shorter
     blueprint.learn(runs[0].cache)
     alone = _alone(stepper, blueprint, layout, carries, plain, prompts)
     return Verdict(
@@ -100,6 +110,7 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
         alone=alone,
         recurrent=blueprint.recurrent,
         carries=carries,
+        direct_head=stepper.tail is not None,
         cuts=cuts,
         seconds=round(time.perf_counter() - began, 3),
     )
@@ -115,6 +126,12 @@ def _check_configuration(config: Any) -> None:
         raise UnsupportedModelError(
             "its rotary frequencies (rope_type dynamic) depend on the longest sequence that any session has read"
         )
+
+
+def _several(stepper: Stepper, blueprint: Blueprint) -> Forward:
+    """A pass of several rows of several tokens."""
+    ids = torch.ones(_ROWS, _TOKENS, dtype=torch.long, device=stepper.model.device)
+    return stepper.begin(stepper.inputs(ids, past=[0] * _ROWS), blueprint.session())
 
 
 def _layout(stepper: Stepper, blueprint: Blueprint) -> Layout:
@@ -244,23 +261,40 @@ def _alone(
             stepper.step(forward)
         cache.commit(forward.tokens)
         caches.append(cache)
-    try:
-        lanes = Lanes(caches)
-        ids = torch.cat([logits[0].argmax(-1) for logits, _ in plain])
-        forward = stepper.begin(batch_inputs(stepper, ids, lanes), lanes)
-        for _ in stepper.layers:
-            stepper.step(forward)
-        got = stepper.head(forward)
-        lanes.commit(1)
-        lanes.release()
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
-        return f"a batch of padded rows failed: {str(error).splitlines()[0] if str(error) else error!r}"
-    wanted = torch.cat([logits[1] for logits, _ in plain])
-    scale = float(wanted.abs().max())
-    difference = float((got - wanted).abs().max())
-    if not difference <= _TOLERANCE.get(wanted.dtype, 2e-3) * scale:
-        return f"a batch of padded rows gives other logits (by {difference:.2g} of {scale:.2g})"
+    shorter, longer = prompts
+    alike = torch.cat([longer[:, : shorter.shape[1]], shorter])
+    trials = [
+        (
+            "padded rows",
+            caches,
+            torch.cat([logits[0].argmax(-1) for logits, _ in plain]),
+            [logits[1] for logits, _ in plain],
+        ),
+    ]
+    if not blueprint.recurrent:  # their prompts are read one by one
+        trials.append(("prompts", [blueprint.session() for _ in prompts], alike, [plain[0][0][0]]))
+    for what, members, ids, logits in trials:
+        wanted = torch.cat(logits)
+        try:
+            got = _together(stepper, members, ids)[-len(wanted) :]
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
+            return f"a batch of {what} failed: {str(error).splitlines()[0] if str(error) else error!r}"
+        scale = float(wanted.abs().max())
+        difference = float((got - wanted).abs().max())
+        if not difference <= _TOLERANCE.get(wanted.dtype, 2e-3) * scale:
+            return f"a batch of {what} gives other logits (by {difference:.2g} of {scale:.2g})"
     return ""
+
+
+def _together(stepper: Stepper, caches: Sequence[SessionCache], ids: Any) -> Any:
+    lanes = Lanes(caches)
+    forward = stepper.begin(batch_inputs(stepper, ids, lanes), lanes)
+    for _ in stepper.layers:
+        stepper.step(forward)
+    logits = stepper.head(forward)
+    lanes.commit(forward.tokens)
+    lanes.release()
+    return logits
 
 
 def batch_inputs(stepper: Stepper, ids: Any, lanes: Lanes) -> dict[str, Any]:

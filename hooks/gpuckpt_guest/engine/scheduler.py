@@ -2,7 +2,8 @@
 
 The quantum is one layer. A *flight* is one pass of one or several sessions on its way through the layers; flights take
 turns, and those that read one token take every second turn however many long prompts are on their way. All sessions
-that are about to read one token fly together; one that becomes ready meanwhile joins when that flight has landed.
+that are about to read one token fly together; one that becomes ready meanwhile joins when that flight has landed. Short
+prompts of one length fly together too: to read the model's weights costs them more than to compute.
 
 Everything here runs on the engine's thread.
 """
@@ -19,6 +20,10 @@ from .batches import Batches
 from .model import Loaded
 from .passes import Flight, LayerCountError, Passes
 from .session import Session
+
+# Of prompts that are read together: from about so many tokens on, computing outweighs reading weights, and a layer,
+# which is what others wait for, would only take longer.
+_TOGETHER = 512
 
 _log = logging.getLogger("gpuckpt_guest")
 
@@ -51,8 +56,7 @@ class Scheduler:
 
     def resume(self, sessions: Sequence[Session]) -> None:
         """Let sessions that are stopped at the same place of the same pass go on, in as few batches as may be."""
-        for first in range(0, len(sessions), self._max_batch):
-            rows = list(sessions[first : first + self._max_batch])
+        for rows in _groups(sessions, self._max_batch):
             pauses = [session.pause for session in rows if session.pause]
             assert len(pauses) == len(rows)
             for session in rows:
@@ -112,15 +116,20 @@ class Scheduler:
             return
         # A recurrent layer that has no state yet cannot share a batch with those that have one.
         unready = self._loaded.blueprint.recurrent
+        prompts: dict[tuple[int, int], list[Session]] = {}
         for session in list(self._ready):
-            if len(session.unread) > 1 or (unready and not session.cache.length):
+            tokens = len(session.unread)
+            if tokens > 1 or (unready and not session.cache.length):
                 self._ready.remove(session)
-                self._launch(Flight([session], len(session.unread)))
+                prompts.setdefault((tokens, session.cache.length), []).append(session)
+        for (tokens, _), alike in prompts.items():
+            for rows in _groups(alike, 1 if unready else min(self._max_batch, _TOGETHER // tokens)):
+                self._launch(Flight(rows, tokens))
         if not self._ready or self._short:
             return
         waiting = sorted(self._ready, key=lambda session: session.number)
         self._ready.clear()
-        groups = [waiting[index : index + self._max_batch] for index in range(0, len(waiting), self._max_batch)]
+        groups = _groups(waiting, self._max_batch)
         self.batches.keep(groups, [flight.cache for flight in self._long])
         for rows in groups:
             self._launch(Flight(rows))
@@ -184,3 +193,8 @@ class Scheduler:
             if session.turn:
                 session.turn.error = f"the pass failed: {error}"
                 self.passes.end(session, session.turn, "error")
+
+
+def _groups(sessions: Sequence[Session], size: int) -> list[list[Session]]:
+    size = max(1, size)
+    return [list(sessions[first : first + size]) for first in range(0, len(sessions), size)]

@@ -8,6 +8,7 @@ model's forward, whose last stub returns the final hidden state, makes the logit
 
 The stubs sit in the layers' ``forward`` attribute, where the model's own loop finds them, and call the real forward
 whenever nothing is being noted: outside of :meth:`Stepper.begin` and :meth:`Stepper.head` the model is as it was.
+Where the epilogue is a norm and a head and nothing else, these two are called instead of the second run (tail.py).
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ class Stepper:
         self.takes = {name for name in ("position_ids", "attention_mask", "logits_to_keep") if name in parameters}
         # Logits of the last token only, where the model can: the head over a long prompt is the dearest layer of all.
         self.keep = {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
+        # The shorter way to the logits, if the probe has found that there is one.
+        self.tail: Callable[[Any], Any] | None = None
 
     def close(self) -> None:
         """Give the layers their own forward back."""
@@ -125,7 +128,11 @@ class Stepper:
         Of a hidden state after fewer than all layers this is what is known as the logit lens. The cache is not touched.
         """
         state = forward.hidden if hidden is None else hidden
-        with self._taping(_Epilogue(self, state)):
+        return self.epilogue(forward, state) if self.tail is None else self.tail(state)
+
+    def epilogue(self, forward: Forward, hidden: Any, reached: Callable[[], object] = lambda: None) -> Any:
+        """What :meth:`head` returns, by a second run of the model's forward; ``reached``: called behind its layers."""
+        with self._taping(_Epilogue(self, hidden, reached)):
             out = self.model(**forward.inputs, past_key_values=forward.cache, use_cache=True, **self.keep)
         return out.logits[:, -1:]
 
@@ -189,9 +196,12 @@ class _Prologue:
 class _Epilogue:
     stepper: Stepper
     hidden: Any
+    reached: Callable[[], object]
 
     def __call__(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         last = index + 1 == len(self.stepper.layers)
+        if last:
+            self.reached()
         return self.stepper.shaped(index, self.hidden if last else (args[0] if args else kwargs[_NAME]))
 
 
