@@ -76,7 +76,7 @@ bench: ## measure everything: about 3 hours on 2 cores (BENCH=--quick: a trial);
 	$(python) -m benchmarks.report --results build/results; \
 	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
-bench-sessions: ## measure the session engine: about 15 minutes on 2 cores (BENCH=--quick: a trial); build/bench/sessions.json
+bench-sessions: ## measure the session engine: about 35 minutes on 2 cores (BENCH=--quick: a trial); build/bench/sessions.json
 	@$(MAKE) setup-server
 	@$(python) -m benchmarks.sessions $(BENCH)
 

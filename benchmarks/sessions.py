@@ -1,6 +1,6 @@
 """Measure the session engine: every part, on one model after the other, into build/bench/sessions.json and figures.
 
-    make bench-sessions                        about 15 minutes on 2 cores
+    make bench-sessions                        about 35 minutes on 2 cores
     python -m benchmarks.sessions --quick      the tiny model, a trial: under 3 minutes
     python -m benchmarks.sessions --only checkpoint,interference
 
@@ -47,16 +47,16 @@ class Part:
 
 
 # Shapes and the folders that hold them. The 0.5B shape runs in float32: many processors have no instructions for its
-# own bfloat16. Its prompt is shorter and its cuts are fewer, so that the whole run stays near twenty minutes.
+# own bfloat16. Its prompt is shorter and its cuts are fewer, so that the whole run stays near half an hour.
 MODELS = {"gpt2-124m": "gpt2-124m-random", "0.5b": "qwen2-0.5b-random", "tiny": "tiny-random"}
 PARTS = (
     Part("checkpoint", "gpt2-124m", 40),
     Part("interference", "gpt2-124m", 90),
-    Part("overhead", "gpt2-124m", 220),
+    Part("overhead", "gpt2-124m", 600),
     Part("concurrency", "gpt2-124m", 90),
     Part("branch", "gpt2-124m", 200),
-    Part("resume", "gpt2-124m", 240, ("--cuts", "1,3,6,9,12")),
-    Part("resume", "0.5b", 200, ("--dtype", "float32", "--prompt", "128", "--cuts", "1,12,24")),
+    Part("resume", "gpt2-124m", 360, ("--cuts", "1,3,6,9,12")),
+    Part("resume", "0.5b", 270, ("--dtype", "float32", "--prompt", "128", "--cuts", "1,12,24")),
 )
 QUICK = tuple(
     Part(name, "tiny", 20, ("--quick", "--dtype", "float32", "--prompt", "128"))
@@ -392,7 +392,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", type=_names, help="some of the parts: checkpoint, resume, …, exact")
     made.add_argument("--device", default="auto", help="auto (the default), cpu, cuda")
     made.add_argument("--seed", type=int, default=1, help="of prompts and orders (default: %(default)s)")
-    made.add_argument("--budget", type=float, default=1200, help="seconds after which to stop (default: %(default)g)")
+    made.add_argument("--budget", type=float, default=2400, help="seconds after which to stop (default: %(default)g)")
     made.add_argument("--out", type=Path, default=harness.ROOT / "build" / "bench", help="folder of the results")
     return made
 

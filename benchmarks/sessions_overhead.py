@@ -26,7 +26,7 @@ def body(rig: Rig) -> Document:
         "prompt": PROMPT,
         "one": one(rig, tokens),
         # Shorter answers for what has many of them.
-        "eight": several(rig, 8, tokens // 4),
+        "eight": several(rig, 8, tokens // 2),
         "pause": watched(rig, tokens // 2),
     }
 
