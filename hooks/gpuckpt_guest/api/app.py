@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import lifecycle
 from ..engine.engine import Engine, EngineError
 from ..engine.session import State
-from . import openai, schema, sessions
-from .bridge import Bridge, Gone
+from . import files, openai, schema, sessions, stops
+from .bridge import Bridge, Gone, bridge_of
 
 _PAGE = Path(__file__).with_name("page.html")
 _SESSION = "/v1/sessions/"
@@ -53,8 +53,8 @@ def application(engine: Engine, *, body_limit: int = 4 << 30) -> ASGIApp:
     )
     app.state.bridge = Bridge(engine)
     app.state.created = int(time.time())
-    app.include_router(openai.router)
-    app.include_router(sessions.router)
+    for part in (openai, sessions, stops, files):
+        app.include_router(part.router)
     app.add_api_route("/health", _health, methods=["GET"], tags=["server"], response_model=schema.Done)
     app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["server"], response_class=PlainTextResponse)
     app.add_api_route("/", _page, methods=["GET"], include_in_schema=False)
@@ -69,14 +69,13 @@ def application(engine: Engine, *, body_limit: int = 4 << 30) -> ASGIApp:
 
 async def _health(request: Request) -> dict[str, Any]:
     """Whether the engine works; answered by its thread, between two layers."""
-    bridge: Bridge = request.app.state.bridge
-    await bridge.do(lambda: None)
+    await bridge_of(request).do(lambda: None)
     return {}
 
 
 async def _metrics(request: Request) -> PlainTextResponse:
     """Counters in Prometheus' text format."""
-    bridge: Bridge = request.app.state.bridge
+    bridge = bridge_of(request)
     return PlainTextResponse(await bridge.do(_exposition, bridge.engine), media_type="text/plain; version=0.0.4")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from ..engine.engine import Engine
-from ..engine.session import Event
+from ..engine.session import Event, Session, Turn
 
 _Result = TypeVar("_Result")
 # A listener that is so many events behind does not read any more.
@@ -31,6 +31,12 @@ class Bridge:
     async def do(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
         """Call ``function`` on the engine's thread, between two layers."""
         return await asyncio.wrap_future(self.engine.do(function, *args, **kwargs))
+
+
+def bridge_of(request: Request) -> Bridge:
+    """The bridge of the application that has this request."""
+    bridge: Bridge = request.app.state.bridge
+    return bridge
 
 
 class Mailbox:
@@ -94,6 +100,40 @@ async def _disconnected(request: Request) -> None:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             return
+
+
+async def until(
+    request: Request,
+    bridge: Bridge,
+    session: Session,
+    turn: Turn,
+    box: Mailbox,
+    types: Sequence[str],
+    *,
+    cancel: bool,
+) -> None:
+    """Wait for an event of one of ``types``, in ``box``; raises Gone if the client hangs up meanwhile.
+
+    ``cancel``: the generation then ends, unless it has stopped.
+    """
+
+    async def wait() -> None:
+        async for _ in box.until(*types):
+            pass
+
+    def left() -> None:
+        if box in turn.sinks:
+            turn.sinks.remove(box)
+        if gone and cancel and session.turn is turn and not session.pause:
+            bridge.engine.cancel(session)
+
+    gone = True
+    try:
+        await unless_gone(request, wait())
+        gone = False
+    finally:
+        box.close()
+        bridge.engine.do(left)
 
 
 def sse(data: Any, event: str | None = None) -> str:

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from ..engine.engine import Engine, EngineError, Request, missing
 from ..engine.sampling import Sampling, Scores
 from ..engine.session import Session, Turn
-from .bridge import Bridge, Mailbox, sse, unless_gone
+from .bridge import Bridge, Mailbox, bridge_of, sse, unless_gone
 from .schema import ChatSpec, CompletionSpec
 from .text import encode, encode_chat, stops, token_text
 
@@ -24,15 +24,10 @@ router = APIRouter(tags=["openai"])
 _LONGEST_ANSWER = 32768
 
 
-def _bridge(request: HttpRequest) -> Bridge:
-    bridge: Bridge = request.app.state.bridge
-    return bridge
-
-
 @router.get("/v1/models")
 async def models(request: HttpRequest) -> dict[str, Any]:
     """The one model that is served."""
-    loaded = _bridge(request).engine.loaded
+    loaded = bridge_of(request).engine.loaded
     card = {"id": loaded.name, "object": "model", "created": request.app.state.created, "owned_by": "gpuckpt"}
     return {"object": "list", "data": [card | {"max_model_len": loaded.limit}]}
 
@@ -40,7 +35,7 @@ async def models(request: HttpRequest) -> dict[str, Any]:
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: HttpRequest) -> dict[str, Any]:
     """The model of that name."""
-    _check_model(_bridge(request).engine, name)
+    _check_model(bridge_of(request).engine, name)
     card: dict[str, Any] = (await models(request))["data"][0]
     return card
 
@@ -48,7 +43,7 @@ async def model(name: str, request: HttpRequest) -> dict[str, Any]:
 @router.post("/v1/completions", response_model=None)
 async def completions(spec: CompletionSpec, request: HttpRequest) -> Response:
     """Go on with a text, or several."""
-    engine = _bridge(request).engine
+    engine = bridge_of(request).engine
     _check_model(engine, spec.model)
     if spec.echo or spec.suffix:
         raise EngineError("echo and suffix are not supported")
@@ -80,7 +75,7 @@ async def completions(spec: CompletionSpec, request: HttpRequest) -> Response:
 @router.post("/v1/chat/completions", response_model=None)
 async def chat(spec: ChatSpec, request: HttpRequest) -> Response:
     """Answer a conversation."""
-    engine = _bridge(request).engine
+    engine = bridge_of(request).engine
     _check_model(engine, spec.model)
     messages = [message.model_dump() for message in spec.messages]
     read = await asyncio.to_thread(encode_chat, engine.loaded.tokenizer, messages)
@@ -192,7 +187,7 @@ def _finish(turn: Turn) -> dict[str, Any]:
 async def _answer(
     request: HttpRequest, reads: list[list[int]], work: Request, seed: int | None, style: _Completion, stream: bool
 ) -> Response:
-    bridge = _bridge(request)
+    bridge = bridge_of(request)
     head = {
         "id": f"{style.prefix}-{uuid.uuid4().hex}",
         "object": style.chunk if stream else style.kind,
