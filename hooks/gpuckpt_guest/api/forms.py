@@ -73,7 +73,7 @@ def edit_info(edit: Edit) -> dict[str, Any]:
 
 def info(engine: Engine, session: Session) -> dict[str, Any]:
     """A session in the form of :class:`schema.SessionInfo`."""
-    turn = session.turn
+    turn = session.turn or session.last
     return {
         "id": session.id,
         "state": session.state,

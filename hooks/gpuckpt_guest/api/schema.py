@@ -232,8 +232,8 @@ class SessionInfo(BaseModel):
     steering: list[dict[str, Any]]
     breakpoints: list[dict[str, Any]]
     pause: PauseInfo | None
-    generated: int
-    text: str = Field(description="what the generation at work has written")
+    generated: int = Field(description="tokens that the generation at work, or the last one, has written")
+    text: str = Field(description="what they say")
     failed: str
     wire_bytes: dict[str, int]
 

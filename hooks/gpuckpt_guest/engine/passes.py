@@ -306,7 +306,7 @@ class Passes:
         if turn.chat:
             session.messages.append({"role": "assistant", "content": turn.text.text})
         session.emit(event)
-        session.turn = None
+        session.last, session.turn = turn, None
         session.turns += 1
         self._ended(session)
 

@@ -108,6 +108,7 @@ class Session:
     edits: dict[str, Edit] = field(default_factory=dict)  # standing rules
     breakpoints: dict[str, Breakpoint] = field(default_factory=dict)
     turn: Turn | None = None
+    last: Turn | None = None  # the generation that ended last
     pause: Pause | None = None
     parent: str | None = None
     ephemeral: bool = False
