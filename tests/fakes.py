@@ -248,7 +248,7 @@ class FakeContainers:
             if found is not None and found.labels.get(OWNER) == str(owner):
                 del self.containers[container]
 
-    def logs(self, container: str, *, tail: int | None = None) -> str:
+    def logs(self, container: str, *, most: int | None = None) -> str:
         self._find(container)
         return self.log
 

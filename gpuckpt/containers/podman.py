@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from gpuckpt.containers import logs
 from gpuckpt.containers.api import Api
 from gpuckpt.errors import BusyError, NotFoundError, PreflightError, UsageError
 from gpuckpt.manifest import Launch
@@ -160,10 +161,10 @@ class Podman:
                 return
             self.api.call("DELETE", f"/containers/{container}", force=True, timeout=0, v=False)
 
-    def logs(self, container: str, *, tail: int | None = None) -> str:
-        """What the container printed (both outputs), ``tail`` last lines or all."""
-        data = self.api.call("GET", f"/containers/{container}/logs", stdout=True, stderr=True, tail=tail)
-        return _demultiplexed(data) if isinstance(data, bytes) else "" if data is None else str(data)
+    def logs(self, container: str, *, most: int | None = None) -> str:
+        """What the container printed (both outputs): all, or what is in the last ``most`` bytes of its log."""
+        data = self.api.call("GET", f"/containers/{container}/json")
+        return logs.read(Path(data["HostConfig"]["LogConfig"]["Path"]), most)
 
     def volume(self, name: str) -> Path | None:
         """Where the content of a named volume lies on the host, or None if there is no such volume."""
@@ -244,7 +245,7 @@ def _specification(spec: ContainerSpec) -> dict[str, Any]:
         "volumes": [{"Name": volume.name, "Dest": volume.destination} for volume in launch.volumes],
         "image_volume_mode": "ignore",
         "stop_timeout": 10,
-        "log_configuration": {"driver": "k8s-file"},
+        "log_configuration": {"driver": "k8s-file"},  # whose file we read
     }
     if launch.port:
         body["netns"] = {"nsmode": "bridge"}
@@ -271,17 +272,6 @@ def _specification(spec: ContainerSpec) -> dict[str, Any]:
 def _bind(source: str, destination: str, read_only: bool) -> dict[str, Any]:
     options = ["rbind", "ro" if read_only else "rw", "rprivate"]
     return {"type": "bind", "source": source, "destination": destination, "options": options}
-
-
-def _demultiplexed(data: bytes) -> str:
-    # The API frames each piece: stream number, three zeros, length as four bytes big-endian (Docker's attach format).
-    parts: list[bytes] = []
-    offset = 0
-    while offset + 8 <= len(data) and data[offset] in (0, 1, 2) and data[offset + 1 : offset + 4] == b"\0\0\0":
-        length = int.from_bytes(data[offset + 4 : offset + 8], "big")
-        parts.append(data[offset + 8 : offset + 8 + length])
-        offset += 8 + length
-    return b"".join([*parts, data[offset:]]).decode(errors="replace")
 
 
 def container_name(replica: str) -> str:

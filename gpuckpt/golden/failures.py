@@ -14,7 +14,6 @@ from gpuckpt.proc import tail
 
 _KEPT = 40  # log files of failed operations; older ones go
 _LARGEST = 4 << 20  # bytes kept of one log: its end, where the reason stands
-_ASKED = 2000  # lines of a server's log
 _LOOKS, _LOOK_SECONDS = 20, 0.1
 
 
@@ -70,7 +69,7 @@ def _last_words(tools: Tools, replica: Replica) -> str:
     text = ""
     try:
         for _ in range(_LOOKS):
-            earlier, text = text, tools.containers.logs(replica.container, tail=_ASKED)
+            earlier, text = text, tools.containers.logs(replica.container, most=_LARGEST)
             if text and text == earlier:
                 break
             time.sleep(_LOOK_SECONDS)

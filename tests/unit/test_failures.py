@@ -13,14 +13,14 @@ from tests.fakes import tools_for
 
 
 class Ended:
-    """A container that is no more; its log, and how many lines of it were asked for."""
+    """A container that is no more; its log, and how much of it was asked for."""
 
     def __init__(self, log: str, code: int) -> None:
         self.log, self.exit_code, self.alive = log, code, False
         self.asked: list[int | None] = []
 
-    def logs(self, container: str, *, tail: int | None = None) -> str:
-        self.asked.append(tail)
+    def logs(self, container: str, *, most: int | None = None) -> str:
+        self.asked.append(most)
         return self.log
 
     def inspect(self, container: str) -> Ended:
@@ -41,7 +41,7 @@ def test_the_remedy_fits_how_the_server_ended(
     replica = Replica("one", "gold", world.layout.replicas / "one")
     error = failures.server_failure(world.tools, replica, "it ended", kind=CheckpointError)
     assert remedy in str(error.remedy) and str(code) in str(error.cause)
-    assert set(ended.asked) == {2000} and error.log == tuple(log.splitlines())
+    assert set(ended.asked) == {4 << 20} and error.log == tuple(log.splitlines())
     assert bool(error.log_path) == bool(log)
 
 
