@@ -252,6 +252,10 @@ class FakeContainers:
         self._find(container)
         return self.log
 
+    def wait_for_log(self, container: str, timeout: float) -> None:
+        with self.journal.step("wait for log"):
+            self._find(container)
+
     def image_digest(self, image: str) -> str:
         try:
             return self.images[image]

@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from gpuckpt import proc
 from gpuckpt.containers import logs
 from gpuckpt.containers.api import Api
 from gpuckpt.errors import BusyError, NotFoundError, PreflightError, UsageError
@@ -165,6 +166,17 @@ class Podman:
         """What the container printed (both outputs): all, or what is in the last ``most`` bytes of its log."""
         data = self.api.call("GET", f"/containers/{container}/json")
         return logs.read(Path(data["HostConfig"]["LogConfig"]["Path"]), most)
+
+    def wait_for_log(self, container: str, timeout: float) -> None:
+        """Wait, at most ``timeout`` seconds, until an ending container has ended and all that it printed is in its log.
+
+        conmon writes the log, and its end is the last thing that happens. Until then podman may say that the container
+        runs, though its server is gone.
+        """
+        data = self.api.call("GET", f"/containers/{container}/json")
+        # podman forgets conmon's number with the container's end; the file stays.
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            proc.wait_for_end(int(Path(data["ConmonPidFile"]).read_text()), data["Id"], timeout)
 
     def volume(self, name: str) -> Path | None:
         """Where the content of a named volume lies on the host, or None if there is no such volume."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -304,6 +305,26 @@ def test_logs_are_put_together(tmp_path: Path, content: bytes | None, most: int 
     with served(tmp_path, response(200, {"HostConfig": {"LogConfig": {"Path": str(file)}}})) as (podman, server):
         assert podman.logs("c", most=most) == text
     assert server.asked[0].path.endswith("/containers/c/json")
+
+
+@pytest.mark.parametrize("content", ["", "not a number", None])
+def test_a_log_without_a_writer_is_whole(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "conmon.pid"
+    if content is not None:
+        file.write_text(content)
+    with served(tmp_path, response(200, {"Id": "abc", "ConmonPidFile": str(file)})) as (podman, _):
+        podman.wait_for_log("c", 60)
+
+
+def test_a_log_is_whole_when_its_writer_has_ended(tmp_path: Path) -> None:
+    file, log = tmp_path / "conmon.pid", tmp_path / "log"
+    program = ["sh", "-c", "echo $$; sleep 0.1; echo last words > log", "conmon", "-c", "abc"]
+    with subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout
+        file.write_bytes(writer.stdout.readline())
+        with served(tmp_path, response(200, {"Id": "abc", "ConmonPidFile": str(file)})) as (podman, _):
+            podman.wait_for_log("c", 60)
+            assert log.read_text() == "last words\n"
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
