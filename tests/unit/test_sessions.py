@@ -137,7 +137,8 @@ def stream(*events: dict[str, Any], ends: bool = True) -> bytes:
 
 
 class FakeGuest:
-    """Answers requests with what ``replies`` has for ``"METHOD /path"``, in turn; keeps what it was asked."""
+    """Answers requests with what ``replies`` has for ``"METHOD /path"``, in turn; keeps what it was asked: JSON decoded
+    if it says that it is, other bodies as they came."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -178,13 +179,13 @@ class FakeGuest:
     def _serve(self, connection: socket.socket) -> None:
         with connection, connection.makefile("rb") as reader, suppress(OSError):
             line = reader.readline().decode()
-            length = 0
+            headers: dict[bytes, bytes] = {}
             while header := reader.readline().strip().lower():
-                if header.startswith(b"content-length:"):
-                    length = int(header.partition(b":")[2])
-            data = reader.read(length)
+                name, _, value = header.partition(b": ")
+                headers[name] = value
+            data: Any = reader.read(int(headers.get(b"content-length", 0)))
             what = line.rpartition(" ")[0]
-            with suppress(ValueError):
+            if headers.get(b"content-type") == b"application/json":
                 data = json.loads(data)
             self.asked.append((what, data))
             known = self.replies.get(what) or [problem(404, f"nothing for {what}", "http_error")]
