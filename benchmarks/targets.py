@@ -1,4 +1,4 @@
-"""What the numbers should reach, and which of it they do. Works on the merged restore.json alone."""
+"""What the numbers should reach, and which of it they do. Works on merged documents alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ RATIOS = (
 class Target:
     """A number at ``path`` in the merged document, and the least (or, ``at_most``, the most) that it should be.
 
-    ``made_of``: paths of what it is computed from; the least ``n`` in there is the target's.
+    ``made_of``: paths of what it is computed from; the least ``n`` in there is the target's. Empty where the number is
+    not a sample of anything, as a count of failures.
     """
 
     name: str
@@ -120,13 +121,13 @@ def least(counts: Iterable[int | None]) -> int | None:
     return min((count for count in counts if count is not None), default=None)
 
 
-def targets(document: Document) -> list[Document]:
+def targets(document: Document, wanted: Iterable[Target] = TARGETS) -> list[Document]:
     """Every target with its value, its n and whether it is met; None for all where it was not measured.
 
-    ``enough``: whether n suffices for a target that is met to count as met.
+    ``enough``: whether n suffices for a target that is met to count as met; it does where nothing is sampled.
     """
     found = []
-    for target in TARGETS:
+    for target in wanted:
         value = at(document, target.path)
         known = value is not None
         n = least(least_n(at(document, path)) for path in target.made_of) if known else None
@@ -139,7 +140,7 @@ def targets(document: Document) -> list[Document]:
                 "unit": target.unit,
                 "value": value,
                 "n": n,
-                "enough": n is not None and n >= FEW,
+                "enough": known and (not target.made_of or (n is not None and n >= FEW)),
                 "met": target.met(float(value)) if known else None,
             }
         )

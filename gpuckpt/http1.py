@@ -16,6 +16,7 @@ from typing import IO, BinaryIO
 
 from msgspec import Struct
 
+JSON, BYTES = "application/json", "application/octet-stream"  # what a body may be
 _LONGEST_LINE = 1 << 16
 _MOST_HEADERS = 200
 
@@ -44,8 +45,10 @@ def connect_unix(path: Path, timeout: float) -> socket.socket:
 
 
 @contextmanager
-def exchange(connected: socket.socket, method: str, target: str, body: bytes = b"") -> Iterator[Response]:
-    """Send one request, whose body is JSON if it has one, and read the head of the answer.
+def exchange(
+    connected: socket.socket, method: str, target: str, body: bytes = b"", kind: str = JSON
+) -> Iterator[Response]:
+    """Send one request, with a body of the media type ``kind`` if there is one, and read the head of the answer.
 
     Raises HttpError, and OSError as the socket does (its timeout is for each byte).
     """
@@ -55,7 +58,7 @@ def exchange(connected: socket.socket, method: str, target: str, body: bytes = b
     if body or method in ("PATCH", "POST", "PUT"):
         lines.append(f"Content-Length: {len(body)}")
     if body:
-        lines.append("Content-Type: application/json")
+        lines.append(f"Content-Type: {kind}")
     connected.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + body)
     with connected.makefile("rb") as stream, _answer(stream) as response:
         yield response

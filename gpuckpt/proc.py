@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -166,6 +167,25 @@ def processes_below(pid: int) -> list[int]:
         found.append(current)
         queue += children.get(current, [])
     return found
+
+
+def wait_for_end(pid: int, argument: str, timeout: float) -> None:
+    """Wait, at most ``timeout`` seconds, for the end of the process ``pid`` that has ``argument`` in its command line.
+
+    One without it has got the number of the process that is meant, which has ended.
+    """
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        # Read after the handle was taken: what this says is said of the process that is waited for.
+        if os.fsencode(argument) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            select.select([handle], [], [], timeout)
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it has ended between the two
+    finally:
+        os.close(handle)
 
 
 def mapped_files(pids: Sequence[int]) -> set[str]:

@@ -248,9 +248,13 @@ class FakeContainers:
             if found is not None and found.labels.get(OWNER) == str(owner):
                 del self.containers[container]
 
-    def logs(self, container: str, *, tail: int | None = None) -> str:
+    def logs(self, container: str, *, most: int | None = None) -> str:
         self._find(container)
         return self.log
+
+    def wait_for_log(self, container: str, timeout: float) -> None:
+        with self.journal.step("wait for log"):
+            self._find(container)
 
     def image_digest(self, image: str) -> str:
         try:

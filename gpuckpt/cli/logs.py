@@ -45,7 +45,7 @@ def command(ctx: click.Context, /, name: str, tail: int | None, follow: bool, fa
         return
     work = tools(settings)
     try:
-        one = replicas.by_name(work, name)
+        one = replicas.by_name(work.layout.replicas, name)
     except NotFoundError as error:
         if kept:
             error.remedy = f"gpuckpt logs --failed {name} shows the logs that failed operations left"

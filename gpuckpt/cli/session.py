@@ -83,16 +83,12 @@ def _on_replica(function: _F) -> _F:
 def _endpoint(ctx: click.Context, replica: str, address: str | None) -> Endpoint:
     from gpuckpt.golden import replica as replicas
     from gpuckpt.sessions import address as parsed
-    from gpuckpt.store.layout import Layout, check_name
+    from gpuckpt.store.layout import Layout
 
     if address is not None:
         return parsed(address)
     # Not by gpuckpt.golden.tools: that looks for CRIU and wakes podman, and neither is needed to open a socket.
-    folder = Layout.of(settings_from(ctx)).replicas
-    found = replicas.load(folder / check_name(replica))
-    if found is None:
-        known = ", ".join(one.name for one in replicas.all_of(folder)) or "none"
-        raise NotFoundError(f"no replica named {replica}", cause=f"there are: {known}", remedy="gpuckpt ls")
+    found = replicas.by_name(Layout.of(settings_from(ctx)).replicas, replica)
     if found.state == "prepared":
         raise DaemonUnreachableError(
             f"replica {replica} does not run",

@@ -20,7 +20,7 @@ def command(ctx: click.Context, /, names: tuple[str, ...], as_json: bool) -> Non
 
     work = tools(settings_from(ctx))
     for name in names:
-        replica.by_name(work, name)  # all must exist before the first is stopped
+        replica.by_name(work.layout.replicas, name)  # all must exist before the first is stopped
     for name in dict.fromkeys(names):
         replica.stop(work, name)
         if not as_json:

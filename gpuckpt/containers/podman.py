@@ -8,6 +8,8 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from gpuckpt import proc
+from gpuckpt.containers import logs
 from gpuckpt.containers.api import Api
 from gpuckpt.errors import BusyError, NotFoundError, PreflightError, UsageError
 from gpuckpt.manifest import Launch
@@ -160,10 +162,21 @@ class Podman:
                 return
             self.api.call("DELETE", f"/containers/{container}", force=True, timeout=0, v=False)
 
-    def logs(self, container: str, *, tail: int | None = None) -> str:
-        """What the container printed (both outputs), ``tail`` last lines or all."""
-        data = self.api.call("GET", f"/containers/{container}/logs", stdout=True, stderr=True, tail=tail)
-        return _demultiplexed(data) if isinstance(data, bytes) else "" if data is None else str(data)
+    def logs(self, container: str, *, most: int | None = None) -> str:
+        """What the container printed (both outputs): all, or what is in the last ``most`` bytes of its log."""
+        data = self.api.call("GET", f"/containers/{container}/json")
+        return logs.read(Path(data["HostConfig"]["LogConfig"]["Path"]), most)
+
+    def wait_for_log(self, container: str, timeout: float) -> None:
+        """Wait, at most ``timeout`` seconds, until an ending container has ended and all that it printed is in its log.
+
+        conmon writes the log, and its end is the last thing that happens. Until then podman may say that the container
+        runs, though its server is gone.
+        """
+        data = self.api.call("GET", f"/containers/{container}/json")
+        # podman forgets conmon's number with the container's end; the file stays.
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            proc.wait_for_end(int(Path(data["ConmonPidFile"]).read_text()), data["Id"], timeout)
 
     def volume(self, name: str) -> Path | None:
         """Where the content of a named volume lies on the host, or None if there is no such volume."""
@@ -244,7 +257,7 @@ def _specification(spec: ContainerSpec) -> dict[str, Any]:
         "volumes": [{"Name": volume.name, "Dest": volume.destination} for volume in launch.volumes],
         "image_volume_mode": "ignore",
         "stop_timeout": 10,
-        "log_configuration": {"driver": "k8s-file"},
+        "log_configuration": {"driver": "k8s-file"},  # whose file we read
     }
     if launch.port:
         body["netns"] = {"nsmode": "bridge"}
@@ -271,17 +284,6 @@ def _specification(spec: ContainerSpec) -> dict[str, Any]:
 def _bind(source: str, destination: str, read_only: bool) -> dict[str, Any]:
     options = ["rbind", "ro" if read_only else "rw", "rprivate"]
     return {"type": "bind", "source": source, "destination": destination, "options": options}
-
-
-def _demultiplexed(data: bytes) -> str:
-    # The API frames each piece: stream number, three zeros, length as four bytes big-endian (Docker's attach format).
-    parts: list[bytes] = []
-    offset = 0
-    while offset + 8 <= len(data) and data[offset] in (0, 1, 2) and data[offset + 1 : offset + 4] == b"\0\0\0":
-        length = int.from_bytes(data[offset + 4 : offset + 8], "big")
-        parts.append(data[offset + 8 : offset + 8 + length])
-        offset += 8 + length
-    return b"".join([*parts, data[offset:]]).decode(errors="replace")
 
 
 def container_name(replica: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpuckpt.criu.images import FRESH, PAGE, load, load_exactly, save_beside, take_places
+from gpuckpt.criu.images import FRESH, PAGE, load, load_exactly, replacing, save_beside
 from gpuckpt.criu.pages import FILE_PRIVATE, PRESENT, Run, runs_of
 
 Pages = dict[int, tuple[tuple[int, int], ...]]
@@ -91,8 +91,7 @@ def keep_copied(images: Path, memory: Path, pages: Pages, *, mount_point: str) -
         if name.startswith(f"{mount_point}/")
     }
     copied: dict[int, int] = {}
-    fresh: list[Path] = []
-    try:
+    with replacing(images) as fresh:
         for pid, ranges in pages.items():
             if not (images / f"mm-{pid}.img").exists() or sum(end - start for start, end in ranges) > _MOST:
                 continue
@@ -101,11 +100,6 @@ def keep_copied(images: Path, memory: Path, pages: Pages, *, mount_point: str) -
             if parts:
                 fresh += _write(images, pid, parts)
                 copied[pid] = sum(end - start for start, end, _, _ in parts)
-    except BaseException:
-        for path in images.glob(f"*{FRESH}"):
-            path.unlink()
-        raise
-    take_places(fresh)
     return copied
 
 

@@ -6,7 +6,8 @@ The formats are CRIU's protobuf descriptions (images/*.proto), decoded by its ow
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,20 @@ def save_beside(path: Path, image: dict[str, Any]) -> Path:
     return fresh
 
 
-def take_places(fresh: Iterable[Path]) -> None:
-    """Have images that were written beside old ones take their names. VerificationError if only some of them did."""
+@contextmanager
+def replacing(images: Path) -> Iterator[list[Path]]:
+    """Gives the list for what the body writes beside the old images; at its end they take the names of those, in order.
+
+    If the body raises, what it has written is removed, listed or not, and the images are as they were. Raises
+    VerificationError if only some took their names.
+    """
+    fresh: list[Path] = []
+    try:
+        yield fresh
+    except BaseException:
+        for path in images.glob(f"*{FRESH}"):
+            path.unlink()
+        raise
     try:
         for path in fresh:
             path.rename(path.with_suffix(".img"))

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpuckpt.criu.images import FRESH, PAGE, load, load_exactly, save_beside, take_places
+from gpuckpt.criu.images import FRESH, PAGE, load, load_exactly, replacing, save_beside
 from gpuckpt.criu.memory_files import Link, MemoryFiles, Room, Segment, Small
 from gpuckpt.criu.pages import (
     FILE_PRIVATE,
@@ -119,24 +119,21 @@ def rewrite(
     files = load_exactly(images / "files.img")
     mount = _mount_id(images, mount_point)
     done = Rewritten()
-    fresh: list[Path] = []
-    try:
-        with _Sources() as sources, MemoryFiles(memory, link=link, room=room, progress=progress) as writer:
-            found = (int(path.stem.partition("-")[2]) for path in sorted(images.glob("mm-*.img")))
-            planned = [_plan(images, pid, memory, sources, writer, keep, done) for pid in found]
-            processes = [process for process in planned if process is not None]
-            writer.finish()
-            table = _FileTable(files)
-            for process in processes:
-                fresh += _write(images, process, table)
-            files["entries"] += table.entries(memory, mount, mount_point)
-            fresh.append(save_beside(images / "files.img", files))
-            done.digests, done.shared = writer.digests, writer.shared
-    except BaseException:
-        for path in images.glob(f"*{FRESH}"):
-            path.unlink()
-        raise
-    take_places(fresh)
+    with (
+        replacing(images) as fresh,
+        _Sources() as sources,
+        MemoryFiles(memory, link=link, room=room, progress=progress) as writer,
+    ):
+        found = (int(path.stem.partition("-")[2]) for path in sorted(images.glob("mm-*.img")))
+        planned = [_plan(images, pid, memory, sources, writer, keep, done) for pid in found]
+        processes = [process for process in planned if process is not None]
+        writer.finish()
+        table = _FileTable(files)
+        for process in processes:
+            fresh += _write(images, process, table)
+        files["entries"] += table.entries(memory, mount, mount_point)
+        fresh.append(save_beside(images / "files.img", files))
+        done.digests, done.shared = writer.digests, writer.shared
     return done
 
 

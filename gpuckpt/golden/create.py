@@ -352,7 +352,11 @@ def _exercise(request: CreateRequest, tools: Tools, replica: Replica, phases: Ph
         if error.exit_code in (8, 13):  # the server works; its answers or its clients are the trouble
             raise
         failure = failures.server_failure(
-            tools, replica, f"the server of {request.name} failed while it was warmed up", kind=CheckpointError
+            tools,
+            replica,
+            f"the server of {request.name} failed while it was warmed up",
+            kind=CheckpointError,
+            ending=isinstance(error, DaemonUnreachableError),
         )
         failure.cause = "; ".join(text for text in (error.message, error.cause, failure.cause) if text)
         raise failure from error

@@ -14,8 +14,7 @@ from gpuckpt.proc import tail
 
 _KEPT = 40  # log files of failed operations; older ones go
 _LARGEST = 4 << 20  # bytes kept of one log: its end, where the reason stands
-_ASKED = 2000  # lines of a server's log
-_LOOKS, _LOOK_SECONDS = 20, 0.1
+_ENDING_SECONDS = 2.0  # the most that it may take from a broken connection to the end of the container
 
 
 def keep_log(tools: Tools, label: str, text: str | Path) -> Path | None:
@@ -38,9 +37,19 @@ def keep_log(tools: Tools, label: str, text: str | Path) -> Path | None:
     return target
 
 
-def server_failure(tools: Tools, replica: Replica, message: str, *, kind: type[GpuckptError]) -> GpuckptError:
-    """An error of ``kind`` that shows the last lines of the server's own log."""
-    text = _last_words(tools, replica)
+def server_failure(
+    tools: Tools, replica: Replica, message: str, *, kind: type[GpuckptError], ending: bool = False
+) -> GpuckptError:
+    """An error of ``kind`` that shows the last lines of the server's own log.
+
+    ``ending``: its connection broke, so its end is near or here, and its last lines may not have reached the log yet.
+    """
+    try:
+        if ending:
+            tools.containers.wait_for_log(replica.container, _ENDING_SECONDS)
+        text = tools.containers.logs(replica.container, most=_LARGEST)
+    except GpuckptError:
+        text = ""
     path = keep_log(tools, f"{replica.name}-server", text) if text else None
     state, remedy = "", "the server's last lines say why; correct its arguments and try again"
     shown = tail(text, 20)
@@ -63,20 +72,6 @@ def server_failure(tools: Tools, replica: Replica, message: str, *, kind: type[G
         log=shown,
         log_path=str(path) if path else None,
     )
-
-
-def _last_words(tools: Tools, replica: Replica) -> str:
-    """What the server printed last. A server's end may be known before its last lines have reached the log."""
-    text = ""
-    try:
-        for _ in range(_LOOKS):
-            earlier, text = text, tools.containers.logs(replica.container, tail=_ASKED)
-            if text and text == earlier:
-                break
-            time.sleep(_LOOK_SECONDS)
-    except GpuckptError:
-        pass  # the container is gone; what was read before is better than nothing
-    return text
 
 
 def dump_failure(tools: Tools, replica: Replica, bundle: Path, error: GpuckptError) -> GpuckptError:

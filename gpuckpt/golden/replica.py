@@ -91,11 +91,11 @@ def all_of(parent: Path) -> list[Replica]:
     return [found for folder in folders if (found := load(folder))]
 
 
-def by_name(tools: Tools, name: str) -> Replica:
-    """The replica ``name``; NotFoundError if there is none."""
-    found = load(tools.layout.replicas / check_name(name))
+def by_name(parent: Path, name: str) -> Replica:
+    """The replica ``name`` recorded below ``parent``; NotFoundError if there is none."""
+    found = load(parent / check_name(name))
     if found is None:
-        known = ", ".join(entry.name for entry in all_of(tools.layout.replicas)) or "none"
+        known = ", ".join(entry.name for entry in all_of(parent)) or "none"
         raise NotFoundError(f"no replica named {name}", cause=f"there are: {known}", remedy="gpuckpt ls")
     return found
 
@@ -151,9 +151,9 @@ def stop(tools: Tools, name: str, *, only_dead: bool = False, only_prepared: boo
     ``only_dead``: one whose container is alive is left alone; ``only_prepared``: any other than a prepared one is.
     Raises NotFoundError, or BusyError while another command is working on it.
     """
-    by_name(tools, name)
+    by_name(tools.layout.replicas, name)
     with locks.exclusive(tools.layout.replica_locks, "replica", name):
-        replica = by_name(tools, name)
+        replica = by_name(tools.layout.replicas, name)
         if (only_dead and alive(tools, replica)) or (only_prepared and replica.state != "prepared"):
             return False
         discard(tools, replica)

@@ -199,7 +199,7 @@ class Client:
 
     def set_activation(self, id: str, hidden: Tensor) -> None:
         """Put another tensor in the place of the hidden state: same shape, same type, finite numbers."""
-        self._bytes("PUT", _path(id, "activation"), tensors.write({"hidden": hidden}), self._timeout)
+        self._upload("PUT", _path(id, "activation"), tensors.write({"hidden": hidden}))
 
     def lens(self, id: str, top: int = 10) -> Lens:
         """The ``top`` most likely next tokens, by the model's own head on the hidden state at the stop."""
@@ -239,7 +239,7 @@ class Client:
     def import_(self, data: bytes, id: str | None = None) -> Session:
         """A session out of what export() gave, on a guest with the same model; under another name if one is given."""
         query = "" if id is None else f"?id={quote(id, safe='')}"
-        return self._decoded(self._bytes("POST", f"/sessions/import{query}", data, self._timeout), Session)
+        return self._decoded(self._upload("POST", f"/sessions/import{query}", data), Session)
 
     def vectors(self) -> Vectors:
         """Names of the vectors that edits can name."""
@@ -251,7 +251,7 @@ class Client:
 
     def set_vector(self, name: str, vector: Tensor) -> None:
         """Store a vector under a name; one of that name is replaced."""
-        self._bytes("PUT", f"/vectors/{_word(name)}", tensors.write({"vector": vector}), self._timeout)
+        self._upload("PUT", f"/vectors/{_word(name)}", tensors.write({"vector": vector}))
 
     def delete_vector(self, name: str) -> None:
         """Forget a vector; edits that use it keep it."""
@@ -283,12 +283,17 @@ class Client:
                 remedy="is it gpuckpt's guest server, and of this version?",
             ) from error
 
+    def _upload(self, method: str, path: str, data: bytes) -> bytes:
+        return b"".join(self._pieces(method, path, data, self._timeout, http1.BYTES))
+
     def _bytes(self, method: str, path: str, body: bytes, timeout: float | None) -> bytes:
         return b"".join(self._pieces(method, path, body, timeout))
 
-    def _pieces(self, method: str, path: str, body: bytes, timeout: float | None) -> Iterator[bytes]:
+    def _pieces(
+        self, method: str, path: str, body: bytes, timeout: float | None, kind: str = http1.JSON
+    ) -> Iterator[bytes]:
         # A generator: what its user does between two pieces is outside of the `with` as far as exceptions go.
-        with self._answer(method, path, body, timeout) as response:
+        with self._answer(method, path, body, timeout, kind) as response:
             while piece := response.body.read(_CHUNK):
                 yield piece
 
@@ -319,11 +324,13 @@ class Client:
         return self._decoded(data, Event)
 
     @contextmanager
-    def _answer(self, method: str, path: str, body: bytes, timeout: float | None) -> Iterator[http1.Response]:
+    def _answer(
+        self, method: str, path: str, body: bytes, timeout: float | None, kind: str = http1.JSON
+    ) -> Iterator[http1.Response]:
         try:
             with (
                 self._connected(timeout) as connected,
-                http1.exchange(connected, method, f"/v1{path}", body) as response,
+                http1.exchange(connected, method, f"/v1{path}", body, kind) as response,
             ):
                 if not 200 <= response.status < 300:
                     raise self._refused(method, path, response.status, response.body.read(_CHUNK))

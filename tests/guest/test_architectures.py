@@ -12,8 +12,10 @@ from hooks.gpuckpt_guest.checkpoint import Checkpoint, Ring
 from hooks.gpuckpt_guest.engine.stepper import UnsupportedModelError
 from hooks.gpuckpt_guest.kv.cache import SessionLayer
 
-from . import architectures
-from .architectures import CATALOGUE, FEWEST_ACCEPTED, Architecture, Subject
+from . import trials
+from .catalogue import CATALOGUE, FEWEST_ACCEPTED, Architecture
+from .reference import build
+from .subject import Subject, accept
 
 BY_NAME = {architecture.name: architecture for architecture in CATALOGUE}
 ACCEPTED = [pytest.param(architecture, id=architecture.name) for architecture in CATALOGUE if not architecture.refused]
@@ -23,7 +25,7 @@ REFUSED = [pytest.param(architecture, id=architecture.name) for architecture in 
 @pytest.mark.parametrize("architecture", ACCEPTED)
 def test_stopping_changes_nothing(architecture: Architecture) -> None:
     """Each cut of each pass, in two data types, steered and not; padded; in lanes; forked; by the engine itself."""
-    found = dict(architectures.trials(architecture))
+    found = dict(trials.trials(architecture))
     assert [f"{name}: {failure}" for name, outcome in found.items() for failure in outcome.failures] == []
     idle = {name for name, outcome in found.items() if outcome.cuts == 0}
     assert idle <= ({"lanes, float32", "lanes, bfloat16", "together"} if architecture.alone else {"together"})
@@ -31,7 +33,7 @@ def test_stopping_changes_nothing(architecture: Architecture) -> None:
 
 @pytest.mark.parametrize("architecture", ACCEPTED)
 def test_verdict(architecture: Architecture) -> None:
-    verdict = architectures.accept(architecture, architectures.build(architecture)).verdict
+    verdict = accept(architecture, build(architecture)).verdict
     assert verdict.layers >= 4
     assert verdict.batching == (not architecture.alone), verdict.alone
     assert architecture.alone in verdict.alone
@@ -39,9 +41,9 @@ def test_verdict(architecture: Architecture) -> None:
 
 @pytest.mark.parametrize("architecture", REFUSED)
 def test_refused_with_the_reason(architecture: Architecture) -> None:
-    model = architectures.build(architecture)
+    model = build(architecture)
     with pytest.raises(UnsupportedModelError, match=re.escape(architecture.refused)):
-        architectures.accept(architecture, model)
+        accept(architecture, model)
     assert "forward" not in vars(next(iter(model.modules())))
 
 
@@ -63,7 +65,7 @@ def test_a_changed_bit_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
         return state, took
 
     monkeypatch.setattr(Ring, "restore", flipped)
-    outcome = architectures.cuts(subject, 13, steered=False)
+    outcome = trials.cuts(subject, 13, steered=False)
     assert any("logits" in failure for failure in outcome.failures)
 
 
@@ -80,7 +82,7 @@ def test_a_lost_column_of_a_window_is_noticed(name: str, monkeypatch: pytest.Mon
         return part
 
     monkeypatch.setattr(SessionLayer, "read", lossy)
-    assert architectures.cuts(subject, 6, steered=False).failures
+    assert trials.cuts(subject, 6, steered=False).failures
 
 
 @pytest.mark.usefixtures("inference")
@@ -95,5 +97,5 @@ def test_a_layer_that_runs_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         return forward
 
     monkeypatch.setattr(Subject, "go_on", again)
-    outcome = architectures.cuts(subject, 6, steered=False)
+    outcome = trials.cuts(subject, 6, steered=False)
     assert any("layers ran [2, 1, 1, 1] times" in failure for failure in outcome.failures)

@@ -25,7 +25,8 @@ import pytest
 import requests
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = "tiny"
+MODEL, LAYERS, WIDTH = "tiny", 4, 256  # and its features
+PROMPT = "def read(self):"
 START_S = 120  # importing torch on a loaded machine, a model of a few megabytes
 # Elsewhere there is no guest to start; `make test` runs this folder with the server's interpreter.
 collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
@@ -92,7 +93,7 @@ class Guest:
         assert self.ok("POST", "/v1/sessions", {"id": name, **spec})["id"] == name
         return f"/v1/sessions/{name}"
 
-    def paused(self, name: str, *layers: int, prompt: str = "def read(self):", tokens: int = 8, **spec: Any) -> str:
+    def paused(self, name: str, *layers: int, prompt: str = PROMPT, tokens: int = 8, **spec: Any) -> str:
         """A session that has stopped in the prompt, after the first of ``layers``; returns its path."""
         path = self.session(name)
         breakpoints = [{"layer": list(layers), "phase": "prefill"}]
@@ -164,29 +165,6 @@ def until(true: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def safetensors(tensors: dict[str, tuple[str, list[int], bytes]], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file, made by hand: name → (data type, shape, bytes)."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    data = b""
-    for name, (dtype, shape, raw) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    return with_header(header, data)
-
-
-def with_header(header: Any, data: bytes) -> bytes:
-    """A safetensors file of this header, whatever it says."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def opened(file: bytes) -> tuple[Any, bytes]:
-    """Header and data of a safetensors file."""
-    (size,) = struct.unpack_from("<Q", file)
-    return json.loads(file[8 : 8 + size]), file[8 + size :]
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of four layers with random weights."""
@@ -249,3 +227,22 @@ def guest(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gue
     log = tmp_path_factory.mktemp("server") / "server.log"
     with serving(model, log, "--dtype", "float32", "--max-model-len", "8192") as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def expected(guest: Guest) -> list[int]:
+    """What the bystander is to write."""
+    return guest.tokens("the bystander's prompt", 8)
+
+
+@pytest.fixture
+def bystander(guest: Guest, expected: list[int]) -> Iterator[None]:
+    """A stopped session that nobody touches. It must go on as if nothing had happened, and the server be healthy."""
+    path = guest.paused("bystander", 2, prompt="the bystander's prompt")
+    yield
+    guest.clear("bystander")
+    assert guest.ok("GET", "/health")["ok"] is True
+    assert guest.process.poll() is None
+    told = guest.ok("POST", f"{path}/resume", {})
+    assert (told["state"], told["tokens"]) == ("done", expected)
+    guest.clear()

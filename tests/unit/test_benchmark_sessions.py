@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from benchmarks import sessions, sessions_branch, sessions_checkpoint, sessions_common, sessions_interference
 from benchmarks.harness import ROOT
-from benchmarks.sessions import Part, Runner, merge, table, targets
+from benchmarks.sessions import TARGETS, Part, Runner, merge, table
 from benchmarks.sessions_common import Child, Watch, beyond, paired, quantity
 from benchmarks.sessions_resume import Phase, cuts
 from benchmarks.statistics import median
 from benchmarks.suite import Unavailable
+from benchmarks.targets import targets
 
 SETTING = {
     "model": "gpt2",
@@ -271,18 +272,18 @@ def test_what_a_resume_takes_beside_its_own_layers_and_the_head() -> None:
 
 def test_targets_are_met_with_enough_samples_only() -> None:
     document = whole()
-    found = {target["path"]: target for target in targets(document)}
+    found = {target["path"]: target for target in targets(document, TARGETS)}
     assert all(target["met"] and target["enough"] for target in found.values())
     assert found["interference_ratio.value"]["n"] == 11
     document["interference_ratio"] |= paired(values(10.0, 5), values(10.0, 5))
     # What has more samples does not make up for it: the least counts.
-    assert not {target["path"]: target for target in targets(document)}["interference_ratio.value"]["enough"]
+    assert not {target["path"]: target for target in targets(document, TARGETS)}["interference_ratio.value"]["enough"]
 
 
 def test_a_missed_target_and_an_unmeasured_one_are_said() -> None:
     document = whole() | {"exact": {"architectures": 57, "cuts": 400, "failures": 1}}
     del document["branch_cost"]
-    document["targets"] = targets(document)
+    document["targets"] = targets(document, TARGETS)
     lines = table(document)
     assert sum("MISSED" in line for line in lines) == 1
     assert sum("not measured" in line for line in lines) == 2
@@ -290,7 +291,7 @@ def test_a_missed_target_and_an_unmeasured_one_are_said() -> None:
 
 def test_nothing_measured_is_merged_to_nothing() -> None:
     assert merge({}, None) == {"settings": {}}
-    assert all(target["met"] is None and not target["enough"] for target in targets({}))
+    assert all(target["met"] is None and not target["enough"] for target in targets({}, TARGETS))
 
 
 # Running
@@ -349,7 +350,8 @@ def test_the_scripts_are_read_without_torch() -> None:
 
 def test_the_figures_are_drawn_from_the_document_alone(tmp_path: Path) -> None:
     document = json.loads(json.dumps(whole()))
-    drawn = sessions.draw(document, tmp_path)
+    session_figures = pytest.importorskip("benchmarks.session_figures")
+    drawn = session_figures.draw(document, tmp_path)
     assert drawn == ["sessions_crossover", "sessions_interference", "sessions_branching"]
     for name in drawn:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -357,6 +359,7 @@ def test_the_figures_are_drawn_from_the_document_alone(tmp_path: Path) -> None:
 
 
 def test_figures_without_numbers_are_left_out(tmp_path: Path) -> None:
+    session_figures = pytest.importorskip("benchmarks.session_figures")
     document = {key: value for key, value in whole().items() if key != "branch_cost"}
-    assert sessions.draw(document, tmp_path) == ["sessions_crossover", "sessions_interference"]
+    assert session_figures.draw(document, tmp_path) == ["sessions_crossover", "sessions_interference"]
     assert not (tmp_path / "sessions_branching.png").exists()

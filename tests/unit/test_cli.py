@@ -347,7 +347,7 @@ class Logs:
     texts: list[str]
     shown: int = 0
 
-    def logs(self, container: str, *, tail: int | None = None) -> str:
+    def logs(self, container: str, *, most: int | None = None) -> str:
         self.shown += 1
         return self.texts[min(self.shown, len(self.texts)) - 1]
 

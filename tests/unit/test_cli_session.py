@@ -23,8 +23,7 @@ from gpuckpt.golden.replica import Replica
 from gpuckpt.sessions import Tensor, tensors
 from gpuckpt.store.layout import Layout
 from gpuckpt.workload.base import SOCKET_NAME
-from tests.unit.test_cli import Done, run
-from tests.unit.test_sessions import (
+from tests.fake_guest import (
     DONE,
     IDLE,
     PAUSED,
@@ -37,6 +36,7 @@ from tests.unit.test_sessions import (
     problem,
     stream,
 )
+from tests.unit.test_cli import Done, run
 
 SUBCOMMANDS = sorted(session.command.commands)
 START = "POST /v1/sessions"

@@ -15,6 +15,7 @@ from gpuckpt.criu import images as criu_images
 from gpuckpt.errors import (
     BusyError,
     CheckpointError,
+    DaemonUnreachableError,
     DeadlineError,
     GpuckptError,
     IncompatibleError,
@@ -320,13 +321,16 @@ def test_a_server_may_take_its_time(world: World, monkeypatch: pytest.MonkeyPatc
     assert world.journal.events.count("health") == 4
 
 
-def test_a_server_that_fails_at_the_warm_up(world: World) -> None:
-    world.journal.trouble["warm up"] = GpuckptError("GET / answered 500", cause="out of memory")
+@pytest.mark.parametrize("kind", [GpuckptError, DaemonUnreachableError])
+def test_a_server_that_fails_at_the_warm_up(world: World, kind: type[GpuckptError]) -> None:
+    world.journal.trouble["warm up"] = kind("GET / failed", cause="out of memory")
     with pytest.raises(CheckpointError) as caught:
         made(world)
     assert caught.value.exit_code == 9
-    assert "GET / answered 500; out of memory" in str(caught.value.cause)
+    assert "GET / failed; out of memory" in str(caught.value.cause)
     assert caught.value.log == ("listening", "ready")
+    # One whose connection broke is ending; one that answers is not.
+    assert ("wait for log" in world.journal.events) == (kind is DaemonUnreachableError)
 
 
 @pytest.mark.parametrize(("event", "kind"), [("record canary", VerificationError), ("quiesce", DeadlineError)])

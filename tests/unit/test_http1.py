@@ -8,10 +8,12 @@ from contextlib import suppress
 
 import pytest
 
-from gpuckpt.http1 import HttpError, exchange
+from gpuckpt.http1 import BYTES, JSON, HttpError, exchange
 
 
-def asked(answer: bytes, method: str = "GET", target: str = "/", body: bytes = b"") -> tuple[int, bytes, bytes]:
+def asked(
+    answer: bytes, method: str = "GET", target: str = "/", body: bytes = b"", kind: str = JSON
+) -> tuple[int, bytes, bytes]:
     """Status and body of ``answer``, byte by byte, and the request that came."""
     ours, theirs = socket.socketpair()
     got = b""
@@ -26,7 +28,7 @@ def asked(answer: bytes, method: str = "GET", target: str = "/", body: bytes = b
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        with ours, exchange(ours, method, target, body) as response:
+        with ours, exchange(ours, method, target, body, kind) as response:
             return response.status, response.body.read(), got
     finally:
         thread.join()
@@ -86,6 +88,8 @@ def test_requests() -> None:
     assert plain.startswith(b"GET /a?b=c HTTP/1.1\r\nHost: ") and b"Content-Length" not in plain
     assert b"\r\nContent-Length: 0\r\n" in empty and b"Content-Type" not in empty
     assert b"\r\nContent-Length: 2\r\n" in full and full.endswith(b"\r\nContent-Type: application/json\r\n\r\n{}")
+    upload = asked(answer, "PUT", "/", b"\0\xff", BYTES)[2]
+    assert upload.endswith(b"\r\nContent-Type: application/octet-stream\r\n\r\n\0\xff")
 
 
 @pytest.mark.parametrize("target", ["/a b", "/a\r\nX: y", "/ä", ""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,26 +273,58 @@ def test_removing_what_is_not_there_is_fine(tmp_path: Path) -> None:
 # --- logs -----------------------------------------------------------------------------------------------------
 
 
-def frame(stream: int, data: bytes) -> bytes:
-    return bytes([stream, 0, 0, 0]) + len(data).to_bytes(4, "big") + data
+def entry(tag: str, text: bytes, stream: str = "stdout") -> bytes:
+    return f"2026-11-21T13:28:10.264849638+00:00 {stream} {tag} ".encode() + text + b"\n"
+
+
+WORDS = entry("F", b"listening") + entry("P", b"last ", "stderr") + entry("F", b"words", "stderr")
 
 
 @pytest.mark.parametrize(
-    ("data", "text"),
+    ("content", "most", "text"),
     [
-        (b"", ""),
-        (frame(1, b"out\n") + frame(2, b"err\n"), "out\nerr\n"),
-        (frame(1, b"") + frame(1, b"x"), "x"),
-        (frame(1, "größe".encode()[:3]) + frame(1, "größe".encode()[3:]), "größe"),
-        (frame(1, b"\xff"), "�"),
-        (frame(1, b"whole\n") + frame(1, b"cut off")[:-3], "whole\ncut "),
-        (b"not framed", "not framed"),
+        (b"", None, ""),
+        (None, None, ""),
+        (entry("F", b"out") + entry("F", b"err", "stderr"), None, "out\nerr\n"),
+        (entry("F", b"") + entry("F", b" two  blanks "), None, "\n two  blanks \n"),
+        (WORDS, None, "listening\nlast words\n"),
+        (WORDS, 10**6, "listening\nlast words\n"),
+        (WORDS, len(WORDS) - 1, "last words\n"),
+        (WORDS, 0, ""),
+        (entry("P", b"no end"), None, "no end"),
+        (entry("P", "größe".encode()[:3]) + entry("F", "größe".encode()[3:]), None, "größe\n"),
+        (entry("F", b"\xff"), None, "�\n"),
+        (entry("F", b"whole") + entry("F", b"half")[:-2], None, "whole\nhal"),
+        (entry("F", b"whole") + entry("F", b"")[:20], None, "whole\n"),
     ],
 )
-def test_logs_are_put_together(tmp_path: Path, data: bytes, text: str) -> None:
-    with served(tmp_path, response(200, data)) as (podman, server):
-        assert podman.logs("c", tail=5) == text
-    assert "tail=5" in server.asked[0].path
+def test_logs_are_put_together(tmp_path: Path, content: bytes | None, most: int | None, text: str) -> None:
+    file = tmp_path / "ctr.log"
+    if content is not None:
+        file.write_bytes(content)
+    with served(tmp_path, response(200, {"HostConfig": {"LogConfig": {"Path": str(file)}}})) as (podman, server):
+        assert podman.logs("c", most=most) == text
+    assert server.asked[0].path.endswith("/containers/c/json")
+
+
+@pytest.mark.parametrize("content", ["", "not a number", None])
+def test_a_log_without_a_writer_is_whole(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "conmon.pid"
+    if content is not None:
+        file.write_text(content)
+    with served(tmp_path, response(200, {"Id": "abc", "ConmonPidFile": str(file)})) as (podman, _):
+        podman.wait_for_log("c", 60)
+
+
+def test_a_log_is_whole_when_its_writer_has_ended(tmp_path: Path) -> None:
+    file, log = tmp_path / "conmon.pid", tmp_path / "log"
+    program = ["sh", "-c", "echo $$; sleep 0.1; echo last words > log", "conmon", "-c", "abc"]
+    with subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout
+        file.write_bytes(writer.stdout.readline())
+        with served(tmp_path, response(200, {"Id": "abc", "ConmonPidFile": str(file)})) as (podman, _):
+            podman.wait_for_log("c", 60)
+            assert log.read_text() == "last words\n"
 
 
 # --- errors ---------------------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -92,3 +95,31 @@ def test_tail_skips_empty_lines() -> None:
 def test_tail_is_safe_to_print() -> None:
     assert proc.tail("\x1b[31mred\x1b[0m\tand\x07\x9b \x1b]0;title\x07plain\x00\n\x1b[2J\n") == ("red\tand plain",)
     assert proc.tail("x" * 10_000) == ("x" * 500 + "…",)
+
+
+def test_the_end_of_a_process_is_waited_for_as_long_as_told() -> None:
+    with subprocess.Popen(["cat", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin and child.stdout
+        child.stdin.write(b"?\n")
+        child.stdin.flush()
+        child.stdout.readline()  # in the middle of exec(2) it has no command line
+        began = time.monotonic()
+        proc.wait_for_end(child.pid, "-", 0.05)
+        assert 0.05 <= time.monotonic() - began < 5 and child.poll() is None
+        closing = threading.Timer(0.05, child.stdin.close)
+        closing.start()
+        proc.wait_for_end(child.pid, "-", 60)
+        assert child.poll() == 0
+        closing.join()
+
+
+def test_another_process_with_the_number_is_not_waited_for() -> None:
+    proc.wait_for_end(os.getpid(), "no argument of ours", 60)
+
+
+def test_a_process_that_has_ended_is_not_waited_for() -> None:
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    proc.wait_for_end(child.pid, "true", 60)  # a zombie has no command line
+    child.wait()
+    proc.wait_for_end(child.pid, "true", 60)

@@ -144,48 +144,42 @@ class BranchSpec(Strict):
     wait: StrictBool = True
 
 
-class CompletionSpec(SamplingSpec):
-    """OpenAI's `/v1/completions`; fields that are not listed are ignored."""
+class OpenAISpec(SamplingSpec):
+    """What OpenAI's two ways to generate have in common; fields that are not listed are ignored."""
 
     model_config = ConfigDict(extra="ignore")
     model: str | None = None
+    temperature: Annotated[Finite, Field(ge=0, le=100)] = 1.0
+    n: Annotated[int, Field(ge=1, le=64)] = 1
+    seed: Seed | None = None
+    stop: Stop | None = None
+    stop_token_ids: Tokens = Field(default_factory=list)
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    return_tokens_as_token_ids: bool = False
+
+
+class CompletionSpec(OpenAISpec):
+    """OpenAI's `/v1/completions`; fields that are not listed are ignored."""
+
     prompt: (
         Text | Tokens | Annotated[list[Text], Field(max_length=256)] | Annotated[list[Tokens], Field(max_length=256)]
     )
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] = 16
-    temperature: Annotated[Finite, Field(ge=0, le=100)] = 1.0
-    n: Annotated[int, Field(ge=1, le=64)] = 1
-    seed: Seed | None = None
-    stop: Stop | None = None
-    stop_token_ids: Tokens = Field(default_factory=list)
-    ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
-    stream: bool = False
-    stream_options: dict[str, Any] | None = None
     echo: bool = False
     suffix: str | None = None
-    return_tokens_as_token_ids: bool = False
 
 
-class ChatSpec(SamplingSpec):
+class ChatSpec(OpenAISpec):
     """OpenAI's `/v1/chat/completions`; fields that are not listed are ignored."""
 
-    model_config = ConfigDict(extra="ignore")
-    model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    temperature: Annotated[Finite, Field(ge=0, le=100)] = 1.0
-    n: Annotated[int, Field(ge=1, le=64)] = 1
-    seed: Seed | None = None
-    stop: Stop | None = None
-    stop_token_ids: Tokens = Field(default_factory=list)
-    ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
-    stream: bool = False
-    stream_options: dict[str, Any] | None = None
-    return_tokens_as_token_ids: bool = False
 
 
 class CheckpointInfo(BaseModel):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-PHASES = ("any", "prefill", "decode")
-
 
 @dataclass(frozen=True, slots=True)
 class Condition:

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-KINDS = ("scale", "add", "set", "project")
-
 
 @dataclass(frozen=True, slots=True)
 class Edit:
