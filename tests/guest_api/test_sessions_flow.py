@@ -52,7 +52,8 @@ def test_the_whole_flow(guest: Guest) -> None:
         assert len(shares) == 7 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1.001
         told = guest.ok("POST", f"{path}/resume", {"wait": "end"})
     assert (told["state"], told["finish_reason"], told["tokens"]) == ("done", "length", expected)
-    assert guest.ok("GET", path)["state"] == "idle"
+    shown = guest.ok("GET", path)
+    assert (shown["state"], shown["text"], shown["generated"]) == ("idle", told["text"], 8)
 
     # The second turn reads what is new, and the last token of the first, which no pass has read yet.
     for breakpoint in guest.ok("GET", path)["breakpoints"]:
