@@ -57,6 +57,8 @@ def bootstrap_interval(
     """
     if not values:
         raise ValueError("an interval of no values is not defined")
+    if min(values) == max(values):  # whatever is drawn, it is these
+        return statistic(values), statistic(values)
     chance = random.Random(seed)
     drawn = [statistic(chance.choices(values, k=len(values))) for _ in range(resamples)]
     tail = (1 - level) / 2 * 100
