@@ -26,28 +26,9 @@ from matplotlib.ticker import LogLocator
 
 from benchmarks.environment import in_words
 from benchmarks.statistics import median
-from benchmarks.style import COLOURS, QUIET, REST, STYLE, ink_on, short, size
+from benchmarks.style import COLOURS, METHODS, QUIET, REST, STYLE, ink_on, short, size
 
 Document = dict[str, Any]
-# The order of the list, and what each method is called in the figure.
-METHODS = {
-    "cold": "cold start",
-    "podman_import_zstd": "podman, zstd archive",
-    "podman_import": "podman, plain archive",
-    "podman_disk_evicted": "podman, disk, not cached",
-    "podman_disk": "podman, disk, cached",
-    "podman_tmpfs": "podman, tmpfs",
-    "podman_tmpfs_huge": "podman, tmpfs, huge pages",
-    "lazy_pages": "podman, lazy pages",
-    "dmtcp": "DMTCP",
-    "copy_small_pages": "gpuckpt copy, small pages",
-    "copy_tmpfs": "gpuckpt copy",
-    "mapped_unprepared": "gpuckpt mapped, unprepared",
-    "mapped": "gpuckpt mapped",
-    "mapped_resident": "gpuckpt mapped, resident",
-    "podman_pause": "frozen process (unpause)",
-    "trivial": "trivial Python server, mapped",
-}
 # Groups of phases by the begin of their names; the first that fits counts.
 GROUPS = (
     ("start-up and checks", ("start-up", "preflight", "checks", "podman service")),

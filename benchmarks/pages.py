@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.charts import METHODS
 from benchmarks.environment import in_words
-from benchmarks.style import short, size
+from benchmarks.style import METHODS, short, size
 from benchmarks.targets import FEW, targets
 
 Document = dict[str, Any]

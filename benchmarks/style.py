@@ -1,9 +1,28 @@
-"""How the figures look: colours, letters, and numbers as people read them."""
+"""How figures and pages look: names of the methods, colours, letters, and numbers as people read them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+# The order of the list, and what each method is called in a figure.
+METHODS = {
+    "cold": "cold start",
+    "podman_import_zstd": "podman, zstd archive",
+    "podman_import": "podman, plain archive",
+    "podman_disk_evicted": "podman, disk, not cached",
+    "podman_disk": "podman, disk, cached",
+    "podman_tmpfs": "podman, tmpfs",
+    "podman_tmpfs_huge": "podman, tmpfs, huge pages",
+    "lazy_pages": "podman, lazy pages",
+    "dmtcp": "DMTCP",
+    "copy_small_pages": "gpuckpt copy, small pages",
+    "copy_tmpfs": "gpuckpt copy",
+    "mapped_unprepared": "gpuckpt mapped, unprepared",
+    "mapped": "gpuckpt mapped",
+    "mapped_resident": "gpuckpt mapped, resident",
+    "podman_pause": "frozen process (unpause)",
+    "trivial": "trivial Python server, mapped",
+}
 # Okabe and Ito's palette: told apart with every common kind of colour blindness, and in print by its lightness.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#D55E00")
 REST = "#BBBBBB"
