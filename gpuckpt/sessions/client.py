@@ -167,11 +167,11 @@ class Client:
         return self._ask("POST", _path(id, "pause"), Session, body, timeout if wait else self._timeout)
 
     def resume(
-        self, id: str, *, wait: Literal["none", "token", "end"] = "end", timeout: float | None = None
+        self, id: str, *, wait: Literal["paused", "none", "token", "end"] = "end", timeout: float | None = None
     ) -> Result | Session:
         """Go on where it stopped: until at once, the interrupted pass' token, or the end or next stop.
 
-        The result so far; of a session that was suspended and is in no generation, the session.
+        With ``paused`` a suspended session is only woken: it stays where it has stopped. The result so far; of a session that was suspended and is in no generation, the session.
         """
         longest = self._timeout if wait == "none" else timeout
         data = self._bytes("POST", _path(id, "resume"), _json({"wait": wait}), longest)

@@ -103,7 +103,7 @@ def test_what_is_cut_off_never_comes(how: Sampling, allowed: set[int]) -> None:
 
 
 def test_edits() -> None:
-    layout = Layout(rows=0, tokens=1, dimensions=3)
+    layout = Layout(rows=0, tokens=1)
     hidden = torch.randn(1, 5, 4)
     kept = hidden.clone()
     vector = torch.tensor([1.0, 2.0, 0.0, -1.0])

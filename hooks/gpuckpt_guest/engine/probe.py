@@ -144,7 +144,7 @@ def _layout(stepper: Stepper, blueprint: Blueprint) -> Layout:
         raise UnsupportedModelError("its prologue writes to the cache")
     if shape.count(_ROWS) != 1 or shape.count(_TOKENS) != 1:
         raise UnsupportedModelError(f"its hidden state has the shape {shape} for {_ROWS} rows of {_TOKENS} tokens")
-    return Layout(shape.index(_ROWS), shape.index(_TOKENS), len(shape))
+    return Layout(shape.index(_ROWS), shape.index(_TOKENS))
 
 
 def _prompts(model: Any) -> list[Any]:

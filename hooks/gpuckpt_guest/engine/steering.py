@@ -36,7 +36,6 @@ class Layout:
 
     rows: int
     tokens: int
-    dimensions: int
 
     def select(self, hidden: Any, rows: list[int]) -> Any:
         """Some rows of a hidden state, as a copy."""
