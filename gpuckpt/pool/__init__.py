@@ -1,0 +1,1 @@
+"""Which replica wakes, freezes, dies: pure decisions, and the one loop that owns all state."""

@@ -1,0 +1,251 @@
+"""What to do next, as a function of what is known: no clock, no input or output, no memory of its own.
+
+The tiers of a model, the fastest first: hot, standby (frozen; no GPU memory), golden in tmpfs, golden on disk, cold.
+Requests that wait pull a model up; idle time, and what others need, let it sink. :func:`decide` is called after every
+change; what it orders is in the next state, so it orders nothing twice.
+
+Room comes before need: a replica begins when what it needs is free *now*. What has been told to go is waited for, and
+only what is lacking beyond that is taken from others: from models of lower or the same priority, first from those who
+hold more than their minimum, first the one that has been idle the longest. Pinned ones and those at work are spared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gpuckpt.pool.state import (
+    COMING,
+    GOING,
+    Action,
+    Freeze,
+    Golden,
+    Make,
+    Model,
+    Move,
+    Phase,
+    Pin,
+    Replica,
+    Restore,
+    Start,
+    State,
+    Stop,
+    Wake,
+)
+
+
+def decide(state: State) -> tuple[Action, ...]:
+    """What to begin now, in this order."""
+    if state.draining:
+        return ()
+    plan = _Plan(state)
+    for model in sorted(state.models, key=_urgency):
+        plan.serve(model)
+    for model in state.models:
+        plan.sink(model)
+    for model in sorted(state.models, key=lambda model: -model.rules.priority):
+        plan.prepare(model)
+    plan.goldens()
+    return tuple(plan.actions)
+
+
+def floor_of(model: Model) -> int:
+    """How many replicas a model keeps at least, hot or standby."""
+    return max(model.rules.min_standby, int(model.rules.pin is not Pin.NO or model.warm))
+
+
+def wanted_hot(model: Model) -> int:
+    """How many hot replicas the requests at work and in the queue ask for."""
+    demand = model.waiting + sum(replica.requests for replica in model.replicas)
+    least = int(model.rules.pin is Pin.HOT)
+    return min(model.rules.max_replicas, max(least, -(-demand // model.rules.concurrency)))
+
+
+def _urgency(model: Model) -> tuple[int, int, float]:
+    # Who has nothing that answers comes before who wants more of it.
+    served = any(replica.phase is Phase.HOT for replica in model.replicas)
+    return -model.rules.priority, int(served), model.asked
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    memory: int = 0
+    gpu: int = 0
+
+    def __add__(self, other: _Room) -> _Room:
+        return _Room(self.memory + other.memory, self.gpu + other.gpu)
+
+    def __sub__(self, other: _Room) -> _Room:
+        return _Room(self.memory - other.memory, self.gpu - other.gpu)
+
+    def short_of(self, need: _Room) -> bool:
+        return self.memory < need.memory or self.gpu < need.gpu
+
+
+def _held(model: Model, replica: Replica) -> _Room:
+    """What a replica holds, or will hold when it has come."""
+    if replica.phase in COMING:
+        return _Room(max(replica.memory, model.memory), max(replica.gpu, model.gpu))
+    return _Room(replica.memory, replica.gpu)
+
+
+class _Plan:
+    """The orders so far, and what they leave free."""
+
+    def __init__(self, state: State) -> None:
+        self.actions: list[Action] = []
+        self._state = state
+        self._taken: set[str] = set()  # replicas that have their order
+        budget = state.budget
+        everything = [(model, replica) for model in state.models for replica in model.replicas]
+        limits = _Room(_limit(budget.memory), _limit(budget.gpu))
+        self._free = limits - _sum(_held(*one) for one in everything)
+        self._coming_free = _sum(_held(*one) for one in everything if one[1].phase in GOING)
+
+    def _order(self, action: Action) -> None:
+        self.actions.append(action)
+        if isinstance(action, Wake | Freeze | Stop):
+            self._taken.add(action.replica)
+
+    def _of(self, model: Model, *phases: Phase) -> list[Replica]:
+        return [one for one in model.replicas if one.phase in phases and one.name not in self._taken]
+
+    # ------------------------------------------------------------------ up
+
+    def serve(self, model: Model) -> None:
+        """Begin what its requests need."""
+        have = sum(one.phase is Phase.HOT or one.phase in COMING for one in model.replicas)
+        for _ in range(wanted_hot(model) - have):
+            if not self._one_more(model):
+                return
+
+    def _one_more(self, model: Model) -> bool:
+        if standbys := self._of(model, Phase.STANDBY):
+            # The one that was used last: its memory is the likeliest to be in caches.
+            best = max(standbys, key=lambda one: (one.since, one.name))
+            return self._with_room(model, _Room(0, model.gpu), Wake(model.name, best.name))
+        if self._state.now < model.retry_at:
+            return False
+        need = _Room(model.memory, model.gpu)
+        if model.golden in (Golden.TMPFS, Golden.DISK):
+            return self._with_room(model, need, Restore(model.name))
+        # Cold, one at a time: the next ones are restored from the golden that is made meanwhile.
+        alive = any(one.phase not in GOING for one in model.replicas)
+        if model.golden is Golden.MOVING or alive or any(_is_for(one, model, Start) for one in self.actions):
+            return False
+        return self._with_room(model, need, Start(model.name))
+
+    def _with_room(self, model: Model, need: _Room, action: Action) -> bool:
+        """Order it if there is room; else see to it that there will be. Whether it was ordered."""
+        if not self._free.short_of(need):
+            self._free -= need
+            self._order(action)
+            return True
+        for victim, replica in self._victims(model):
+            short = (self._free + self._coming_free) - need
+            if short.memory >= 0 and short.gpu >= 0:
+                break
+            frees_memory = short.memory < 0 and replica.memory > 0
+            frees_gpu = short.gpu < 0 and replica.gpu > 0
+            if frees_memory or (frees_gpu and replica.phase is Phase.STANDBY):
+                self._coming_free += _Room(replica.memory, replica.gpu)
+                self._order(Stop(victim.name, replica.name, "room"))
+            elif frees_gpu:
+                # Frozen it holds no GPU memory, but its bytes are then the host's.
+                self._coming_free += _Room(-replica.gpu, replica.gpu)
+                self._order(Freeze(victim.name, replica.name))
+        return False
+
+    def _victims(self, needy: Model) -> list[tuple[Model, Replica]]:
+        found: list[tuple[tuple[bool, int, float, str], Model, Replica]] = []
+        for model in self._state.models:
+            if model.name == needy.name or model.waiting or model.rules.priority > needy.rules.priority:
+                continue
+            idle = [one for one in self._of(model, Phase.HOT, Phase.STANDBY) if not one.requests]
+            idle.sort(key=lambda one: (one.since, one.name))
+            staying = sum(one.phase not in GOING for one in model.replicas)
+            for index, one in enumerate(idle):
+                within = staying - index <= floor_of(model)
+                if within and model.rules.pin is not Pin.NO:
+                    break
+                found.append(((within, model.rules.priority, one.since, one.name), model, one))
+        return [(model, one) for _, model, one in sorted(found, key=lambda entry: entry[0])]
+
+    # ------------------------------------------------------------------ down
+
+    def sink(self, model: Model) -> None:
+        """Freeze and remove what has been idle for as long as its rules say."""
+        if model.waiting:
+            return
+        now, rules = self._state.now, model.rules
+        hot = self._of(model, Phase.HOT)
+        spare = len(hot) - int(rules.pin is Pin.HOT)
+        for one in sorted(hot, key=lambda one: one.since):
+            if spare > 0 and not one.requests and now - one.since >= rules.idle_freeze:
+                self._order(Freeze(model.name, one.name))
+                spare -= 1
+        standbys = self._of(model, Phase.STANDBY)
+        staying = sum(one.phase not in GOING for one in model.replicas)
+        for one in sorted(standbys, key=lambda one: one.since):
+            if staying > floor_of(model) and now - one.since >= rules.idle_release:
+                self._order(Stop(model.name, one.name, "idle"))
+                staying -= 1
+
+    # ------------------------------------------------------------------ ahead
+
+    def prepare(self, model: Model) -> None:
+        """Restore what its minimum lacks, if nobody has to give way to it."""
+        if model.golden not in (Golden.TMPFS, Golden.DISK) or self._state.now < model.retry_at:
+            return
+        staying = sum(one.phase not in GOING for one in model.replicas)
+        staying += sum(_is_for(one, model, Restore) for one in self.actions)
+        staying -= sum(_is_for(one, model, Stop) for one in self.actions)
+        # On its way it is hot for a moment.
+        need = _Room(model.memory, model.gpu)
+        for _ in range(floor_of(model) - staying):
+            if self._free.short_of(need):
+                return
+            self._free -= need
+            self._order(Restore(model.name, standby=True))
+
+    def goldens(self) -> None:
+        """Make the one that is missing, and keep those in the tmpfs that are used."""
+        models, now = self._state.models, self._state.now
+        store = _limit(self._state.budget.store) - sum(
+            model.golden_bytes for model in models if model.golden in (Golden.TMPFS, Golden.MOVING)
+        )
+        used = {model.name for model in models if model.replicas or model.waiting}
+        used |= {one.model for one in self.actions if isinstance(one, Restore | Start)}
+        for model in sorted(models, key=lambda model: (model.rules.priority, model.asked)):
+            if model.golden is not Golden.TMPFS or model.name in used:
+                continue
+            idle = model.rules.idle_disk is not None and now - model.asked >= model.rules.idle_disk
+            if store < 0 or (idle and floor_of(model) == 0):
+                self._order(Move(model.name, Golden.DISK, "room" if store < 0 else "idle"))
+                store += model.golden_bytes
+        for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked)):
+            if model.golden is Golden.DISK and model.name in used and model.golden_bytes <= store:
+                self._order(Move(model.name, Golden.TMPFS, "asked"))
+                store -= model.golden_bytes
+        if any(model.golden is Golden.MAKING for model in models):
+            return
+        for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked, model.name)):
+            missing = model.golden in (Golden.NONE, Golden.QUARANTINED) and now >= model.retry_at
+            if missing and not self._free.short_of(_Room(model.memory, model.gpu)):
+                self._order(Make(model.name))
+                return
+
+
+def _is_for(action: Action, model: Model, kind: type[Action]) -> bool:
+    return isinstance(action, kind) and action.model == model.name
+
+
+def _sum(rooms: Iterable[_Room]) -> _Room:
+    total = _Room()
+    for room in rooms:
+        total += room
+    return total
+
+
+def _limit(budget: int | None) -> int:
+    return budget if budget is not None else 1 << 62

@@ -1,0 +1,176 @@
+"""What the pool knows at one moment: plain values, from which :mod:`gpuckpt.pool.policy` decides.
+
+Times are seconds on one monotonic clock, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Phase(enum.StrEnum):
+    """What a replica is doing. The first three will be hot soon."""
+
+    RESTORING = "restoring"
+    STARTING = "starting"  # cold
+    WAKING = "waking"
+    HOT = "hot"
+    FREEZING = "freezing"
+    STANDBY = "standby"
+    DRAINING = "draining"  # answers what it has, takes nothing new
+    STOPPING = "stopping"
+
+
+COMING = frozenset({Phase.RESTORING, Phase.STARTING, Phase.WAKING})
+"""Phases that end in hot."""
+GOING = frozenset({Phase.DRAINING, Phase.STOPPING})
+"""Phases that end with the replica gone."""
+
+
+class Golden(enum.StrEnum):
+    """Where a model's golden is."""
+
+    TMPFS = "tmpfs"
+    DISK = "disk"
+    NONE = "none"
+    MAKING = "making"
+    MOVING = "moving"
+    QUARANTINED = "quarantined"  # it failed verification: kept for a look, not used
+
+
+class Pin(enum.StrEnum):
+    """What a model is never taken below."""
+
+    NO = "no"
+    STANDBY = "standby"
+    HOT = "hot"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is wanted of one model; see the commented example of the configuration."""
+
+    min_standby: int = 0
+    max_replicas: int = 1
+    concurrency: int = 8
+    idle_freeze: float = 60.0
+    idle_release: float = 600.0
+    idle_disk: float | None = None
+    priority: int = 0
+    pin: Pin = Pin.NO
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One container of a model. ``since``: when its last request ended, or its phase began if none has."""
+
+    name: str
+    phase: Phase
+    since: float
+    requests: int = 0
+    memory: int = 0
+    gpu: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model: its rules, its golden, its replicas and who waits for them.
+
+    ``memory`` and ``gpu`` are what one more replica is expected to hold while it is hot; a standby holds no GPU memory,
+    but ``gpu`` bytes of the host's. ``asked``: when the last request for it came. ``retry_at``: not before then is
+    another replica begun, because the last ones failed. ``warm``: kept ready now by its schedule.
+    """
+
+    name: str
+    rules: Rules
+    golden: Golden = Golden.NONE
+    golden_bytes: int = 0
+    memory: int = 0
+    gpu: int = 0
+    replicas: tuple[Replica, ...] = ()
+    waiting: int = 0
+    asked: float = 0.0
+    retry_at: float = 0.0
+    warm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Limits of what all replicas (``memory``, ``gpu``) and all goldens in the tmpfs (``store``) hold; None: none."""
+
+    memory: int | None = None
+    gpu: int | None = None
+    store: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything at one moment. ``draining``: the daemon goes down, nothing new is begun."""
+
+    now: float
+    models: tuple[Model, ...]
+    budget: Budget = Budget()
+    draining: bool = False
+
+
+# ---------------------------------------------------------------------- what can be done
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Restore another replica from the model's golden; ``standby``: freeze it as soon as it has proved itself."""
+
+    model: str
+    standby: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start a replica cold: there is no golden to restore."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Thaw a standby."""
+
+    model: str
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Make a standby of a hot replica."""
+
+    model: str
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Remove a replica; ``reason`` is a word for the metrics."""
+
+    model: str
+    replica: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Make:
+    """Make the model's golden, in the background."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Move the model's golden to another tier."""
+
+    model: str
+    to: Golden
+    reason: str
+
+
+Action = Restore | Start | Wake | Freeze | Stop | Make | Move

@@ -1,0 +1,368 @@
+"""What the pool decides: single decisions, and what must hold whatever happens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpuckpt.pool.policy import decide, floor_of, wanted_hot
+from gpuckpt.pool.state import (
+    COMING,
+    GOING,
+    Action,
+    Budget,
+    Freeze,
+    Golden,
+    Make,
+    Model,
+    Move,
+    Phase,
+    Pin,
+    Replica,
+    Restore,
+    Rules,
+    Start,
+    State,
+    Stop,
+    Wake,
+)
+
+GB = 1 << 30
+NOW = 1000.0
+
+
+def model(
+    name: str = "a", *replicas: Replica, golden: Golden = Golden.TMPFS, waiting: int = 0, **more: object
+) -> Model:
+    rules = {key: more.pop(key) for key in Rules.__slots__ if key in more}
+    made = Model(
+        name,
+        Rules(**rules),
+        golden=golden,
+        golden_bytes=4 * GB,
+        memory=GB,
+        replicas=replicas,
+        waiting=waiting,
+        asked=NOW,
+    )  # type: ignore[arg-type]
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+def replica(name: str, phase: Phase = Phase.HOT, idle: float = 0.0, requests: int = 0, **more: int) -> Replica:
+    return Replica(name, phase, NOW - idle, requests, **{"memory": GB, **more})
+
+
+def ordered(
+    *models: Model, memory: int | None = None, gpu: int | None = None, store: int | None = None
+) -> list[Action]:
+    return list(decide(State(NOW, models, Budget(memory, gpu, store))))
+
+
+# ---------------------------------------------------------------------- up
+
+
+def test_nothing_is_asked_and_nothing_is_done() -> None:
+    assert ordered(model(), model("b", replica("b"))) == []
+
+
+def test_a_request_wakes_the_fastest_tier() -> None:
+    assert ordered(model(waiting=1)) == [Restore("a")]
+    assert ordered(model("a", replica("x", Phase.STANDBY), waiting=1)) == [Wake("a", "x")]
+    assert ordered(model(waiting=1, golden=Golden.DISK)) == [Restore("a"), Move("a", Golden.TMPFS, "asked")]
+    assert ordered(model(waiting=1, golden=Golden.MAKING)) == [Start("a")]
+    assert ordered(model(waiting=1, golden=Golden.QUARANTINED)) == [Start("a"), Make("a")]
+    assert ordered(model(waiting=1, golden=Golden.MOVING)) == []
+
+
+def test_of_several_standbys_the_one_that_was_used_last() -> None:
+    held = [replica("x", Phase.STANDBY, 50), replica("y", Phase.STANDBY, 5), replica("z", Phase.STANDBY, 500)]
+    assert ordered(model("a", *held, waiting=1, min_standby=3, max_replicas=3)) == [Wake("a", "y")]
+
+
+@pytest.mark.parametrize("phase", sorted(COMING))
+def test_wakes_coalesce(phase: Phase) -> None:
+    assert ordered(model("a", replica("x", phase), waiting=5)) == []
+
+
+def test_a_queue_scales_out_as_far_as_the_rules_let_it() -> None:
+    busy = replica("x", requests=2)
+    assert wanted_hot(model("a", busy, waiting=9, concurrency=2, max_replicas=8)) == 6
+    found = ordered(model("a", busy, replica("s", Phase.STANDBY), waiting=9, concurrency=2, max_replicas=8))
+    assert found == [Wake("a", "s"), *[Restore("a")] * 4]
+    assert ordered(model("a", busy, waiting=9, concurrency=2, max_replicas=2)) == [Restore("a")]
+    # A cold start is done once; the others come from the golden that is made meanwhile.
+    found = ordered(model(waiting=9, concurrency=2, max_replicas=8, golden=Golden.NONE))
+    assert found == [Start("a"), Make("a")]
+    starting = replica("x", Phase.STARTING)
+    assert ordered(model("a", starting, waiting=9, concurrency=2, max_replicas=8, golden=Golden.MAKING)) == []
+
+
+def test_after_failures_it_waits_before_it_tries_again() -> None:
+    assert ordered(model(waiting=1, retry_at=NOW + 1)) == []
+    assert ordered(model(waiting=1, golden=Golden.NONE, retry_at=NOW + 1)) == []
+    assert ordered(model("a", replica("x", Phase.STANDBY), waiting=1, retry_at=NOW + 1)) == [Wake("a", "x")]
+
+
+# ---------------------------------------------------------------------- room
+
+
+def test_who_is_idle_the_longest_gives_way() -> None:
+    idle = [model(f"b{n}", replica(f"r{n}", idle=n)) for n in (1, 3, 2)]
+    assert ordered(model(waiting=1), *idle, memory=3 * GB) == [Stop("b3", "r3", "room")]
+    # What is going is waited for.
+    going = model("b3", replica("r3", Phase.STOPPING))
+    assert ordered(model(waiting=1), idle[0], going, idle[2], memory=3 * GB) == []
+    assert ordered(model(waiting=1), idle[0], idle[2], memory=3 * GB) == [Restore("a")]
+
+
+def test_who_is_at_work_pinned_waited_for_or_more_important_does_not() -> None:
+    for other in (
+        model("b", replica("r", requests=1)),
+        model("b", replica("r", idle=9), pin=Pin.HOT),
+        model("b", replica("r", Phase.STANDBY, 9), pin=Pin.STANDBY),
+        model("b", replica("r", idle=9), priority=1),
+    ):
+        assert ordered(model(waiting=1), other, memory=GB) == []
+    assert ordered(model(waiting=1), model("b", replica("r"), waiting=1), memory=GB) == []
+
+
+def test_a_minimum_gives_way_to_requests_but_last() -> None:
+    kept = model("b", replica("r", Phase.STANDBY, 900), min_standby=1)
+    spare = model("c", replica("s", idle=1))
+    assert ordered(model(waiting=1), kept, spare, memory=2 * GB) == [Stop("c", "s", "room")]
+    assert ordered(model(waiting=1), kept, memory=GB) == [Stop("b", "r", "room")]
+
+
+def test_for_gpu_memory_a_frozen_one_is_enough() -> None:
+    needy = model(waiting=1, gpu=40 * GB)
+    other = model("b", replica("r", idle=5, gpu=40 * GB), gpu=40 * GB)
+    assert ordered(needy, other, gpu=60 * GB) == [Freeze("b", "r")]
+    standby = model("b", replica("r", Phase.STANDBY, 5), gpu=40 * GB)
+    assert ordered(needy, standby, gpu=60 * GB) == [Restore("a")]
+    # A standby of its own needs the GPU too.
+    own = model("a", replica("x", Phase.STANDBY), waiting=1, gpu=40 * GB)
+    assert ordered(own, other, gpu=60 * GB) == [Freeze("b", "r")]
+
+
+# ---------------------------------------------------------------------- down
+
+
+def test_idle_it_sinks_tier_by_tier() -> None:
+    hot = {"idle_freeze": 60.0, "idle_release": 600.0}
+    assert ordered(model("a", replica("x", idle=59), **hot)) == []
+    assert ordered(model("a", replica("x", idle=61), **hot)) == [Freeze("a", "x")]
+    assert ordered(model("a", replica("x", idle=61, requests=1), **hot)) == []
+    assert ordered(model("a", replica("x", Phase.STANDBY, 599), **hot)) == []
+    assert ordered(model("a", replica("x", Phase.STANDBY, 601), **hot)) == [Stop("a", "x", "idle")]
+    assert ordered(model("a", asked=NOW - 3601, idle_disk=3600.0)) == [Move("a", Golden.DISK, "idle")]
+    assert ordered(model("a", asked=NOW - 3599, idle_disk=3600.0)) == []
+    mapped = model("a", replica("x", Phase.STANDBY, 5), asked=NOW - 3601, idle_disk=3600.0)
+    assert ordered(mapped) == []
+
+
+@pytest.mark.parametrize(
+    ("rules", "phase", "expected"),
+    [
+        ({"pin": Pin.HOT}, Phase.HOT, []),
+        ({"pin": Pin.STANDBY}, Phase.HOT, [Freeze("a", "x")]),
+        ({"pin": Pin.STANDBY}, Phase.STANDBY, []),
+        ({"min_standby": 1}, Phase.STANDBY, []),
+        ({"warm": True}, Phase.STANDBY, []),
+        ({"pin": Pin.HOT}, Phase.STANDBY, [Wake("a", "x")]),
+    ],
+)
+def test_what_is_kept(rules: dict[str, object], phase: Phase, expected: list[Action]) -> None:
+    assert ordered(model("a", replica("x", phase, 5000), **rules)) == expected
+
+
+def test_a_minimum_is_restored_where_there_is_room() -> None:
+    assert ordered(model(min_standby=2)) == [Restore("a", standby=True)] * 2
+    assert ordered(model("a", replica("x"), min_standby=2)) == [Restore("a", standby=True)]
+    assert ordered(model(min_standby=2), memory=GB) == [Restore("a", standby=True)]
+    assert ordered(model(min_standby=1), model("b", replica("r", idle=9)), memory=GB) == []
+    assert ordered(model(min_standby=1, golden=Golden.NONE)) == [Make("a")]
+    # The one that a request has restored counts.
+    assert ordered(model(min_standby=1, waiting=1)) == [Restore("a")]
+
+
+def test_goldens_leave_the_tmpfs_when_it_is_full_and_come_back_when_asked_for() -> None:
+    old, new = model("old", asked=NOW - 100), model("new", asked=NOW - 1)
+    assert ordered(old, new, store=4 * GB) == [Move("old", Golden.DISK, "room")]
+    assert ordered(old, new, store=8 * GB) == []
+    on_disk = model("d", replica("x"), golden=Golden.DISK)
+    assert ordered(old, on_disk, store=8 * GB) == [Move("d", Golden.TMPFS, "asked")]
+    assert ordered(old, on_disk, store=7 * GB) == []
+
+
+def test_one_golden_is_made_at_a_time_the_most_wanted_first() -> None:
+    none = [model(name, golden=Golden.NONE, asked=NOW - age) for name, age in (("a", 9), ("b", 1), ("c", 5))]
+    assert ordered(*none) == [Make("b")]
+    assert ordered(*none, model("d", golden=Golden.MAKING)) == []
+    assert ordered(none[0], memory=GB - 1) == []
+
+
+def test_a_pool_that_drains_begins_nothing() -> None:
+    assert decide(State(NOW, (model(waiting=5),), draining=True)) == ()
+
+
+# ---------------------------------------------------------------------- whatever happens
+
+RULES = st.builds(
+    Rules,
+    min_standby=st.integers(0, 2),
+    max_replicas=st.integers(1, 4),
+    concurrency=st.integers(1, 3),
+    idle_freeze=st.sampled_from([1.0, 5.0]),
+    idle_release=st.sampled_from([2.0, 9.0]),
+    idle_disk=st.sampled_from([None, 20.0]),
+    priority=st.integers(0, 1),
+    pin=st.sampled_from(list(Pin)),
+)
+
+
+class World:
+    """Does what is decided; each thing takes a second. Requests take three."""
+
+    def __init__(self, rules: list[Rules], memory: int, store: int) -> None:
+        self.now = 0.0
+        self.budget = Budget(memory=memory, store=store)
+        self.models = {
+            f"m{index}": Model(f"m{index}", one, golden_bytes=2, memory=1 + index % 2)
+            for index, one in enumerate(rules)
+        }
+        self.ends: dict[str, list[float]] = {}  # of the requests at work, by replica
+        self.doing: list[tuple[float, Action, str]] = []
+        self.served = 0
+        self._count = 0
+
+    def change(self, name: str, **what: object) -> None:
+        self.models[name] = replace(self.models[name], **what)  # type: ignore[arg-type]
+
+    def set(self, name: str, which: str, **what: object) -> None:
+        held = self.models[name].replicas
+        self.change(name, replicas=tuple(replace(r, **what) if r.name == which else r for r in held))  # type: ignore[arg-type]
+
+    def phase(self, name: str, which: str) -> Phase:
+        return next(one.phase for one in self.models[name].replicas if one.name == which)
+
+    def ask(self, name: str) -> None:
+        self.change(name, waiting=self.models[name].waiting + 1, asked=self.now)
+
+    def tick(self) -> None:
+        self.now += 1
+        done, self.doing = [one for one in self.doing if one[0] <= self.now], [x for x in self.doing if x[0] > self.now]
+        for _, action, which in done:
+            self._finish(action, which)
+        for name, one in self.models.items():
+            for held in one.replicas:
+                left = [end for end in self.ends.get(held.name, []) if end > self.now]
+                if len(left) < held.requests:
+                    self.served += held.requests - len(left)
+                    self.set(name, held.name, requests=len(left), since=self.now)
+                self.ends[held.name] = left
+        self._dispatch()
+        for action in decide(State(self.now, tuple(self.models.values()), self.budget)):
+            self._begin(action)
+        self.check()
+
+    def _dispatch(self) -> None:
+        for name in self.models:
+            for held in self.models[name].replicas:
+                free = self.models[name].rules.concurrency - held.requests if held.phase is Phase.HOT else 0
+                taken = min(free, self.models[name].waiting)
+                if taken > 0:
+                    self.ends[held.name] += [self.now + 3] * taken
+                    self.change(name, waiting=self.models[name].waiting - taken)
+                    self.set(name, held.name, requests=held.requests + taken)
+
+    def _begin(self, action: Action) -> None:
+        name, one = action.model, self.models[action.model]
+        which = ""
+        if isinstance(action, Restore | Start):
+            if isinstance(action, Restore):
+                assert one.golden in (Golden.TMPFS, Golden.DISK)
+            self._count += 1
+            which = f"{name}-{self._count}"
+            phase = Phase.RESTORING if isinstance(action, Restore) else Phase.STARTING
+            self.change(name, replicas=(*one.replicas, Replica(which, phase, self.now)))
+        elif isinstance(action, Wake | Freeze | Stop):
+            which = action.replica
+            before = self.phase(name, which)
+            held = next(r for r in one.replicas if r.name == which)
+            assert not held.requests, "one at work is disturbed"
+            assert (
+                before in {Wake: {Phase.STANDBY}, Freeze: {Phase.HOT}, Stop: {Phase.HOT, Phase.STANDBY}}[type(action)]
+            )
+            if one.rules.pin is not Pin.NO and isinstance(action, Stop):
+                assert sum(r.phase not in GOING for r in one.replicas) > 1, "the last of a pinned model is stopped"
+            phase = {Wake: Phase.WAKING, Freeze: Phase.FREEZING, Stop: Phase.STOPPING}[type(action)]
+            self.set(name, which, phase=phase)
+        elif isinstance(action, Make):
+            assert not any(held.golden is Golden.MAKING for held in self.models.values())
+            self.change(name, golden=Golden.MAKING)
+        else:
+            assert not (action.to is Golden.DISK and one.replicas), "a golden goes while replicas map it"
+            self.change(name, golden=Golden.MOVING)
+        self.doing.append((self.now + 1, action, which))
+
+    def _finish(self, action: Action, which: str) -> None:
+        name, one = action.model, self.models[action.model]
+        if isinstance(action, Restore):
+            self.set(
+                name, which, phase=Phase.STANDBY if action.standby else Phase.HOT, since=self.now, memory=one.memory
+            )
+        elif isinstance(action, Start | Wake):
+            self.set(name, which, phase=Phase.HOT, since=self.now, memory=one.memory)
+        elif isinstance(action, Freeze):
+            self.set(name, which, phase=Phase.STANDBY, since=self.now)
+        elif isinstance(action, Stop):
+            self.change(name, replicas=tuple(r for r in one.replicas if r.name != which))
+        elif isinstance(action, Make):
+            self.change(name, golden=Golden.TMPFS)
+        else:
+            self.change(name, golden=action.to)
+
+    def check(self) -> None:
+        held = sum(
+            max(one.memory, model.memory if one.phase in COMING else 0)
+            for model in self.models.values()
+            for one in model.replicas
+        )
+        assert self.budget.memory is None or held <= self.budget.memory, "the budget is exceeded"
+        for one in self.models.values():
+            hot = sum(r.phase is Phase.HOT or r.phase in COMING for r in one.replicas)
+            assert hot <= max(one.rules.max_replicas, floor_of(one)), "more replicas than allowed"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rules=st.lists(RULES, min_size=1, max_size=4),
+    memory=st.integers(2, 9),
+    store=st.integers(2, 9),
+    asked=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=30),
+)
+def test_budgets_hold_nobody_is_disturbed_and_everybody_is_served(
+    rules: list[Rules], memory: int, store: int, asked: list[tuple[int, int]]
+) -> None:
+    # Pinned replicas never give way: what they leave must be enough for anybody.
+    pinned = sum(1 + index % 2 for index, one in enumerate(rules) if one.pin is not Pin.NO)
+    world = World(rules, memory + pinned, store)
+    wanted = 0
+    for which, pause in asked:
+        world.ask(f"m{which % len(rules)}")
+        wanted += 1
+        for _ in range(pause):
+            world.tick()
+    for _ in range(60 + 12 * len(asked)):
+        world.tick()
+    assert world.served == wanted
+    # At rest: what is idle has sunk to its floor, and what is there is not changed without a reason.
+    for one in world.models.values():
+        staying = [r for r in one.replicas if r.phase not in GOING]
+        assert len(staying) <= max(floor_of(one), 0) or world.doing
+    before = len(world.doing)
+    world.tick()
+    assert len(world.doing) <= before
