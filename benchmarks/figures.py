@@ -168,7 +168,7 @@ def _plain(axes: Axes, keep: str) -> None:
 
 
 def _words(name: str) -> str:
-    return _SAID.get(name, name)
+    return _SAID.get(name, name.replace("criu:", "CRIU:"))
 
 
 def _subtitle(result: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from gpuckpt.cli.complete import replica_names
 from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.render import JSON_VERSION, format_option, print_json, print_table, say, size
 from gpuckpt.cli.session_view import (
+    REACHED,
     event_json,
     event_line,
     how,
@@ -25,6 +26,7 @@ from gpuckpt.cli.session_view import (
     print_lens,
     print_stream,
     quoted,
+    reached,
     say_end,
     show_result,
     show_session,
@@ -37,6 +39,7 @@ from gpuckpt.errors import (
     NotFoundError,
     NothingToDo,
     UsageError,
+    VerificationError,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ def _on_replica(function: _F) -> _F:
     def wrapper(ctx: click.Context, /, *args: Any, replica: str, address: str | None, **kwargs: Any) -> Any:
         from gpuckpt.sessions import Client
 
+        ctx.meta[REACHED] = f"--address {address}" if address is not None else replica
         return function(Client(_endpoint(ctx, replica, address)), *args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
@@ -88,7 +92,13 @@ def _endpoint(ctx: click.Context, replica: str, address: str | None) -> Endpoint
     if address is not None:
         return parsed(address)
     # Not by gpuckpt.golden.tools: that looks for CRIU and wakes podman, and neither is needed to open a socket.
-    found = replicas.by_name(Layout.of(settings_from(ctx)).replicas, replica)
+    layout = Layout.of(settings_from(ctx))
+    try:
+        found = replicas.by_name(layout.replicas, replica)
+    except NotFoundError as error:
+        if replica in layout.names():
+            error.remedy = f"there is a golden of that name: gpuckpt restore {replica}"
+        raise
     if found.state == "prepared":
         raise DaemonUnreachableError(
             f"replica {replica} does not run",
@@ -282,7 +292,12 @@ def branch(client: Client, /, id: str, variants: tuple[str, ...], paused: bool, 
         return
     results = made.results or (None,) * len(made.sessions)
     rows = [
-        (name, word or "–", how(result) if result else "", quoted(result.text) if result else "")
+        (
+            name,
+            word or "–",
+            how(result) if result else client.session(name).state,
+            quoted(result.text) if result else "–",
+        )
         for name, word, result in zip(made.sessions, variants, results, strict=True)
     ]
     print_table(["SESSION", "VARIANT", "STATE", "TEXT"], rows)
@@ -301,7 +316,7 @@ def ls(client: Client, /, as_json: bool) -> None:
         print_json({"sessions": plain(found)})
         return
     if not found:
-        say("no sessions; make one: gpuckpt session start REPLICA --prompt TEXT")
+        say(f"no sessions; make one: gpuckpt session start {reached()} --prompt TEXT")
         return
     rows = [
         (
@@ -389,7 +404,7 @@ def steer(
 
     made = [replace(words.edit(word), first=first, last=last) for word in edits]
     if not made and not remove and not clear:
-        raise NothingToDo("no edit was given", remedy=f"for example gpuckpt session steer REPLICA {id} scale::0.9")
+        raise NothingToDo("no edit was given", remedy=f"for example gpuckpt session steer {reached()} {id} scale::0.9")
     if clear:
         client.unsteer(id)
     for name in remove:
@@ -401,7 +416,7 @@ def steer(
     for name in names:
         click.echo(name)
     if made and not standing:
-        say(f"edits wait at the stop for: gpuckpt session resume REPLICA {id}")
+        say(f"edits wait at the stop for: gpuckpt session resume {reached()} {id}")
 
 
 @command.command(cls=_Command)
@@ -417,7 +432,10 @@ def vectors(client: Client, /, put: str | None, gone: str | None, as_json: bool)
         name, equals, file = put.partition("=")
         if not equals:
             raise UsageError(f"--put {put}: NAME=FILE is needed")
-        held, _ = read(_contents(Path(file)))
+        try:
+            held, _ = read(_contents(Path(file)))
+        except VerificationError as error:
+            raise UsageError(f"{file}: {error.message}", cause=error.cause) from error
         if len(held) != 1:
             raise UsageError(f"{file} has {len(held)} tensors", cause="a vector is the only one of its file")
         client.set_vector(name, next(iter(held.values())))
@@ -498,7 +516,13 @@ def export(client: Client, /, id: str, file: Path, force: bool, as_json: bool) -
 @format_option
 def import_(client: Client, /, file: Path, name: str | None, as_json: bool) -> None:
     """Make a session out of what export wrote; the guest must serve the same model."""
-    show_session(client.import_(_contents(file), name), as_json=as_json)
+    try:
+        made = client.import_(_contents(file), name)
+    except UsageError as error:
+        raise UsageError(
+            f"{file} is not imported", cause=error.message, remedy="give a file that gpuckpt session export has written"
+        ) from error
+    show_session(made, as_json=as_json)
 
 
 def _contents(file: Path) -> bytes:

@@ -64,9 +64,17 @@ def show_result(result: Result, *, as_json: bool) -> None:
         say(f"{result.session}: {how(result)}, {len(result.tokens)} tokens")
 
 
+REACHED = "gpuckpt.session.reached"
+
+
+def reached() -> str:
+    """How this command was told which guest is meant: a replica's name, or ``--address`` and what it said."""
+    return str(click.get_current_context().meta.get(REACHED, "REPLICA"))
+
+
 def failed(name: str, why: str | None) -> GpuckptError:
     return GpuckptError(
-        f"the generation of session {name} failed", cause=why, remedy=f"gpuckpt session show REPLICA {name}"
+        f"the generation of session {name} failed", cause=why, remedy=f"gpuckpt session show {reached()} {name}"
     )
 
 
@@ -133,7 +141,10 @@ def edit_text(edit: Any) -> str:
 
 
 def print_lens(tokens: Sequence[tuple[str, int, float]]) -> None:
-    rows = [(f"{share:.4f}", str(number), quoted(text)) for text, number, share in tokens]
+    rows = [
+        (f"{share:.4f}" if share >= 0.001 else f"{share:.2g}", str(number), quoted(text))
+        for text, number, share in tokens
+    ]
     print_table(["PROBABILITY", "ID", "TOKEN"], rows, right=["PROBABILITY", "ID"])
 
 

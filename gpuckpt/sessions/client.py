@@ -171,7 +171,8 @@ class Client:
     ) -> Result | Session:
         """Go on where it stopped: until at once, the interrupted pass' token, or the end or next stop.
 
-        With ``paused`` a suspended session is only woken: it stays where it has stopped. The result so far; of a session that was suspended and is in no generation, the session.
+        With ``paused`` a suspended session is only woken: it stays where it has stopped. Returns the result so far; of
+        a session that was suspended and is in no generation, or only woken, the session.
         """
         longest = self._timeout if wait == "none" else timeout
         data = self._bytes("POST", _path(id, "resume"), _json({"wait": wait}), longest)
@@ -345,7 +346,9 @@ class Client:
             raise DaemonUnreachableError(
                 f"the server at {self.endpoint} does not answer",
                 cause=f"{type(error).__name__}: {error}",
-                remedy="gpuckpt ls shows which replicas run",
+                remedy="there is no such socket: correct its path, or name a replica that runs (gpuckpt ls)"
+                if isinstance(error, FileNotFoundError)
+                else "gpuckpt ls shows which replicas run",
             ) from error
 
     def _connected(self, timeout: float | None) -> socket.socket:
@@ -370,7 +373,11 @@ class Client:
                 remedy="serve the model with the guest server: gpuckpt create NAME --workload guest --model FOLDER",
             )
         if status == 404:
-            return NotFoundError(message, remedy="gpuckpt session ls shows the sessions, session show their parts")
+            vectors = path.startswith("/vectors") or message.startswith("there is no vector")
+            shows = "vectors lists them" if vectors else "ls shows the sessions, session show their parts"
+            return NotFoundError(message, remedy=f"gpuckpt session {shows}")
+        if code == "name_taken":
+            return BusyError(message, remedy="choose another name; or go on with it, or remove it (gpuckpt session rm)")
         if status == 409:
             return BusyError(message, remedy="gpuckpt session show tells in which state it is")
         if status == 429:

@@ -2,11 +2,13 @@
 
 Tensors: ``hidden`` (the activation of a paused session), ``cache.LAYER.keys`` and so on, ``random`` (the state of its
 generator), ``vector.N`` (of its edits), ``carried.…`` (what layers handed on within the stopped pass). The metadata's
-one entry, ``gpuckpt_session``, is JSON.
+entry ``gpuckpt_session`` is JSON. ``gpuckpt_digest``, which every file has that is written here, is a digest of all
+the rest: a bit that was lost on the way would else be a wrong answer, or a wrong activation, without a word.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -29,7 +31,7 @@ from .engine.text import TextStream
 
 VERSION = 1
 _PAUSE = ("layer", "step", "position", "tokens", "breakpoint", "executed", "replaced")
-_KEY = "gpuckpt_session"
+_KEY, _DIGEST = "gpuckpt_session", "gpuckpt_digest"
 
 
 def pack(tensors: Mapping[str, Any], metadata: Mapping[str, Any]) -> bytes:
@@ -41,18 +43,36 @@ def pack(tensors: Mapping[str, Any], metadata: Mapping[str, Any]) -> bytes:
         place = whole.untyped_storage().data_ptr()
         held[name] = whole.clone() if place in seen else whole
         seen.add(place)
-    return bytes(save_tensors(held, {name: json.dumps(value) for name, value in metadata.items()}))
+    told = {name: json.dumps(value) for name, value in metadata.items()}
+    return bytes(save_tensors(held, told | {_DIGEST: json.dumps(_digest(held, told))}))
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors and metadata of a safetensors file. Raises EngineError if it is none."""
+    """Tensors and metadata of a safetensors file. Raises EngineError if it is none, or not as it was written."""
     try:
         tensors = load_tensors(data)
         size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-        return tensors, {name: json.loads(value) for name, value in header.items()}
+        told = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        if _KEY not in told and _DIGEST not in told:  # somebody else's: what they tell need not be JSON
+            return tensors, {}
+        metadata = {name: json.loads(value) for name, value in told.items()}
+        if _DIGEST in told and _digest(tensors, told) != metadata[_DIGEST]:
+            raise EngineError("the file was damaged: it does not hold what was written", code="damaged")
+        return tensors, metadata
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise EngineError(f"this is no safetensors file: {error}", code="malformed") from None
+
+
+def _digest(tensors: Mapping[str, Any], told: Mapping[str, str]) -> str:
+    """BLAKE2b of names, shapes and bytes of the tensors and of the metadata's other entries, each by their names."""
+    made = hashlib.blake2b(digest_size=16)
+    for name in sorted(set(told) - {_DIGEST}):
+        made.update(f"{name}\0{told[name]}\0".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        made.update(f"{name}\0{list(tensor.shape)}\0".encode())
+        made.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return made.hexdigest()
 
 
 def one_tensor(data: bytes, name: str) -> Any:
@@ -129,7 +149,7 @@ def load(engine: Engine, file: tuple[dict[str, Any], dict[str, Any]], name: str 
     """
     tensors, metadata = file
     facts = metadata.get(_KEY)
-    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+    if not isinstance(facts, dict) or facts.get("version") != VERSION or _DIGEST not in metadata:
         raise EngineError("this safetensors file is no session, or one of another version", code="malformed")
     if facts.get("model") != engine.loaded.identity:
         raise conflict("the session belongs to another model")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.guest_api.conftest import LAYERS, PROMPT, Guest
-from tests.guest_api.files import opened, safetensors, with_header
+from tests.guest_api.conftest import LAYERS, PROMPT, WIDTH, Guest
+from tests.guest_api.files import opened, safetensors, sealed, with_header
 
 pytestmark = pytest.mark.usefixtures("bystander")
 
@@ -29,7 +29,7 @@ def changed(file: bytes, change: Callable[[Any], None]) -> bytes:
     facts = json.loads(header["__metadata__"]["gpuckpt_session"])
     change(facts)
     header["__metadata__"]["gpuckpt_session"] = json.dumps(facts)
-    return with_header(header, data)
+    return sealed(header, data)
 
 
 def at(*path: str | int, to: Any) -> Callable[[Any], None]:
@@ -136,19 +136,43 @@ def test_tensors_of_a_session_that_do_not_fit(guest: Guest, exported: bytes) -> 
     assert "hidden" in names and any(name.startswith("cache.") for name in names)
     for name in names:
         less = {key: value for key, value in header.items() if key != name}
-        guest.refused(400, "POST", "/v1/sessions/import?id=damaged", with_header(less, data))
+        guest.refused(400, "POST", "/v1/sessions/import?id=damaged", sealed(less, data))
         if header[name]["dtype"] == "F32":
             wrong = header | {name: header[name] | {"dtype": "I32"}}
-            guest.refused(400, "POST", "/v1/sessions/import?id=damaged", with_header(wrong, data))
+            guest.refused(400, "POST", "/v1/sessions/import?id=damaged", sealed(wrong, data))
         shape = header[name]["shape"]
         if len(shape) > 2:
             swapped = header | {name: header[name] | {"shape": [*shape[:-2], shape[-1], shape[-2]]}}
-            guest.refused(400, "POST", "/v1/sessions/import?id=damaged", with_header(swapped, data))
+            guest.refused(400, "POST", "/v1/sessions/import?id=damaged", sealed(swapped, data))
     low, high = header["hidden"]["data_offsets"]
     broken = bytearray(data)
     broken[low:high] = struct.pack("<f", float("nan")) * ((high - low) // 4)
-    guest.refused(400, "POST", "/v1/sessions/import?id=damaged", with_header(header, bytes(broken)))
+    guest.refused(400, "POST", "/v1/sessions/import?id=damaged", sealed(header, bytes(broken)))
     assert [s["id"] for s in guest.ok("GET", "/v1/sessions")["sessions"]] == ["bystander"]
+
+
+def test_a_bit_that_was_lost_on_the_way_is_noticed(guest: Guest, exported: bytes) -> None:
+    header, data = opened(exported)
+    assert sealed(header, data) and opened(sealed(header, data))[0] == header
+    for name in ("hidden", "1.values", "random"):
+        first, end = next(entry["data_offsets"] for key, entry in header.items() if key.endswith(name))
+        flipped = bytearray(data)
+        flipped[(first + end) // 2] ^= 1
+        message = guest.refused(400, "POST", "/v1/sessions/import?id=flip", with_header(header, bytes(flipped)))
+        assert "damaged" in message
+    told = header["__metadata__"]["gpuckpt_session"].replace('"passes": ', '"passes": 1')
+    header["__metadata__"]["gpuckpt_session"] = told
+    assert "damaged" in guest.refused(400, "POST", "/v1/sessions/import?id=flip", with_header(header, data))
+    del header["__metadata__"]["gpuckpt_digest"]
+    assert "no session" in guest.refused(400, "POST", "/v1/sessions/import?id=flip", with_header(header, data))
+
+
+def test_files_of_others_may_tell_what_they_like(guest: Guest) -> None:
+    """What a library writes beside its tensors is no JSON: {"format": "pt"}."""
+    plain = safetensors({"v": ("F32", [WIDTH], struct.pack(f"<{WIDTH}f", *[0.5] * WIDTH))}, {"format": "pt"})
+    guest.ok("PUT", "/v1/vectors/foreign", plain)
+    guest.ok("DELETE", "/v1/vectors/foreign")
+    assert "no session" in guest.refused(400, "POST", "/v1/sessions/import", plain)
 
 
 def test_a_session_of_another_model_is_refused(guest: Guest, exported: bytes) -> None:

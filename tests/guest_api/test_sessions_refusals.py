@@ -49,7 +49,7 @@ def malformed(good: bytes) -> dict[str, bytes]:
         return with_header({name: entry | what}, data)
 
     overlapping = {name: entry, "second": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    nested = {"__metadata__": {"pause": "[" * 100_000}, name: entry}
+    nested = {"__metadata__": {"gpuckpt_digest": "[" * 100_000}, name: entry}
     return {
         "nothing": b"",
         "seven bytes": good[:7],

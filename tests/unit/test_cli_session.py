@@ -282,7 +282,10 @@ def test_branch(guest: FakeGuest) -> None:
     shown = do("branch", "one", "demo", *variants).stdout
     assert "scale:2:0.9" in shown and "s-1" in shown and "length" in shown and "\x1b" not in shown
     assert as_json("branch", "one", "demo", *variants) == {"result": made}
-    assert "s-1" in do("branch", "one", "demo", *variants, "--paused", "--detach").stdout
+    for name in made["sessions"]:
+        guest.on(f"GET /v1/sessions/{name}", answer(SESSION))
+    waiting = do("branch", "one", "demo", *variants, "--paused", "--detach").stdout
+    assert "s-1" in waiting and waiting.count("paused") == 2
     assert [(body["resume"], body["wait"]) for body in guest.bodies(what)] == [(True, True)] * 2 + [(False, False)]
     assert guest.bodies(what)[0]["variants"] == [
         {"edits": [{"kind": "scale", "layer": 2, "factor": 0.9}]},
@@ -355,7 +358,7 @@ def test_vectors(guest: FakeGuest, tmp_path: Path) -> None:
     assert do("vectors", "one", "--put", f"v={tmp_path / 'file'}").stdout == "v\n"
     assert guest.bodies("PUT /v1/vectors/v") == [tensors.write({"vector": vector})]
     assert do("vectors", "one", "--put", f"v={tmp_path / 'two'}").returncode == 2
-    assert do("vectors", "one", "--put", f"v={tmp_path / 'none'}").returncode == 8
+    assert do("vectors", "one", "--put", f"v={tmp_path / 'none'}").returncode == 2
     assert "8 numbers" in do("vectors", "one", "--rm", "v").stderr
 
 
@@ -458,3 +461,22 @@ def test_text_for_a_terminal_cannot_command_it(guest: FakeGuest) -> None:
     with contextlib.redirect_stdout(Terminal()) as shown:
         session_view.write(text)
     assert shown.getvalue() == "a\ufffd[2J\ufffdé\n"
+
+
+def test_what_to_do_names_the_replica_that_was_named(guest: FakeGuest, tmp_path: Path) -> None:
+    guest.on("POST /v1/sessions/demo/steer", answer({"ids": []}))
+    assert "resume one demo" in do("steer", "one", "demo", "scale::2").stderr
+    assert (
+        f"--address unix:{guest.path} demo" in do("steer", "demo", "scale::2", "--address", f"unix:{guest.path}").stderr
+    )
+    gone = do("ls", "--address", f"unix:{tmp_path / 'none.sock'}")
+    assert gone.returncode == 12 and "no such socket" in gone.stderr
+    taken = {"error": {"message": "there is a session 'demo' already", "code": "name_taken"}}
+    guest.on("POST /v1/sessions/import", answer(taken, 409), answer({"error": {"message": "odd", "code": "x"}}, 400))
+    file = tmp_path / "file"
+    file.write_bytes(b"anything")
+    assert "choose another name" in do("import", "one", str(file)).stderr
+    refused = do("import", "one", str(file))
+    assert refused.returncode == 2 and str(file) in refused.stderr and "odd" in refused.stderr
+    guest.on("DELETE /v1/vectors/v", answer({"error": {"message": "no vector 'v'", "code": "not_found"}}, 404))
+    assert "session vectors" in do("vectors", "one", "--rm", "v").stderr

@@ -17,7 +17,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import lifecycle
-from ..engine.engine import Engine, EngineError
+from ..engine.engine import NAME_RULE, Engine, EngineError
 from ..engine.session import State
 from . import files, openai, schema, sessions, stops
 from .bridge import Bridge, Gone, bridge_of
@@ -118,7 +118,9 @@ async def _malformed(_: Request, error: Exception) -> Response:
     parts = []
     for item in error.errors()[:5]:
         where = ".".join(str(step) for step in item["loc"] if step != "body")
-        parts.append(f"{where}: {item['msg']}" if where else str(item["msg"]))
+        # The only pattern is that of names.
+        message = "is no name: " + NAME_RULE if item["type"] == "string_pattern_mismatch" else str(item["msg"])
+        parts.append(f"{where}: {message}" if where else message)
     return _problem(422, "; ".join(parts), "malformed")
 
 

@@ -36,6 +36,7 @@ _Result = TypeVar("_Result")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST = 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+NAME_RULE = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
 
 
 class EngineError(Exception):
@@ -215,9 +216,9 @@ class Engine:
         if name is None:
             return f"s-{uuid.uuid4().hex[:12]}"
         if not _NAME.fullmatch(name):
-            raise EngineError(f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
+            raise EngineError(f"{name!r} is no name: {NAME_RULE}")
         if name in self.sessions:
-            raise conflict(f"there is a session {name!r} already")
+            raise EngineError(f"there is a session {name!r} already", status=409, code="name_taken")
         return name
 
     def delete(self, session: Session) -> None:
@@ -447,7 +448,7 @@ class Engine:
     def store_vector(self, name: str, vector: Any) -> None:
         """Keep a vector for edits to name."""
         if not _NAME.fullmatch(name):
-            raise EngineError(f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 64")
+            raise EngineError(f"{name!r} is no name: {NAME_RULE}")
         if tuple(vector.shape) != (self.loaded.features,):
             raise EngineError(f"a vector has {self.loaded.features} numbers, not {list(vector.shape)}")
         # Floats of eight bits have no arithmetic of their own, not even a test for finiteness.
