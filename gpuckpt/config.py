@@ -57,7 +57,8 @@ def parse_seconds(value: object) -> object:
     return sum(float(part[1]) * _SECONDS_IN[key] for part, key in zip(parts, keys, strict=True))
 
 
-def _path(value: object) -> Path:
+def parse_path(value: object) -> Path:
+    """An absolute path; raises :class:`ValueError` for anything else."""
     if not isinstance(value, str | Path):
         raise ValueError("must be a path")
     path = Path(value)
@@ -70,7 +71,7 @@ def _path(value: object) -> Path:
 
 
 def _criu_path(value: object) -> Path:
-    path = _path(value)
+    path = parse_path(value)
     if re.search(r"[\s#]", str(path)):
         raise ValueError("must not hold blanks or #: CRIU's configuration files name paths below it and know no quotes")
     return path
@@ -88,11 +89,13 @@ def _number(value: object, *, least: int) -> int:
     return number
 
 
-def _count(value: object) -> int:
+def parse_count(value: object) -> int:
+    """A whole number from 0 on; raises :class:`ValueError` otherwise."""
     return _number(value, least=0)
 
 
-def _bytes(value: object) -> int:
+def parse_bytes(value: object) -> int:
+    """A number of bytes from 0 on, also one such as ``"8G"``; raises :class:`ValueError` otherwise."""
     return _number(parse_size(value), least=0)
 
 
@@ -100,7 +103,8 @@ def _some_bytes(value: object) -> int:
     return _number(parse_size(value), least=1)
 
 
-def _seconds(value: object) -> float:
+def parse_duration(value: object) -> float:
+    """Seconds, more than 0 and at most a year, also as ``"5min"``; raises :class:`ValueError` otherwise."""
     number = parse_seconds(value)
     if not isinstance(number, int | float) or number != number:  # NaN
         raise ValueError("must be a number of seconds or a duration such as 30s, 5min or 1h 30min")
@@ -124,7 +128,8 @@ def _text(value: object) -> str:
     return value
 
 
-def _texts(value: object) -> tuple[str, ...]:
+def parse_texts(value: object) -> tuple[str, ...]:
+    """A list of texts that are not empty; raises :class:`ValueError` otherwise."""
     if not isinstance(value, list | tuple):
         raise ValueError("must be a list")
     return tuple(map(_text, value))
@@ -167,16 +172,16 @@ def _published(value: object) -> str:
 class Paths(Struct, frozen=True, kw_only=True):
     """Where things are kept on the host."""
 
-    prefix: Annotated[Path, _path, "what `make setup` installs: CRIU, environments"] = Path("/opt/gpuckpt")
+    prefix: Annotated[Path, parse_path, "what `make setup` installs: CRIU, environments"] = Path("/opt/gpuckpt")
     state: Annotated[Path, _criu_path, "replicas' writable layers, logs of operations"] = Path("/var/lib/gpuckpt")
     run: Annotated[Path, _criu_path, "locks, sockets; gone after a reboot"] = Path("/run/gpuckpt")
-    hooks: Annotated[Path, _path, "your executables, run at CRIU's stages"] = Path("/etc/gpuckpt/hooks.d")
+    hooks: Annotated[Path, parse_path, "your executables, run at CRIU's stages"] = Path("/etc/gpuckpt/hooks.d")
 
 
 class Store(Struct, frozen=True, kw_only=True):
     """Where goldens lie."""
 
-    path: Annotated[Path, _path, "a tmpfs, mounted here when it is not one yet"] = Path("/run/gpuckpt/store")
+    path: Annotated[Path, parse_path, "a tmpfs, mounted here when it is not one yet"] = Path("/run/gpuckpt/store")
     # Not 0: to tmpfs that means no limit at all.
     size: Annotated[int | None, _some_bytes, "limit of that tmpfs in bytes; default: 80 % of the memory"] = None
     huge: Annotated[
@@ -184,15 +189,15 @@ class Store(Struct, frozen=True, kw_only=True):
         _one_of("never", "always", "within_size", "advise"),
         "huge pages of that tmpfs (tmpfs(5))",
     ] = "within_size"
-    disk: Annotated[Path | None, _path, "where goldens survive a reboot; default: `goldens` in paths.state"] = None
+    disk: Annotated[Path | None, parse_path, "where goldens survive a reboot; default: `goldens` in paths.state"] = None
 
 
 class Criu(Struct, frozen=True, kw_only=True):
     """How CRIU is run."""
 
-    path: Annotated[Path | None, _path, "the criu program; default: the one `make setup` chose, else PATH"] = None
-    hook_timeout: Annotated[float, _seconds, "longest run of one of your hooks, in seconds"] = 60.0
-    ghost_limit: Annotated[int, _bytes, "largest deleted file that is carried in the images, in bytes"] = 1 << 30
+    path: Annotated[Path | None, parse_path, "the criu program; default: the one `make setup` chose, else PATH"] = None
+    hook_timeout: Annotated[float, parse_duration, "longest run of one of your hooks, in seconds"] = 60.0
+    ghost_limit: Annotated[int, parse_bytes, "largest deleted file that is carried in the images, in bytes"] = 1 << 30
 
 
 class Podman(Struct, frozen=True, kw_only=True):
@@ -203,7 +208,7 @@ class Podman(Struct, frozen=True, kw_only=True):
         _one_of("auto", "runc", "crun"),
         "the OCI runtime; auto: one that can checkpoint",
     ] = "auto"
-    timeout: Annotated[float, _seconds, "longest single podman operation, in seconds"] = 600.0
+    timeout: Annotated[float, parse_duration, "longest single podman operation, in seconds"] = 600.0
 
 
 class Create(Struct, frozen=True, kw_only=True):
@@ -215,9 +220,9 @@ class Create(Struct, frozen=True, kw_only=True):
     publish: Annotated[
         str | None, _published, "[HOST_IP:]HOST_PORT[:PORT] to publish on a bridge network (API_PORT)"
     ] = None
-    start_timeout: Annotated[float, _seconds, "longest wait for the server's health, in seconds"] = 600.0
-    warmup: Annotated[int, _count, "number of warm-up requests"] = 3
-    prompts: Annotated[tuple[str, ...], _texts, "prompts of the warm-up"] = (
+    start_timeout: Annotated[float, parse_duration, "longest wait for the server's health, in seconds"] = 600.0
+    warmup: Annotated[int, parse_count, "number of warm-up requests"] = 3
+    prompts: Annotated[tuple[str, ...], parse_texts, "prompts of the warm-up"] = (
         "The capital of France is",
         "Once upon a time, in a land far away,",
     )

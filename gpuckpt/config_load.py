@@ -61,7 +61,7 @@ def load(
     values: dict[str, Any] = {}
     origins = dict.fromkeys(FIELDS, "default")
     file = (config_file or DEFAULT_FILE).absolute()
-    toml = _read_toml(file, must_exist=config_file is not None)
+    toml = read_toml(file, must_exist=config_file is not None)
     for key, value in _toml_values(file, toml):
         values[key], origins[key] = value, str(file)
     for key, value, origin in _dotenv_values(env_file, environ):
@@ -84,13 +84,13 @@ def load(
         except ValueError as error:
             wrong.append((key, str(error)))
     if wrong:
-        origins |= {key: _at(file, toml, key) for key, _ in wrong if origins[key] == str(file)}
+        origins |= {key: at(file, toml, key) for key, _ in wrong if origins[key] == str(file)}
         raise _refusal(wrong, values, origins)
     return Loaded(Settings(**{table: TABLES[table](**given) for table, given in tables.items()}), origins)
 
 
 def _refusal(wrong: list[tuple[str, str]], values: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:
-    told = [(f"{key} cannot be {_shown(values[key])} ({origins[key]})", f"it {why}") for key, why in wrong]
+    told = [(f"{key} cannot be {shown(values[key])} ({origins[key]})", f"it {why}") for key, why in wrong]
     (message, cause), *others = told
     key = wrong[0][0]
     return UsageError(
@@ -101,7 +101,8 @@ def _refusal(wrong: list[tuple[str, str]], values: Mapping[str, Any], origins: M
     )
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as a file would say it."""
     # Quoted, with control characters escaped; bytes that are no UTF-8 arrive as surrogates, which cannot be printed.
     return json.dumps(value, default=str, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
@@ -118,7 +119,11 @@ def _did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
-def _read_toml(file: Path, *, must_exist: bool) -> str:
+def read_toml(file: Path, *, must_exist: bool) -> str:
+    """The text of a configuration file; "" if it need not exist and does not.
+
+    Raises NotFoundError, or UsageError if it is no file of text of a sensible size.
+    """
     try:
         # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
         with open(os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
@@ -135,35 +140,43 @@ def _read_toml(file: Path, *, must_exist: bool) -> str:
             raise NotFoundError(f"no configuration file {file}", remedy="give --config a file that exists") from error
         return ""
     except (OSError, ValueError) as error:  # no UTF-8, a NUL in the name
-        raise UsageError(f"cannot read {_shown(str(file))}", cause=str(error)) from error
+        raise UsageError(f"cannot read {shown(str(file))}", cause=str(error)) from error
 
 
 def _toml_values(file: Path, text: str) -> Iterator[tuple[str, Any]]:
     if not text:
         return  # most often there is no such file, and the parser's import takes a few milliseconds
+    tables = list(TABLES)
+    for table, content in parse_toml(file, text).items():
+        if table not in tables:
+            raise unknown(file, text, table, [*tables, *FIELDS], f"the tables are {', '.join(tables)}")
+        if not isinstance(content, dict):
+            raise UsageError(f"{table} must be a table ({at(file, text, table)})", remedy=f"begin it with [{table}]")
+        for name, value in content.items():
+            if (key := f"{table}.{name}") not in FIELDS:
+                raise unknown(file, text, key, FIELDS, "`gpuckpt config show` lists every key")
+            yield key, value
+
+
+def parse_toml(file: Path, text: str) -> dict[str, Any]:
+    """What the text of ``file`` says. Raises UsageError if it is no TOML."""
     import tomllib
 
     try:
-        data = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{file} is not valid TOML", cause=str(error)) from error
     except RecursionError as error:
         raise UsageError(f"{file} is no configuration", cause="its brackets are nested too deeply") from error
-    tables = list(TABLES)
-    for table, content in data.items():
-        if table not in tables:
-            hint = _did_you_mean(table, [*tables, *FIELDS], f"the tables are {', '.join(tables)}")
-            raise UsageError(f"unknown setting {table} ({_at(file, text, table)})", remedy=hint)
-        if not isinstance(content, dict):
-            raise UsageError(f"{table} must be a table ({_at(file, text, table)})", remedy=f"begin it with [{table}]")
-        for name, value in content.items():
-            if (key := f"{table}.{name}") not in FIELDS:
-                hint = _did_you_mean(key, FIELDS, "`gpuckpt config show` lists every key")
-                raise UsageError(f"unknown setting {key} ({_at(file, text, key)})", remedy=hint)
-            yield key, value
 
 
-def _at(file: Path, text: str, key: str) -> str:
+def unknown(file: Path, text: str, key: str, known: Iterable[str], otherwise: str) -> UsageError:
+    """The error that there is no such key, with the one that was meant; ``otherwise`` if none is near."""
+    hint = _did_you_mean(key, known, otherwise)
+    return UsageError(f"unknown setting {key} ({at(file, text, key)})", remedy=hint)
+
+
+def at(file: Path, text: str, key: str) -> str:
     """``file:line`` of ``key``: the line that completes the first beginning of the file which parses and has it.
 
     tomllib tells no positions, and a search for the key's name would be fooled by strings and inline tables.
@@ -201,7 +214,7 @@ def _decoded(key: str, variable: str, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         remedy = f'write {variable}=\'["one", "two"]\' or {variable}=one,two'
         raise UsageError(
-            f"{key} cannot be {_shown(text)} (environment {variable})", cause=str(error), remedy=remedy
+            f"{key} cannot be {shown(text)} (environment {variable})", cause=str(error), remedy=remedy
         ) from error
 
 
@@ -262,11 +275,11 @@ def _unquoted(match: re.Match[str], origin: str) -> str:
         value = re.sub(r"\s#.*", "", bare).strip()  # a # inside a word is part of it
         if value[:1] in ("'", '"'):
             raise UsageError(
-                f"cannot understand {_shown(value)} ({origin})", cause="its quotes are not closed at the end"
+                f"cannot understand {shown(value)} ({origin})", cause="its quotes are not closed at the end"
             )
     if re.search(r"\$[\w{(]|`", double if double is not None else value):
         remedy = "write the value out; or put it in single quotes if it is meant as it is"
         raise UsageError(
-            f"cannot understand {_shown(value)} ({origin})", cause="variables are not expanded", remedy=remedy
+            f"cannot understand {shown(value)} ({origin})", cause="variables are not expanded", remedy=remedy
         )
     return value

@@ -20,7 +20,6 @@ from gpuckpt.pool.state import (
     Action,
     Freeze,
     Golden,
-    Make,
     Model,
     Move,
     Phase,
@@ -98,8 +97,8 @@ class _Plan:
         self._taken: set[str] = set()  # replicas that have their order
         budget = state.budget
         everything = [(model, replica) for model in state.models for replica in model.replicas]
-        limits = _Room(_limit(budget.memory), _limit(budget.gpu))
-        self._free = limits - _sum(_held(*one) for one in everything)
+        self._limits = _Room(_limit(budget.memory), _limit(budget.gpu))
+        self._free = self._limits - _sum(_held(*one) for one in everything)
         self._coming_free = _sum(_held(*one) for one in everything if one[1].phase in GOING)
 
     def _order(self, action: Action) -> None:
@@ -129,18 +128,22 @@ class _Plan:
         need = _Room(model.memory, model.gpu)
         if model.golden in (Golden.TMPFS, Golden.DISK):
             return self._with_room(model, need, Restore(model.name))
-        # Cold, one at a time: the next ones are restored from the golden that is made meanwhile.
+        # Cold, one at a time: the next ones are restored from the golden that is made of it.
+        return self._may_start(model) and self._with_room(model, need, Start(model.name))
+
+    def _may_start(self, model: Model) -> bool:
         alive = any(one.phase not in GOING for one in model.replicas)
-        if model.golden is Golden.MOVING or alive or any(_is_for(one, model, Start) for one in self.actions):
-            return False
-        return self._with_room(model, need, Start(model.name))
+        begun = alive or any(_is_for(one, model, Start) for one in self.actions)
+        return model.golden in (Golden.NONE, Golden.QUARANTINED) and not begun and self._state.now >= model.retry_at
 
     def _with_room(self, model: Model, need: _Room, action: Action) -> bool:
-        """Order it if there is room; else see to it that there will be. Whether it was ordered."""
+        """Order it if there is room; else see to it that there will be, and keep it. Whether it was ordered."""
         if not self._free.short_of(need):
             self._free -= need
             self._order(action)
             return True
+        if (self._limits - self._fixed(model)).short_of(need):
+            return False  # it will never fit: nobody is to go for it
         for victim, replica in self._victims(model):
             short = (self._free + self._coming_free) - need
             if short.memory >= 0 and short.gpu >= 0:
@@ -154,7 +157,18 @@ class _Plan:
                 # Frozen it holds no GPU memory, but its bytes are then the host's.
                 self._coming_free += _Room(-replica.gpu, replica.gpu)
                 self._order(Freeze(victim.name, replica.name))
+        # Who comes later must not take what becomes free bit by bit: a large model would wait for ever.
+        self._free -= need
         return False
+
+    def _fixed(self, needy: Model) -> _Room:
+        """What the pinned replicas of other models hold: no need takes it away from them."""
+        held = _Room()
+        for model in self._state.models:
+            if model.name != needy.name and model.rules.pin is not Pin.NO:
+                staying = [one for one in model.replicas if one.phase not in GOING]
+                held += _sum(_held(model, one) for one in staying[: floor_of(model)])
+        return held
 
     def _victims(self, needy: Model) -> list[tuple[Model, Replica]]:
         found: list[tuple[tuple[bool, int, float, str], Model, Replica]] = []
@@ -209,7 +223,7 @@ class _Plan:
             self._order(Restore(model.name, standby=True))
 
     def goldens(self) -> None:
-        """Make the one that is missing, and keep those in the tmpfs that are used."""
+        """Keep those in the tmpfs that are used, and make the one that is missing."""
         models, now = self._state.models, self._state.now
         store = _limit(self._state.budget.store) - sum(
             model.golden_bytes for model in models if model.golden in (Golden.TMPFS, Golden.MOVING)
@@ -227,12 +241,14 @@ class _Plan:
             if model.golden is Golden.DISK and model.name in used and model.golden_bytes <= store:
                 self._order(Move(model.name, Golden.TMPFS, "asked"))
                 store -= model.golden_bytes
-        if any(model.golden is Golden.MAKING for model in models):
+        # In the background, so one at a time: it takes all cores, and others serve.
+        if any(one.phase is Phase.STARTING for model in models for one in model.replicas):
+            return
+        if any(isinstance(one, Start) for one in self.actions):
             return
         for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked, model.name)):
-            missing = model.golden in (Golden.NONE, Golden.QUARANTINED) and now >= model.retry_at
-            if missing and not self._free.short_of(_Room(model.memory, model.gpu)):
-                self._order(Make(model.name))
+            if self._may_start(model) and not self._free.short_of(_Room(model.memory, model.gpu)):
+                self._order(Start(model.name))
                 return
 
 

@@ -13,7 +13,7 @@ class Phase(enum.StrEnum):
     """What a replica is doing. The first three will be hot soon."""
 
     RESTORING = "restoring"
-    STARTING = "starting"  # cold
+    STARTING = "starting"  # cold; a golden is made of it before it serves
     WAKING = "waking"
     HOT = "hot"
     FREEZING = "freezing"
@@ -34,7 +34,6 @@ class Golden(enum.StrEnum):
     TMPFS = "tmpfs"
     DISK = "disk"
     NONE = "none"
-    MAKING = "making"
     MOVING = "moving"
     QUARANTINED = "quarantined"  # it failed verification: kept for a look, not used
 
@@ -127,7 +126,7 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start a replica cold: there is no golden to restore."""
+    """Start a server cold and make the model's golden of it; it stays, as a replica."""
 
     model: str
 
@@ -158,13 +157,6 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Make:
-    """Make the model's golden, in the background."""
-
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
 class Move:
     """Move the model's golden to another tier."""
 
@@ -173,4 +165,4 @@ class Move:
     reason: str
 
 
-Action = Restore | Start | Wake | Freeze | Stop | Make | Move
+Action = Restore | Start | Wake | Freeze | Stop | Move

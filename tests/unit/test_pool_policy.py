@@ -16,7 +16,6 @@ from gpuckpt.pool.state import (
     Budget,
     Freeze,
     Golden,
-    Make,
     Model,
     Move,
     Phase,
@@ -72,8 +71,8 @@ def test_a_request_wakes_the_fastest_tier() -> None:
     assert ordered(model(waiting=1)) == [Restore("a")]
     assert ordered(model("a", replica("x", Phase.STANDBY), waiting=1)) == [Wake("a", "x")]
     assert ordered(model(waiting=1, golden=Golden.DISK)) == [Restore("a"), Move("a", Golden.TMPFS, "asked")]
-    assert ordered(model(waiting=1, golden=Golden.MAKING)) == [Start("a")]
-    assert ordered(model(waiting=1, golden=Golden.QUARANTINED)) == [Start("a"), Make("a")]
+    assert ordered(model(waiting=1, golden=Golden.NONE)) == [Start("a")]
+    assert ordered(model(waiting=1, golden=Golden.QUARANTINED)) == [Start("a")]
     assert ordered(model(waiting=1, golden=Golden.MOVING)) == []
 
 
@@ -93,11 +92,10 @@ def test_a_queue_scales_out_as_far_as_the_rules_let_it() -> None:
     found = ordered(model("a", busy, replica("s", Phase.STANDBY), waiting=9, concurrency=2, max_replicas=8))
     assert found == [Wake("a", "s"), *[Restore("a")] * 4]
     assert ordered(model("a", busy, waiting=9, concurrency=2, max_replicas=2)) == [Restore("a")]
-    # A cold start is done once; the others come from the golden that is made meanwhile.
-    found = ordered(model(waiting=9, concurrency=2, max_replicas=8, golden=Golden.NONE))
-    assert found == [Start("a"), Make("a")]
+    # A cold start is done once; the others come from the golden that is made of it.
+    assert ordered(model(waiting=9, concurrency=2, max_replicas=8, golden=Golden.NONE)) == [Start("a")]
     starting = replica("x", Phase.STARTING)
-    assert ordered(model("a", starting, waiting=9, concurrency=2, max_replicas=8, golden=Golden.MAKING)) == []
+    assert ordered(model("a", starting, waiting=9, concurrency=2, max_replicas=8, golden=Golden.NONE)) == []
 
 
 def test_after_failures_it_waits_before_it_tries_again() -> None:
@@ -183,7 +181,7 @@ def test_a_minimum_is_restored_where_there_is_room() -> None:
     assert ordered(model("a", replica("x"), min_standby=2)) == [Restore("a", standby=True)]
     assert ordered(model(min_standby=2), memory=GB) == [Restore("a", standby=True)]
     assert ordered(model(min_standby=1), model("b", replica("r", idle=9)), memory=GB) == []
-    assert ordered(model(min_standby=1, golden=Golden.NONE)) == [Make("a")]
+    assert ordered(model(min_standby=1, golden=Golden.NONE)) == [Start("a")]
     # The one that a request has restored counts.
     assert ordered(model(min_standby=1, waiting=1)) == [Restore("a")]
 
@@ -199,8 +197,13 @@ def test_goldens_leave_the_tmpfs_when_it_is_full_and_come_back_when_asked_for() 
 
 def test_one_golden_is_made_at_a_time_the_most_wanted_first() -> None:
     none = [model(name, golden=Golden.NONE, asked=NOW - age) for name, age in (("a", 9), ("b", 1), ("c", 5))]
-    assert ordered(*none) == [Make("b")]
-    assert ordered(*none, model("d", golden=Golden.MAKING)) == []
+    assert ordered(*none) == [Start("b")]
+    assert ordered(*none, model("d", replica("x", Phase.STARTING), golden=Golden.NONE)) == []
+    # But who is asked for does not wait for it.
+    assert ordered(*none, model("d", golden=Golden.NONE, waiting=1)) == [Start("d")]
+    assert ordered(model("a", replica("x", Phase.STARTING), golden=Golden.NONE), replace(none[1], waiting=1)) == [
+        Start("b")
+    ]
     assert ordered(none[0], memory=GB - 1) == []
 
 
@@ -300,9 +303,6 @@ class World:
                 assert sum(r.phase not in GOING for r in one.replicas) > 1, "the last of a pinned model is stopped"
             phase = {Wake: Phase.WAKING, Freeze: Phase.FREEZING, Stop: Phase.STOPPING}[type(action)]
             self.set(name, which, phase=phase)
-        elif isinstance(action, Make):
-            assert not any(held.golden is Golden.MAKING for held in self.models.values())
-            self.change(name, golden=Golden.MAKING)
         else:
             assert not (action.to is Golden.DISK and one.replicas), "a golden goes while replicas map it"
             self.change(name, golden=Golden.MOVING)
@@ -316,12 +316,12 @@ class World:
             )
         elif isinstance(action, Start | Wake):
             self.set(name, which, phase=Phase.HOT, since=self.now, memory=one.memory)
+            if isinstance(action, Start):
+                self.change(name, golden=Golden.TMPFS)
         elif isinstance(action, Freeze):
             self.set(name, which, phase=Phase.STANDBY, since=self.now)
         elif isinstance(action, Stop):
             self.change(name, replicas=tuple(r for r in one.replicas if r.name != which))
-        elif isinstance(action, Make):
-            self.change(name, golden=Golden.TMPFS)
         else:
             self.change(name, golden=action.to)
 
