@@ -6,7 +6,8 @@ change; what it orders is in the next state, so it orders nothing twice.
 
 Room comes before need: a replica begins when what it needs is free *now*. What has been told to go is waited for, and
 only what is lacking beyond that is taken from others: from models of lower or the same priority, first from those who
-hold more than their minimum, first the one that has been idle the longest. Pinned ones and those at work are spared.
+hold more than their minimum, first the one that has been idle the longest. Pinned ones and those at work are spared;
+so the minimum of a more important model can keep a less important one waiting.
 """
 
 from __future__ import annotations
@@ -162,10 +163,11 @@ class _Plan:
         return False
 
     def _fixed(self, needy: Model) -> _Room:
-        """What the pinned replicas of other models hold: no need takes it away from them."""
+        """What pinned replicas hold, and the minimum of more important models: this need does not take it away."""
         held = _Room()
         for model in self._state.models:
-            if model.name != needy.name and model.rules.pin is not Pin.NO:
+            above = model.rules.pin is not Pin.NO or model.rules.priority > needy.rules.priority
+            if model.name != needy.name and above:
                 staying = [one for one in model.replicas if one.phase not in GOING]
                 held += _sum(_held(model, one) for one in staying[: floor_of(model)])
         return held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -33,25 +34,14 @@ GB = 1 << 30
 NOW = 1000.0
 
 
-def model(
-    name: str = "a", *replicas: Replica, golden: Golden = Golden.TMPFS, waiting: int = 0, **more: object
-) -> Model:
+def model(name: str = "a", *replicas: Replica, **more: Any) -> Model:
     rules = {key: more.pop(key) for key in Rules.__slots__ if key in more}
-    made = Model(
-        name,
-        Rules(**rules),
-        golden=golden,
-        golden_bytes=4 * GB,
-        memory=GB,
-        replicas=replicas,
-        waiting=waiting,
-        asked=NOW,
-    )  # type: ignore[arg-type]
-    return replace(made, **more)  # type: ignore[arg-type]
+    made = Model(name, Rules(**rules), Golden.TMPFS, golden_bytes=4 * GB, memory=GB, replicas=replicas, asked=NOW)
+    return replace(made, **more)
 
 
-def replica(name: str, phase: Phase = Phase.HOT, idle: float = 0.0, requests: int = 0, **more: int) -> Replica:
-    return Replica(name, phase, NOW - idle, requests, **{"memory": GB, **more})
+def replica(name: str, phase: Phase = Phase.HOT, idle: float = 0.0, requests: int = 0, **more: Any) -> Replica:
+    return Replica(name, phase, NOW - idle, requests, **({"memory": GB} | more))
 
 
 def ordered(
@@ -241,12 +231,12 @@ class World:
         self.served = 0
         self._count = 0
 
-    def change(self, name: str, **what: object) -> None:
-        self.models[name] = replace(self.models[name], **what)  # type: ignore[arg-type]
+    def change(self, name: str, **what: Any) -> None:
+        self.models[name] = replace(self.models[name], **what)
 
-    def set(self, name: str, which: str, **what: object) -> None:
+    def set(self, name: str, which: str, **what: Any) -> None:
         held = self.models[name].replicas
-        self.change(name, replicas=tuple(replace(r, **what) if r.name == which else r for r in held))  # type: ignore[arg-type]
+        self.change(name, replicas=tuple(replace(r, **what) if r.name == which else r for r in held))
 
     def phase(self, name: str, which: str) -> Phase:
         return next(one.phase for one in self.models[name].replicas if one.name == which)
@@ -347,9 +337,13 @@ class World:
 def test_budgets_hold_nobody_is_disturbed_and_everybody_is_served(
     rules: list[Rules], memory: int, store: int, asked: list[tuple[int, int]]
 ) -> None:
-    # Pinned replicas never give way: what they leave must be enough for anybody.
-    pinned = sum(1 + index % 2 for index, one in enumerate(rules) if one.pin is not Pin.NO)
-    world = World(rules, memory + pinned, store)
+    # These never give way to everybody: what they leave must be enough for anybody.
+    kept = sum(
+        (1 + index % 2) * max(one.min_standby, 1)
+        for index, one in enumerate(rules)
+        if one.pin is not Pin.NO or one.priority
+    )
+    world = World(rules, memory + kept, store)
     wanted = 0
     for which, pause in asked:
         world.ask(f"m{which % len(rules)}")
