@@ -385,7 +385,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only",
         type=_names,
-        help="measure some of the parts: checkpoint, resume, …, exact; the others are as the last run in --out left them",
+        help="measure only these (checkpoint, resume, …, exact); the others are as the last run in --out left them",
     )
     made.add_argument("--device", default="auto", help="auto (the default), cpu, cuda")
     made.add_argument("--seed", type=int, default=1, help="of prompts and orders (default: %(default)s)")
