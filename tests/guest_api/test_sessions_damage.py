@@ -154,7 +154,7 @@ def test_tensors_of_a_session_that_do_not_fit(guest: Guest, exported: bytes) -> 
 def test_a_bit_that_was_lost_on_the_way_is_noticed(guest: Guest, exported: bytes) -> None:
     header, data = opened(exported)
     assert sealed(header, data) and opened(sealed(header, data))[0] == header
-    for name in ("hidden", "1.values", "random"):
+    for name in ("hidden", "0.values", "random"):
         first, end = next(entry["data_offsets"] for key, entry in header.items() if key.endswith(name))
         flipped = bytearray(data)
         flipped[(first + end) // 2] ^= 1
