@@ -54,8 +54,8 @@ PARTS = (
     Part("overhead", "gpt2-124m", 600),
     Part("concurrency", "gpt2-124m", 90),
     Part("branch", "gpt2-124m", 200),
-    Part("resume", "gpt2-124m", 360, ("--cuts", "1,3,6,9,12")),
-    Part("resume", "0.5b", 270, ("--dtype", "float32", "--prompt", "128", "--cuts", "1,12,24")),
+    Part("resume", "gpt2-124m", 480, ("--cuts", "1,3,6,9,12")),
+    Part("resume", "0.5b", 330, ("--dtype", "float32", "--prompt", "128", "--cuts", "1,12,24")),
 )
 QUICK = tuple(
     Part(name, "tiny", 20, ("--quick", "--dtype", "float32", "--prompt", "128"))
@@ -246,8 +246,21 @@ class Runner:
             argv += ["--nnsight", peer]
         if not self.run(part.key, argv, _LIMIT * part.seconds + 60):
             return None
-        made: Document = json.loads(out.read_text())
+        return self.document(part.key)
+
+    def document(self, key: str) -> Document | None:
+        """What a part wrote the last time, if it did."""
+        file = self.work / f"{key}.json"
+        if not file.exists():
+            return None
+        made: Document = json.loads(file.read_text())
         return made
+
+    def earlier(self, wanted: Sequence[Part]) -> tuple[dict[str, Document], list[str]]:
+        """With --only: the documents of the parts that are not measured now, and their keys."""
+        others = [part for part in PARTS if part not in wanted] if self.options.only and not self.options.quick else []
+        found = {part.key: made for part in others if (made := self.document(part.key)) is not None}
+        return found, list(found)
 
     def exact(self) -> Document | None:
         """What the tests of many architectures found, in the server's environment."""
@@ -256,12 +269,9 @@ class Runner:
         say(f"[{self.budget.elapsed:5.0f} s] exact continuation, over architectures")
         done = self.run("exact", [self.python, "-m", "tests.guest.architectures", "--json", out], EXACT_SECONDS)
         # A failure that it found is a result; none is there only if it could not run.
-        if not out.exists():
-            return None
-        if not done:
+        if not done and out.exists():
             say("  it reports failures")
-        found: Document = json.loads(out.read_text())
-        return found
+        return self.document("exact")
 
     def peer(self) -> Path | None:
         """Python of an environment with nnsight beside the server's packages; made once, under build."""
@@ -335,14 +345,20 @@ def _measure(runner: Runner, wanted: Sequence[Part], document: Document) -> tupl
     if not runner.options.quick:
         document["waited_for_rest_s"] = rest(cores)
     document["load_average"] = environment.load()
-    measured: dict[str, Document] = {}
+    measured, taken = runner.earlier(wanted)
     for part in wanted:
         if (made := runner.part(part, peer)) is not None:
             measured[part.key] = made
     only = runner.options.only
-    # Last, and not in a trial: it is a test that takes minutes, not a measurement.
-    exact = runner.exact() if (not only or "exact" in only) and not runner.options.quick else None
-    return measured, exact
+    exact = None
+    if only and "exact" not in only:
+        exact = runner.document("exact")
+        taken += ["exact"] * (exact is not None)
+    elif not runner.options.quick:
+        # Last, and not in a trial: it is a test that takes minutes, not a measurement.
+        exact = runner.exact()
+    document["of_an_earlier_run"] = taken
+    return {part.key: measured[part.key] for part in (*PARTS, *QUICK) if part.key in measured}, exact
 
 
 def table(document: Document) -> list[str]:
@@ -366,7 +382,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--quick", action="store_true", help="the tiny model, few samples: does it work at all?")
-    made.add_argument("--only", type=_names, help="some of the parts: checkpoint, resume, …, exact")
+    made.add_argument(
+        "--only",
+        type=_names,
+        help="measure only these (checkpoint, resume, …, exact); the others are as the last run in --out left them",
+    )
     made.add_argument("--device", default="auto", help="auto (the default), cpu, cuda")
     made.add_argument("--seed", type=int, default=1, help="of prompts and orders (default: %(default)s)")
     made.add_argument("--budget", type=float, default=2400, help="seconds after which to stop (default: %(default)g)")

@@ -82,6 +82,7 @@ class Session(Strict):
     """All of it."""
 
     version: Literal[1]
+    digest: Short
     model: Short
     id: Name
     tokens: Tokens

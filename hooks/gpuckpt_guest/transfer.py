@@ -2,8 +2,8 @@
 
 Tensors: ``hidden`` (the activation of a paused session), ``cache.LAYER.keys`` and so on, ``random`` (the state of its
 generator), ``vector.N`` (of its edits), ``carried.…`` (what layers handed on within the stopped pass). The metadata's
-entry ``gpuckpt_session`` is JSON. ``gpuckpt_digest``, which every file has that is written here, is a digest of all
-the rest: a bit that was lost on the way would else be a wrong answer, or a wrong activation, without a word.
+one entry, ``gpuckpt_session``, is JSON. Its ``digest`` is of all the rest: a bit that was lost on the way would else be
+a wrong answer without a word.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .engine.text import TextStream
 
 VERSION = 1
 _PAUSE = ("layer", "step", "position", "tokens", "breakpoint", "executed", "replaced")
-_KEY, _DIGEST = "gpuckpt_session", "gpuckpt_digest"
+_KEY = "gpuckpt_session"
 
 
 def pack(tensors: Mapping[str, Any], metadata: Mapping[str, Any]) -> bytes:
@@ -43,8 +43,9 @@ def pack(tensors: Mapping[str, Any], metadata: Mapping[str, Any]) -> bytes:
         place = whole.untyped_storage().data_ptr()
         held[name] = whole.clone() if place in seen else whole
         seen.add(place)
-    told = {name: json.dumps(value) for name, value in metadata.items()}
-    return bytes(save_tensors(held, told | {_DIGEST: json.dumps(_digest(held, told))}))
+    if _KEY in metadata:
+        metadata = {_KEY: metadata[_KEY] | {"digest": _digest(held, metadata[_KEY])}}
+    return bytes(save_tensors(held, {name: json.dumps(value) for name, value in metadata.items()}))
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -53,24 +54,23 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors = load_tensors(data)
         size = int.from_bytes(data[:8], "little")
         told = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-        if _KEY not in told and _DIGEST not in told:  # somebody else's: what they tell need not be JSON
+        if _KEY not in told:  # what others tell beside their tensors need not be JSON
             return tensors, {}
-        metadata = {name: json.loads(value) for name, value in told.items()}
-        if _DIGEST in told and _digest(tensors, told) != metadata[_DIGEST]:
+        facts = json.loads(told[_KEY])
+        if "digest" in facts and facts["digest"] != _digest(tensors, facts):
             raise EngineError("the file was damaged: it does not hold what was written", code="damaged")
-        return tensors, metadata
+        return tensors, {_KEY: facts}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise EngineError(f"this is no safetensors file: {error}", code="malformed") from None
 
 
-def _digest(tensors: Mapping[str, Any], told: Mapping[str, str]) -> str:
-    """BLAKE2b of names, shapes and bytes of the tensors and of the metadata's other entries, each by their names."""
-    made = hashlib.blake2b(digest_size=16)
-    for name in sorted(set(told) - {_DIGEST}):
-        made.update(f"{name}\0{told[name]}\0".encode())
+def _digest(tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """BLAKE2b of the facts, and of the tensors' names, shapes and bytes in the order of their names."""
+    rest = {name: value for name, value in facts.items() if name != "digest"}
+    made = hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]
-        made.update(f"{name}\0{list(tensor.shape)}\0".encode())
+        made.update(f"\0{name}\0{list(tensor.shape)}\0".encode())
         made.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return made.hexdigest()
 
@@ -149,7 +149,7 @@ def load(engine: Engine, file: tuple[dict[str, Any], dict[str, Any]], name: str 
     """
     tensors, metadata = file
     facts = metadata.get(_KEY)
-    if not isinstance(facts, dict) or facts.get("version") != VERSION or _DIGEST not in metadata:
+    if not isinstance(facts, dict) or facts.get("version") != VERSION or "digest" not in facts:
         raise EngineError("this safetensors file is no session, or one of another version", code="malformed")
     if facts.get("model") != engine.loaded.identity:
         raise conflict("the session belongs to another model")

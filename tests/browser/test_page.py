@@ -304,3 +304,19 @@ CONTRAST = """(selector) => {
   const a = light(getComputedStyle(element).color), b = light(behind(ground));
   return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
 }"""
+
+
+def test_a_narrow_window_shows_all_of_it_without_scrolling_sideways(page: Page) -> None:
+    page.set_viewport_size({"width": 400, "height": 800})
+    start(page)
+    stopped(page, 2)
+    expect(page.locator("#lens .token")).to_have_count(10)
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    assert wide <= 400
+    # Values stand beside or below their names with room to be read, the strip keeps all its layers.
+    for box in page.locator("dd").all():
+        if box.is_visible() and (place := box.bounding_box()):
+            assert place["width"] > 150
+    assert page.evaluate("document.documentElement.scrollHeight") < 4000
+    page.get_by_role("button", name="Resume").click()
+    done(page)

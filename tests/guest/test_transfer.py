@@ -70,7 +70,7 @@ def written(data: bytes) -> tuple[Any, dict[str, Any]]:
     """A file's content, but for the session's name, in a form that can be compared."""
     tensors, metadata = transfer.unpack(data)
     facts = metadata["gpuckpt_session"]
-    del facts["id"]
+    del facts["id"], facts["digest"]
     return facts, {name: (str(tensor.dtype), tensor.tolist()) for name, tensor in tensors.items()}
 
 

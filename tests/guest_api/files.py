@@ -27,15 +27,14 @@ def with_header(header: Any, data: bytes) -> bytes:
 
 def sealed(header: Any, data: bytes) -> bytes:
     """The same with the digest of what it says now: damage that its maker did, not one that happened on the way."""
-    told = {name: value for name, value in header["__metadata__"].items() if name != "gpuckpt_digest"}
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(told):
-        digest.update(f"{name}\0{told[name]}\0".encode())
+    facts = json.loads(header["__metadata__"]["gpuckpt_session"])
+    facts.pop("digest", None)
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
     for name in sorted(set(header) - {"__metadata__"}):
         first, end = header[name]["data_offsets"]
-        digest.update(f"{name}\0{header[name]['shape']}\0".encode() + data[first:end])
-    header["__metadata__"] = told | {"gpuckpt_digest": json.dumps(digest.hexdigest())}
-    return with_header(header, data)
+        digest.update(f"\0{name}\0{header[name]['shape']}\0".encode() + data[first:end])
+    told = {"gpuckpt_session": json.dumps(facts | {"digest": digest.hexdigest()})}
+    return with_header(header | {"__metadata__": told}, data)
 
 
 def opened(file: bytes) -> tuple[Any, bytes]:

@@ -49,7 +49,7 @@ def malformed(good: bytes) -> dict[str, bytes]:
         return with_header({name: entry | what}, data)
 
     overlapping = {name: entry, "second": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    nested = {"__metadata__": {"gpuckpt_digest": "[" * 100_000}, name: entry}
+    nested = {"__metadata__": {"gpuckpt_session": "[" * 100_000}, name: entry}
     return {
         "nothing": b"",
         "seven bytes": good[:7],
@@ -68,7 +68,7 @@ def malformed(good: bytes) -> dict[str, bytes]:
         "a header that nests": with_header(b"[" * 100_000, data),
         "metadata that nests": with_header(nested, data),
         "metadata of numbers": with_header({"__metadata__": {"pause": 5}, name: entry}, data),
-        "metadata that is no JSON": with_header({"__metadata__": {"pause": "{"}, name: entry}, data),
+        "metadata that is no JSON": with_header({"__metadata__": {"gpuckpt_session": "{"}, name: entry}, data),
         "overlapping offsets": with_header(overlapping, data),
         "offsets beyond the end": lying(data_offsets=[0, size + 8]),
         "offsets that go backwards": lying(data_offsets=[size, 0]),

@@ -320,6 +320,21 @@ def test_no_part_begins_when_the_budget_is_spent(tmp_path: Path) -> None:
     assert "budget" in made.failures["checkpoint-tiny"]
 
 
+def test_what_is_not_measured_anew_is_taken_from_the_last_run_and_named(tmp_path: Path) -> None:
+    made = runner(tmp_path)
+    made.work.mkdir(parents=True)
+    again = [part for part in sessions.PARTS if part.name == "resume"]
+    for part in (*sessions.PARTS, *sessions.QUICK):
+        (made.work / f"{part.key}.json").write_text(json.dumps({"part": part.key}))
+    assert made.earlier(again) == ({}, [])  # a whole run takes nothing over
+    made.options.only = ["resume"]
+    found, keys = made.earlier(again)
+    assert keys == [part.key for part in sessions.PARTS if part.name != "resume"]
+    assert found == {key: {"part": key} for key in keys}
+    made.options.quick = True
+    assert made.earlier(again) == ({}, [])
+
+
 def test_parts_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         sessions.parser().parse_args(["--only", "checkpoint,speed"])

@@ -276,7 +276,7 @@ def test_resume(guest: FakeGuest) -> None:
 
 def test_branch(guest: FakeGuest) -> None:
     what = "POST /v1/sessions/demo/branch"
-    made = {"sessions": ["s-1", "b"], "results": [RESULT | {"text": "a\x1b[2J"}, RESULT]}
+    made: dict[str, Any] = {"sessions": ["s-1", "b"], "results": [RESULT | {"text": "a\x1b[2J"}, RESULT]}
     guest.on(what, answer(made), answer(made), answer(made | {"results": None}))
     variants = ["--variant", "scale:2:0.9", "--variant", "temperature=0.8,seed=1"]
     shown = do("branch", "one", "demo", *variants).stdout

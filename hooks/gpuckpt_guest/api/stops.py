@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from .. import transfer
 from ..engine.engine import Variant, conflict, missing
@@ -63,8 +63,8 @@ async def resume(id: str, spec: schema.ResumeSpec, request: HttpRequest) -> Any:
         types = ("done", "paused", "token") if spec.wait == "token" else ("done", "paused")
         await until(request, bridge, session, turn, box, types, cancel=False)
     # Not by the engine's thread, which is in a layer of the next pass already: nothing here changes under it but the
-    # end of a list.
-    return result(bridge.engine, session, turn)
+    # end of a list. Written as it is: to check what was just made takes longer than all the rest of an answer.
+    return JSONResponse(result(bridge.engine, session, turn))
 
 
 @router.post("/sessions/{id}/suspend", response_model=schema.SessionInfo)

@@ -34,15 +34,21 @@ class Breakpoint:
     once: bool = False
     hits: int = 0
 
+    def ahead(self, layer: int, step: int, position: int, tokens: int) -> bool:
+        """Whether the pass that has run ``layer`` layers could stop here or further on, its condition left aside.
+
+        The pass is the generation's ``step``-th and reads ``tokens`` tokens from ``position`` on.
+        """
+        return (
+            (self.layer is None or self.layer >= layer)
+            and (self.phase == "any" or (self.phase == "prefill") == (step == 0))
+            and (self.step is None or self.step == step)
+            and (self.position is None or position <= self.position < position + tokens)
+        )
+
     def due(self, at: Stop) -> bool:
         """Whether the pass stops here."""
-        if self.layer is not None and self.layer != at.layer:
-            return False
-        if self.phase != "any" and (self.phase == "prefill") != (at.step == 0):
-            return False
-        if self.step is not None and self.step != at.step:
-            return False
-        if self.position is not None and not at.position <= self.position < at.position + at.tokens:
+        if self.layer not in (None, at.layer) or not self.ahead(at.layer, at.step, at.position, at.tokens):
             return False
         want = self.condition
         return (

@@ -142,7 +142,11 @@ class Passes:
                 self._edit(flight, row, edit, session.cache.length)
             turn = session.turn
             # One that is to end stops no more: it would have to be resumed to end.
-            if turn and not turn.cancelled and session.breakpoints:
+            if not turn or turn.cancelled or not session.breakpoints:
+                continue
+            where = (forward.layer, turn.step, session.cache.length, flight.tokens)
+            # Where none can be hit in this pass any more, nothing is looked at.
+            if any(breakpoint.ahead(*where) for breakpoint in session.breakpoints.values()):
                 found = self._stop(flight, row, session, turn, look)
                 if found is not None:
                     stopped[row] = found
@@ -163,15 +167,16 @@ class Passes:
     def _stop(self, flight: Flight, row: int, session: Session, turn: Turn, look: _Lens) -> Breakpoint | None:
         forward = flight.forward
         assert forward is not None
-        last = self._layout.last(forward.hidden.narrow(self._layout.rows, row, 1))
-        session.norms.append((forward.layer, last.float().norm()))
+        # Its length is for later: most looks end in no stop, and on a CPU a copy costs a fifth of a norm.
+        last = self._layout.token(forward.hidden, row)
+        session.norms.append((forward.layer, last))
         at = Stop(
             layer=forward.layer,
             step=turn.step,
             position=session.cache.length,
             tokens=flight.tokens,
             last_token=session.unread[flight.tokens - 1],
-            norm=lambda: float(session.norms[-1][1]),
+            norm=lambda: float(last.float().norm()),
             entropy=lambda: sampling.entropy(look.logits()[row]),
         )
         for breakpoint in list(session.breakpoints.values()):
@@ -192,6 +197,7 @@ class Passes:
             turn = session.turn
             assert turn is not None
             hidden = forward.hidden if len(flight.rows) == 1 else self._layout.select(forward.hidden, [row])
+            session.norms = _measured(session.norms)
             session.pause = Pause(
                 layer=forward.layer,
                 step=turn.step,
@@ -309,6 +315,15 @@ class Passes:
         session.last, session.turn = turn, None
         session.turns += 1
         self._ended(session)
+
+
+def _measured(norms: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Lengths in the place of states: a session that has stopped holds no activations on the device."""
+    states = [state for _, state in norms if state.dim()]
+    if not states:
+        return norms
+    lengths = iter(torch.stack(states).float().norm(dim=-1).unbind())
+    return [(layer, next(lengths) if state.dim() else state) for layer, state in norms]
 
 
 class _Lens:

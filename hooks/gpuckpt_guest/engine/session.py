@@ -121,7 +121,8 @@ class Session:
     messages: list[dict[str, Any]] = field(default_factory=list)
     wire_received: int = 0
     wire_sent: int = 0
-    norms: list[tuple[int, Any]] = field(default_factory=list)  # of the pass at work, if it is watched
+    # Of the pass at work, if it is watched: by layers, lengths, or states whose lengths nobody has asked for yet.
+    norms: list[tuple[int, Any]] = field(default_factory=list)
 
     @property
     def state(self) -> State:

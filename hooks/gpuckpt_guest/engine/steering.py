@@ -45,9 +45,11 @@ class Layout:
         """Hidden states of several sessions as one batch."""
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.rows)
 
-    def last(self, hidden: Any) -> Any:
-        """The hidden state of the last token."""
-        return hidden.narrow(self.tokens, hidden.shape[self.tokens] - 1, 1)
+    def token(self, hidden: Any, row: int) -> Any:
+        """The hidden state [features] of a row's last token, as a copy."""
+        if hidden.numel() != hidden.shape[-1]:  # else it is all there is
+            hidden = hidden.narrow(self.rows, row, 1).narrow(self.tokens, hidden.shape[self.tokens] - 1, 1)
+        return hidden.flatten().clone()
 
 
 def apply(edit: Edit, hidden: Any, layout: Layout, position: int) -> Any:
