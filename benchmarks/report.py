@@ -2,6 +2,7 @@
 
     python -m benchmarks.report                      build/bench → results/DATE-MACHINE/, results/README.md
     python -m benchmarks.report --results /tmp/out   the same elsewhere
+    python -m benchmarks.report --sessions           the session engine's → results/DATE-MACHINE-sessions/
     python -m benchmarks.report --index              only the index anew
 
 Everything in the pages is computed from the JSON files; nothing in them is written by hand.
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, merge, pages
+from benchmarks import harness, merge, pages, session_pages
 
 Document = dict[str, Any]
 _WORDS = ("xeon", "epyc", "ryzen", "core", "neoverse", "graviton", "ampere", "arm")
@@ -61,15 +62,31 @@ def make(source: Path, results: Path) -> Path:
     return target
 
 
+def make_sessions(source: Path, results: Path) -> Path:
+    """The same for the session engine's sessions.json."""
+    document: Document = json.loads((source / "sessions.json").read_text())
+    target = results / f"{folder_name(document)}-sessions"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "sessions.json", target / "sessions.json")
+    from benchmarks import session_figures
+
+    drawn = session_figures.draw(document, target)
+    (target / "README.md").write_text(session_pages.page(document, target.name, drawn))
+    index(results)
+    return target
+
+
 def index(results: Path) -> Path:
     """Write README.md of all results: one row for each folder, the newest first."""
-    found = []
+    found, sessions = [], []
     for folder in sorted(results.iterdir(), reverse=True):
         for name in ("restore.json", "demo.json"):
             if (file := folder / name).is_file():
                 found.append((folder.name, name, json.loads(file.read_text())))
+        if (file := folder / "sessions.json").is_file():
+            sessions.append((folder.name, json.loads(file.read_text())))
     page = results / "README.md"
-    page.write_text(pages.index(found))
+    page.write_text(pages.index(found, session_pages.index(sessions)))
     return page
 
 
@@ -79,10 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     made.add_argument("--out", type=Path, default=harness.ROOT / "build" / "bench", help="what was measured")
     made.add_argument("--results", type=Path, default=harness.ROOT / "results", help="where pages go")
+    made.add_argument("--sessions", action="store_true", help="the session engine's results")
     made.add_argument("--index", action="store_true", help="only write the index anew")
     options = made.parse_args(argv)
     try:
-        written = index(options.results) if options.index else make(options.out, options.results)
+        if options.index:
+            written = index(options.results)
+        else:
+            written = (make_sessions if options.sessions else make)(options.out, options.results)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

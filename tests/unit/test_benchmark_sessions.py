@@ -35,7 +35,9 @@ SETTING = {
     "prompt": 512,
     "quick": False,
 }
-MACHINE = {"cpu_model": "Xeon", "cores": 2}
+MACHINE = {"cpu_model": "Xeon", "cores": 2, "memory_bytes": 24 << 30, "gpus": []} | dict.fromkeys(
+    ("kernel", "criu", "podman", "vllm", "torch"), "1.0"
+)
 pairs = st.lists(st.tuples(st.floats(0.01, 1e4), st.floats(0.01, 1e4)), min_size=1, max_size=30)
 
 
@@ -91,8 +93,8 @@ def measured() -> dict[str, Any]:
         "overhead-m": part(
             "overhead",
             one={**paired(values(98.0), values(100.0)), "tokens_equal": True},
-            eight={"sessions": 8},
-            pause={"ratio": {}},
+            eight={"sessions": 8, "over_batch": ratio, "over_in_a_row": ratio},
+            pause={"ratio": {"breakpoint": ratio}},
         ),
         "branch-m": part(
             "branch",
@@ -380,3 +382,22 @@ def test_figures_without_numbers_are_left_out(tmp_path: Path) -> None:
     document = {key: value for key, value in whole().items() if key not in missing}
     assert session_figures.draw(document, tmp_path) == ["sessions_branching"]
     assert {file.name for file in tmp_path.iterdir()} == {"sessions_branching.png", "sessions_branching.svg"}
+
+
+def test_the_page_says_what_the_document_says() -> None:
+    from benchmarks import session_pages
+
+    document = whole() | {"machine": MACHINE, "unavailable": {"nnsight": "no network"}, "failures": {}}
+    document |= {"targets": targets(document, TARGETS), "of_an_earlier_run": ["checkpoint-m"]}
+    page = session_pages.page(document, "title", ["sessions_branching"])
+    exact = document["exact"]
+    assert f"{exact['architectures']} architectures" in page and f"{exact['cuts']:,} cuts" in page
+    assert "![Variants" in page and "nnsight` is missing: no network" in page and "checkpoint-m" in page
+    assert page.count("| met |") + page.count("| met (n < 10) |") == sum(
+        target["met"] is True for target in document["targets"]
+    )
+    (line,) = [line for line in session_pages.index([("folder", document)]) if line.startswith("| [folder]")]
+    assert "0.98 ×" in line and " of " in line
+    assert session_pages.index([]) == []
+    poor = {"machine": MACHINE, "settings": {}, "targets": targets({}, TARGETS)}
+    assert "not tried" in session_pages.page(poor, "title", [])
