@@ -138,12 +138,21 @@ def tail(text: str, lines: int = 15) -> tuple[str, ...]:
 
 def memory_of(pids: Sequence[int]) -> int:
     """Bytes of memory that a dump of these processes would carry: anonymous, shared and swapped pages."""
+    return _memory(pids, ("RssAnon:", "RssShmem:", "VmSwap:"))
+
+
+def own_memory_of(pids: Sequence[int]) -> int:
+    """Bytes that these processes hold beside what they map from files, a tmpfs' included: anonymous and swapped pages."""
+    return _memory(pids, ("RssAnon:", "VmSwap:"))
+
+
+def _memory(pids: Sequence[int], kinds: tuple[str, ...]) -> int:
     total = 0
     for pid in pids:
         try:
             with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
                 for line in status:
-                    if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
+                    if line.startswith(kinds):
                         total += int(line.split()[1]) * 1024
         except (FileNotFoundError, ProcessLookupError):
             continue
