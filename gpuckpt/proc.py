@@ -142,7 +142,7 @@ def memory_of(pids: Sequence[int]) -> int:
 
 
 def own_memory_of(pids: Sequence[int]) -> int:
-    """Bytes that these processes hold beside what they map from files, a tmpfs' included: anonymous and swapped pages."""
+    """Bytes that these processes hold beside what they map from files (a tmpfs' too): anonymous and swapped pages."""
     return _memory(pids, ("RssAnon:", "VmSwap:"))
 
 
