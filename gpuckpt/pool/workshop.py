@@ -43,12 +43,14 @@ class Source:
 
 
 class Workshop:
-    """See :class:`gpuckpt.pool.hands.Hands`. ``arguments`` are the global options that a child process is to get."""
+    """See :class:`gpuckpt.pool.hands.Hands`. ``environment`` is what tells a child process the same settings."""
 
-    def __init__(self, settings: Settings, sources: Mapping[str, Source], *, arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, settings: Settings, sources: Mapping[str, Source], *, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._settings = settings
         self._sources = dict(sources)
-        self._arguments = arguments
+        self._environment = dict(environment or {})
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gpuckpt-pool")
         self._known: dict[str, Container] = {}  # id and first process of running replicas
 
@@ -136,17 +138,13 @@ class Workshop:
         self._known.pop(source.golden, None)
         with contextlib.suppress(NotFoundError, NothingToDo):
             replicas.stop(self._tools, source.golden, only_dead=True)
-        words = [
-            sys.executable,
-            "-m",
-            "gpuckpt",
-            *self._arguments,
-            "create",
-            source.golden,
-            "--leave-running",
-            "--replace",
-        ]
-        result = proc.run([*words, *source.create], timeout=self._settings.create.start_timeout + 600, check=False)
+        words = [sys.executable, "-m", "gpuckpt", "create", source.golden, "--leave-running", "--replace"]
+        result = proc.run(
+            [*words, *source.create],
+            timeout=self._settings.create.start_timeout + 600,
+            env=self._environment,
+            check=False,
+        )
         if result.code != 0:
             said = proc.tail(result.stderr, 3)
             raise CheckpointError(f"golden {source.golden} could not be made", cause=" ".join(said), log=said)
