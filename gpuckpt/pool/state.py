@@ -126,7 +126,7 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start a server cold and make the model's golden of it; it stays, as a replica."""
+    """Start a server cold, make the model's golden of it, and restore a replica from that."""
 
     model: str
 

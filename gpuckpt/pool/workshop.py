@@ -32,6 +32,7 @@ from gpuckpt.workload import adapter
 
 _Result = TypeVar("_Result")
 _WORKERS = 32  # restores, stops and checks at once
+_DUMP_SECONDS = 600  # the most that warming up and dumping may take
 
 
 @dataclass(frozen=True)
@@ -132,26 +133,17 @@ class Workshop:
                 f"there is no golden {source.golden}, and nothing says how to make it",
                 remedy=f'gpuckpt create {source.golden} …, or create = ["--", …] in [models."{model}"]',
             )
-        return await self._in_thread(self._start, source)
+        return await self._in_thread(self._start, source, replica)
 
-    def _start(self, source: Source) -> Made:
-        self._known.pop(source.golden, None)
-        with contextlib.suppress(NotFoundError, NothingToDo):
-            replicas.stop(self._tools, source.golden, only_dead=True)
-        words = [sys.executable, "-m", "gpuckpt", "create", source.golden, "--leave-running", "--replace"]
-        result = proc.run(
-            [*words, *source.create],
-            timeout=self._settings.create.start_timeout + 600,
-            env=self._environment,
-            check=False,
-        )
+    def _start(self, source: Source, name: str) -> Made:
+        # Then restored like any other: it takes a second more, and one kind of replica is enough.
+        words = [sys.executable, "-m", "gpuckpt", "create", source.golden, "--replace", *source.create]
+        longest = self._settings.create.start_timeout + _DUMP_SECONDS
+        result = proc.run(words, timeout=longest, env=self._environment, check=False)
         if result.code != 0:
             said = proc.tail(result.stderr, 3)
             raise CheckpointError(f"golden {source.golden} could not be made", cause=" ".join(said), log=said)
-        found = replicas.load(self._tools.layout.replicas / source.golden)
-        if found is None:
-            raise CheckpointError(f"golden {source.golden} was made, but its server did not stay")
-        return self._made(found)
+        return self._restore(source.golden, name)
 
     async def wake(self, model: str, replica: str) -> None:
         await self._in_thread(self._thaw, replica)
