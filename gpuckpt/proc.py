@@ -27,6 +27,7 @@ _CONTROL = (
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
 _LONGEST = 500  # characters of a line that is shown
+_daemons: list[subprocess.Popen[bytes]] = []
 
 
 class Result(Struct, frozen=True):
@@ -112,9 +113,11 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start ``argv`` as a daemon of its own session, its output appended to ``log``; return without waiting."""
     words = tuple(str(word) for word in argv)
+    # Those that have ended are waited for, or a process of ours that stays would collect their remains.
+    _daemons[:] = [daemon for daemon in _daemons if daemon.poll() is None]
     with log.open("ab") as output:
         try:
-            return subprocess.Popen(
+            started = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -125,6 +128,8 @@ def spawn(
             )
         except FileNotFoundError as error:
             raise NotFoundError(f"cannot run {words[0]}: no such program", remedy="install it: make setup") from error
+    _daemons.append(started)
+    return started
 
 
 def tail(text: str, lines: int = 15) -> tuple[str, ...]:

@@ -21,7 +21,6 @@ from gpuckpt.errors import GpuckptError, VerificationError
 from gpuckpt.pool import policy
 from gpuckpt.pool.hands import Found, Hands, Made
 from gpuckpt.pool.state import (
-    COMING,
     Action,
     Budget,
     Freeze,
@@ -248,12 +247,14 @@ class Owner:
         self.settle()
 
     def _tier(self, model: _Of) -> str:
+        """The tier that a request finds: the fastest one that something is in, or is coming from."""
         phases = {one.phase for one in model.replicas.values()}
         if Phase.HOT in phases:
             return "hot"
-        if phases & (COMING | {Phase.STANDBY, Phase.FREEZING}):
-            return "standby" if phases & {Phase.STANDBY, Phase.WAKING, Phase.FREEZING} else "coming"
-        return "cold" if model.golden in (Golden.NONE, Golden.QUARANTINED) else str(model.golden)
+        if phases & {Phase.STANDBY, Phase.WAKING, Phase.FREEZING}:
+            return "standby"
+        place = Golden.DISK if model.golden is Golden.MOVING else model.golden
+        return str(place) if place in (Golden.TMPFS, Golden.DISK) else "cold"
 
     # ------------------------------------------------------------------ the loop
 
