@@ -108,7 +108,10 @@ TARGETS = (
 
 def merge(parts: dict[str, Document], exact: Document | None) -> Document:
     """The contract's keys out of the parts' documents; a part that is not there leaves its keys out."""
-    made: Document = {"settings": {key: part["setting"] for key, part in parts.items()}}
+    made: Document = {
+        "settings": {key: part["setting"] for key, part in parts.items()},
+        "commits": {key: part.get("commit") for key, part in parts.items()},
+    }
     if exact is not None:
         made["exact"] = {key: exact[key] for key in ("architectures", "cuts", "failures")}
     first = {part["part"].removeprefix("sessions_"): part for part in reversed(list(parts.values()))}
@@ -188,6 +191,7 @@ class Runner:
         self.failures: dict[str, str] = {}
         self.unavailable: dict[str, str] = {}
         self.budget = Budget(options.budget)
+        self.commit: str | None = None
 
     def run(self, name: str, argv: Sequence[str | Path], seconds: float) -> bool:
         """Whether a process in the server's environment ended well; its words go where ours go."""
@@ -246,7 +250,11 @@ class Runner:
             argv += ["--nnsight", peer]
         if not self.run(part.key, argv, _LIMIT * part.seconds + 60):
             return None
-        return self.document(part.key)
+        made = self.document(part.key)
+        if made is not None:  # a later run with --only may take it over
+            made["commit"] = self.commit
+            out.write_text(json.dumps(made, indent=1) + "\n")
+        return made
 
     def document(self, key: str) -> Document | None:
         """What a part wrote the last time, if it did."""
@@ -313,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "options": {"quick": options.quick, "only": options.only, "seed": options.seed, "device": options.device},
         "machine": environment.machine(),
     }
+    runner.commit = document["machine"]["commit"]
     try:
         with harness.interrupts():
             measured, exact = _measure(runner, wanted, document)

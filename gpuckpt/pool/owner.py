@@ -78,13 +78,6 @@ class Held:
     requests: int = 0
     memory: int = 0
     gpu: int = 0
-    failed_checks: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    future: asyncio.Future[Held]
-    since: float
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +92,7 @@ class _Of:
     memory: int = 0
     gpu: int = 0
     replicas: dict[str, Held] = field(default_factory=dict)
-    waiters: deque[_Waiter] = field(default_factory=deque)
+    waiters: deque[asyncio.Future[Held]] = field(default_factory=deque)
     asked: float = 0.0
     failures: int = 0
     retry_at: float = 0.0
@@ -195,10 +188,6 @@ class Owner:
             warm=model.warm,
         )
 
-    def trouble(self, name: str) -> str:
-        """Why the last attempt to bring up a replica of the model failed; empty since one came up."""
-        return self._models[name].trouble
-
     # ------------------------------------------------------------------ requests
 
     async def acquire(self, name: str, deadline: float) -> Lease:
@@ -213,23 +202,22 @@ class Owner:
             raise RefusedError(f"{len(model.waiters)} requests wait for {name} already", retry_after=1)
         began = self._clock()
         tier = self._tier(model)
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), began)
+        waiter: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
         held: Held | None = None
         model.waiters.append(waiter)
         model.asked = began
         self.settle()
         try:
             async with asyncio.timeout(deadline):
-                held = await waiter.future
+                held = await waiter
         except TimeoutError:
             why = f": {model.trouble}" if model.trouble else ""
             raise RefusedError(f"no replica of {name} was free within {deadline:g} s{why}", retry_after=5) from None
         finally:
             with contextlib.suppress(ValueError):
                 model.waiters.remove(waiter)
-            done = waiter.future
-            if held is None and done.done() and not done.cancelled() and done.exception() is None:
-                self.release(done.result())  # it was given in the moment in which the waiting ended
+            if held is None and waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self.release(waiter.result())  # it was given in the moment in which the waiting ended
         return Lease(held, tier, self._clock() - began)
 
     def release(self, held: Held) -> None:
@@ -281,11 +269,11 @@ class Owner:
             if not free:
                 return
             waiter = model.waiters.popleft()
-            if waiter.future.done():
+            if waiter.done():
                 continue
             best = min(free, key=lambda one: (one.requests, one.name))
             best.requests += 1
-            waiter.future.set_result(best)
+            waiter.set_result(best)
 
     def _begin(self, action: Action) -> None:
         model = self._models[action.model]
@@ -399,8 +387,8 @@ class Owner:
             refused = RefusedError(f"{model.name} cannot be brought up: {error.message}", retry_after=30)
             while model.waiters:
                 waiter = model.waiters.popleft()
-                if not waiter.future.done():
-                    waiter.future.set_exception(refused)
+                if not waiter.done():
+                    waiter.set_exception(refused)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         async def whole() -> None:

@@ -167,19 +167,6 @@ class Workshop:
         with contextlib.suppress(NotFoundError, NothingToDo):
             replicas.stop(self._tools, name)
 
-    async def healthy(self, model: str, replica: str) -> bool:
-        return await self._in_thread(self._healthy, replica)
-
-    def _healthy(self, name: str) -> bool:
-        found = replicas.load(self._tools.layout.replicas / name)
-        try:
-            return found is not None and self._answers(found)
-        except GpuckptError:
-            return False
-
-    async def memory(self, model: str, replica: str) -> int:
-        return await self._in_thread(lambda: _private(self._container(replica).pid))
-
     # ------------------------------------------------------------------ goldens
 
     async def move(self, model: str, to: Golden) -> None:

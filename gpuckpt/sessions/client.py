@@ -373,9 +373,7 @@ class Client:
                 remedy="serve the model with the guest server: gpuckpt create NAME --workload guest --model FOLDER",
             )
         if status == 404:
-            vectors = path.startswith("/vectors") or message.startswith("there is no vector")
-            shows = "vectors lists them" if vectors else "ls shows the sessions, session show their parts"
-            return NotFoundError(message, remedy=f"gpuckpt session {shows}")
+            return NotFoundError(message, remedy="gpuckpt session ls, show and vectors tell what there is")
         if code == "name_taken":
             return BusyError(message, remedy="choose another name; or go on with it, or remove it (gpuckpt session rm)")
         if status == 409:

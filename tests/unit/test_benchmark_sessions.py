@@ -293,7 +293,7 @@ def test_a_missed_target_and_an_unmeasured_one_are_said() -> None:
 
 
 def test_nothing_measured_is_merged_to_nothing() -> None:
-    assert merge({}, None) == {"settings": {}}
+    assert merge({}, None) == {"settings": {}, "commits": {}}
     assert all(target["met"] is None and not target["enough"] for target in targets({}, TARGETS))
 
 

@@ -479,4 +479,4 @@ def test_what_to_do_names_the_replica_that_was_named(guest: FakeGuest, tmp_path:
     refused = do("import", "one", str(file))
     assert refused.returncode == 2 and str(file) in refused.stderr and "odd" in refused.stderr
     guest.on("DELETE /v1/vectors/v", answer({"error": {"message": "no vector 'v'", "code": "not_found"}}, 404))
-    assert "session vectors" in do("vectors", "one", "--rm", "v").stderr
+    assert "and vectors tell" in do("vectors", "one", "--rm", "v").stderr

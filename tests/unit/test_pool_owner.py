@@ -58,12 +58,6 @@ class FakeHands:
     async def move(self, model: str, to: Golden) -> None:
         await self._do("move", model, str(to))
 
-    async def healthy(self, model: str, replica: str) -> bool:
-        return True
-
-    async def memory(self, model: str, replica: str) -> int:
-        return 1
-
 
 class World:
     """An owner, its hands, and what it told."""

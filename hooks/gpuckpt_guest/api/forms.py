@@ -73,7 +73,7 @@ def edit_info(edit: Edit) -> dict[str, Any]:
 
 def info(engine: Engine, session: Session) -> dict[str, Any]:
     """A session in the form of :class:`schema.SessionInfo`."""
-    turn = session.turn or session.last
+    turn = session.turn
     return {
         "id": session.id,
         "state": session.state,
@@ -87,8 +87,8 @@ def info(engine: Engine, session: Session) -> dict[str, Any]:
         "steering": [edit_info(edit) for edit in session.edits.values()],
         "breakpoints": [transfer.breakpoint_facts(breakpoint) for breakpoint in session.breakpoints.values()],
         "pause": pause_info(engine, session),
-        "generated": len(turn.generated) if turn else 0,
-        "text": turn.text.text if turn else "",
+        "generated": len(turn.generated) if turn else session.written,
+        "text": turn.text.text if turn else session.text,
         "failed": session.failed,
         "wire_bytes": {"received": session.wire_received, "sent": session.wire_sent},
     }

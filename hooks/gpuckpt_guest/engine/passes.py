@@ -167,7 +167,7 @@ class Passes:
     def _stop(self, flight: Flight, row: int, session: Session, turn: Turn, look: _Lens) -> Breakpoint | None:
         forward = flight.forward
         assert forward is not None
-        # Its length is for later: most looks end in no stop, and on a CPU a copy costs a fifth of a norm.
+        # Its length is for later: most looks end in no stop, and a copy is cheaper than a norm.
         last = self._layout.token(forward.hidden, row)
         session.norms.append((forward.layer, last))
         at = Stop(
@@ -312,7 +312,8 @@ class Passes:
         if turn.chat:
             session.messages.append({"role": "assistant", "content": turn.text.text})
         session.emit(event)
-        session.last, session.turn = turn, None
+        session.text, session.written = turn.text.text, len(turn.generated)
+        session.turn = None
         session.turns += 1
         self._ended(session)
 

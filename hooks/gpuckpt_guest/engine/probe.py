@@ -98,7 +98,7 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
     for run, (_, cached) in zip(runs, plain, strict=True):
         if difference := _compare(run.cache, cached):
             raise UnsupportedModelError(_why(stepper.model, before, f"its cache differs: {difference}"))
-    if shorter is not None and tail.agrees(shorter, stepper, _several(stepper, blueprint), random):
+    if shorter is not None and tail.agrees(shorter, stepper, _several(stepper, blueprint.session()), random):
         stepper.tail = shorter
     blueprint.learn(runs[0].cache)
     alone = _alone(stepper, blueprint, layout, carries, plain, prompts)
@@ -128,17 +128,16 @@ def _check_configuration(config: Any) -> None:
         )
 
 
-def _several(stepper: Stepper, blueprint: Blueprint) -> Forward:
-    """A pass of several rows of several tokens."""
+def _several(stepper: Stepper, cache: SessionCache) -> Forward:
+    """The begin of a pass of several rows of several tokens."""
     ids = torch.ones(_ROWS, _TOKENS, dtype=torch.long, device=stepper.model.device)
-    return stepper.begin(stepper.inputs(ids, past=[0] * _ROWS), blueprint.session())
+    return stepper.begin(stepper.inputs(ids, past=[0] * _ROWS), cache)
 
 
 def _layout(stepper: Stepper, blueprint: Blueprint) -> Layout:
-    ids = torch.ones(_ROWS, _TOKENS, dtype=torch.long, device=stepper.model.device)
     cache = blueprint.session()
     empty = {name: tensor.shape for name, tensor in cache.tensors()}
-    hidden = stepper.begin(stepper.inputs(ids, past=[0] * _ROWS), cache).hidden
+    hidden = _several(stepper, cache).hidden
     shape = tuple(hidden.shape)
     if {name: tensor.shape for name, tensor in cache.tensors()} != empty:
         raise UnsupportedModelError("its prologue writes to the cache")

@@ -108,7 +108,8 @@ class Session:
     edits: dict[str, Edit] = field(default_factory=dict)  # standing rules
     breakpoints: dict[str, Breakpoint] = field(default_factory=dict)
     turn: Turn | None = None
-    last: Turn | None = None  # the generation that ended last
+    text: str = ""  # what the generation that ended last has written, in so many tokens
+    written: int = 0
     pause: Pause | None = None
     parent: str | None = None
     ephemeral: bool = False
