@@ -181,6 +181,7 @@ class Model(Struct, frozen=True, kw_only=True):
             "idle_disk",
             "priority",
             "pin",
+            "memory",
         )
         return Rules(**{name: getattr(self, name) for name in names})
 

@@ -8,7 +8,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from gpuckpt.config_load import load
-from gpuckpt.pool.owner import Event, Owner
+from gpuckpt.pool.book import Event
+from gpuckpt.pool.owner import Owner
 from gpuckpt.pool.state import Golden, Phase, Rules
 from gpuckpt.pool.workshop import Source, Workshop
 from tests.integration.conftest import HERE, SERVER, Bench
