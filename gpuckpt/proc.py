@@ -12,7 +12,6 @@ import re
 import select
 import signal
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -117,8 +116,8 @@ class Child:
         # Set by a program, as code of ours between fork and exec may deadlock where there are threads. The kernel takes
         # the death of the thread that has started it for ours, so that one has to live as long.
         self._words = ("setpriv", "--pdeathsig", "INT", *(str(word) for word in argv))
-        self._out = tempfile.TemporaryFile()  # noqa: SIM115 - wait() closes them
-        self._err = tempfile.TemporaryFile()  # noqa: SIM115
+        self._out = _unnamed_file()
+        self._err = _unnamed_file()
         try:
             self._process = subprocess.Popen(
                 self._words,
@@ -266,6 +265,10 @@ def mapped_files(pids: Sequence[int]) -> set[str]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return {path for path in found if path.startswith("/")}
+
+
+def _unnamed_file() -> IO[bytes]:
+    return open(os.memfd_create("gpuckpt-output", os.MFD_CLOEXEC), "w+b")
 
 
 def _text(data: bytes | str | None) -> str:

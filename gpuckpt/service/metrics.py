@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -25,36 +26,19 @@ class Metrics:
         self._state = state
         self._connections = connections
         self.registry = CollectorRegistry()
-        registry = self.registry
-        self._wakes = Counter("gpuckpt_wakes", "Replicas brought up", ["model", "tier", "outcome"], registry=registry)
-        self._ttft = Histogram(
-            "gpuckpt_ttft_seconds",
-            "From the request to the first byte of its answer",
-            ["tier"],
-            buckets=BOUNDS,
-            registry=registry,
-        )
-        self._wait = Histogram(
-            "gpuckpt_wait_seconds", "From the request to its replica", ["tier"], buckets=BOUNDS, registry=registry
-        )
-        self._phases = Histogram(
-            "gpuckpt_restore_phase_seconds", "Phases of restores", ["phase"], buckets=BOUNDS, registry=registry
-        )
-        self._evictions = Counter("gpuckpt_evictions", "Replicas removed", ["model", "reason"], registry=registry)
-        self._lost = Counter(
-            "gpuckpt_replicas_lost", "Replicas that died or were given up", ["model", "reason"], registry=registry
-        )
-        self._moves = Counter("gpuckpt_golden_moves", "Goldens moved between tiers", ["model", "to"], registry=registry)
-        self._quarantined = Counter(
-            "gpuckpt_goldens_quarantined", "Goldens found damaged", ["model"], registry=registry
-        )
-        self._canaries = Counter(
-            "gpuckpt_canaries", "Canaries of hot replicas", ["model", "outcome"], registry=registry
-        )
-        self._requests = Counter(
-            "gpuckpt_requests", "Requests of clients", ["model", "outcome", "code"], registry=registry
-        )
-        self._retries = Counter("gpuckpt_retries", "Requests given to another replica", ["model"], registry=registry)
+        histogram = partial(Histogram, buckets=BOUNDS, registry=self.registry)
+        self._ttft = histogram("gpuckpt_ttft_seconds", "From the request to its answer's first byte", ["tier"])
+        self._wait = histogram("gpuckpt_wait_seconds", "From the request to its replica", ["tier"])
+        self._phases = histogram("gpuckpt_restore_phase_seconds", "Phases of restores", ["phase"])
+        counter = partial(Counter, registry=self.registry)
+        self._wakes = counter("gpuckpt_wakes", "Replicas brought up", ["model", "tier", "outcome"])
+        self._evictions = counter("gpuckpt_evictions", "Replicas removed", ["model", "reason"])
+        self._lost = counter("gpuckpt_replicas_lost", "Replicas that died or were given up", ["model", "reason"])
+        self._moves = counter("gpuckpt_golden_moves", "Goldens moved between tiers", ["model", "to"])
+        self._quarantined = counter("gpuckpt_goldens_quarantined", "Goldens found damaged", ["model"])
+        self._canaries = counter("gpuckpt_canaries", "Canaries of hot replicas", ["model", "outcome"])
+        self._requests = counter("gpuckpt_requests", "Requests of clients", ["model", "outcome", "code"])
+        self._retries = counter("gpuckpt_retries", "Requests given to another replica", ["model"])
         self.registry.register(self)
         self._recent: dict[str, deque[float]] = {tier: deque(maxlen=_REMEMBERED) for tier in TIERS}
         self._counts: dict[str, list[int]] = {tier: [0] * (len(BOUNDS) + 1) for tier in TIERS}

@@ -243,7 +243,12 @@ def test_a_standby_wakes_and_one_that_does_not_is_replaced() -> None:
 def test_what_an_earlier_service_left_is_adopted() -> None:
     async def work() -> None:
         left = Found(
-            "a", Golden.TMPFS, 4, 1, 0, ((Made("a.7", "at a.7", 1), Phase.HOT), (Made("x", "at x", 1), Phase.STANDBY))
+            "a",
+            Golden.TMPFS,
+            4,
+            1,
+            None,
+            ((Made("a.7", "at a.7", 1), Phase.HOT), (Made("x", "at x", 1), Phase.STANDBY)),
         )
         async with World({"a": RULES}, FakeHands(a=left)) as world:
             lease = await world.owner.acquire("a", 5)
