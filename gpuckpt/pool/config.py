@@ -166,6 +166,9 @@ class Model(Struct, frozen=True, kw_only=True):
     pin: Annotated[Pin, _pin, "no; standby or hot: it is never taken below that"] = Pin.NO
     prewarm: Annotated[bool, _switch, "restore a standby when the service starts"] = False
     schedule: Annotated[tuple[Window, ...], _windows, "when a standby is kept ready: “Mon-Fri 08:00-18:00”"] = ()
+    prepare: Annotated[
+        int | None, config.parse_count, "containers that are made ahead of their restores; default: max_replicas"
+    ] = None
     memory: Annotated[
         int | None, config.parse_bytes, "host memory that a replica will hold; default: what the last one held"
     ] = None
@@ -182,6 +185,7 @@ class Model(Struct, frozen=True, kw_only=True):
             "priority",
             "pin",
             "memory",
+            "prepare",
         )
         return Rules(**{name: getattr(self, name) for name in names})
 

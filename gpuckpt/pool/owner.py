@@ -28,6 +28,7 @@ from gpuckpt.pool.state import (
     Move,
     Phase,
     Pin,
+    Prepare,
     Restore,
     Rules,
     Start,
@@ -84,6 +85,7 @@ class Owner:
             now = self.clock()
             model = self.models[name] = Of(name, rules[name], seen.prefix, asked=now)
             model.found(seen)
+            model.prepared.update(seen.prepared)
             for made, phase in seen.replicas:
                 held = model.replicas[made.name] = Held(made.name, name, phase, now)
                 held.made(made)
@@ -237,8 +239,10 @@ class Owner:
         self._settling = False
         for model in list(self.models.values()):
             self._hand_out(model)
-            if model.leaving and not model.replicas:
+            if model.leaving and not (model.replicas or model.preparing):
                 del self.models[model.name]
+                for name in model.prepared:
+                    self._run(self._discard(model, name))
         state = self.view()
         for action in policy.decide(state):
             self._begin(action)
@@ -297,12 +301,16 @@ class Owner:
                 self._run(self._change(model, held, self._hands.freeze, Phase.STANDBY, "frozen"))
             case Stop(_, name, reason):
                 self._begin_stop(model.replicas[name], reason)
+            case Prepare():
+                model.preparing = model.name_to_prepare()
+                self._run(self._prepare(model, model.preparing))
             case Move(_, to, reason):
                 before, model.golden = model.golden, Golden.MOVING
                 self._run(self._move(model, before, to, reason))
 
     def _new(self, model: Of, phase: Phase) -> Held:
         name = model.next_name()
+        model.prepared.discard(name)
         held = model.replicas[name] = Held(name, model.name, phase, self.clock())
         return held
 
@@ -322,11 +330,23 @@ class Owner:
         held.phase, held.since = Phase.HOT, self.clock()
         model.failures, model.retry_at, model.trouble = 0, 0.0, ""
         if kind == "started":
+            model.prepared.clear()
             model.found(await self._hands.look(model.name))
         self._say(kind, model.name, held.name, tier=tier, seconds=self.clock() - began, phases=made.phases)
         if standby and not model.waiters and model.scale is None:
             held.phase = Phase.FREEZING
             await self._change(model, held, self._hands.freeze, Phase.STANDBY, "frozen")
+
+    async def _prepare(self, model: Of, name: str) -> None:
+        try:
+            await self._hands.prepare(model.name, name)
+            model.prepared.add(name)
+        except GpuckptError as error:
+            # Nobody waits for it, and a restore makes its container itself.
+            model.prepare_at = self.clock() + self.retry * 2**_DOUBLINGS
+            _log.warning("%s could not be prepared: %s", name, error.message)
+        finally:
+            model.preparing = None
 
     async def _change(
         self, model: Of, held: Held, work: Callable[[str, str], Coroutine[Any, Any, None]], phase: Phase, kind: str
@@ -385,6 +405,7 @@ class Owner:
                 self._say("failed", model.name, reason=f"move to {to}: {error.message}")
             return
         model.golden = to
+        model.prepared.clear()  # they were for where it lay before
         self._say("moved", model.name, reason=f"{to}: {reason}", seconds=self.clock() - began)
 
     async def _failed(self, model: Of, held: Held, error: GpuckptError, tier: str) -> None:
@@ -399,6 +420,10 @@ class Owner:
             model.refuse(RefusedError(f"{model.name} cannot be brought up: {error.message}", retry_after=30))
         if isinstance(error, NotFoundError) and model.golden in (Golden.TMPFS, Golden.DISK):
             model.found(await self._hands.look(model.name))  # somebody has removed it
+
+    async def _discard(self, model: Of, name: str) -> None:
+        with contextlib.suppress(GpuckptError):  # the next service finds it, and uses or removes it
+            await self._hands.stop(model.name, name)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         async def whole() -> None:
@@ -442,5 +467,8 @@ class Owner:
         held = [one for model in self.models.values() for one in model.replicas.values()]
         for one in held:
             self._begin_stop(one, "shutdown")
+        for model in self.models.values():
+            for name in model.prepared:
+                self._run(self._discard(model, name))
         while self._tasks:
             await asyncio.wait(self._tasks)

@@ -21,8 +21,9 @@ from gpuckpt.config import Settings
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container, container_name
 from gpuckpt.errors import CheckpointError, GpuckptError, NotFoundError, NothingToDo, RestoreError
+from gpuckpt.golden import prepare, tiers
 from gpuckpt.golden import replica as replicas
-from gpuckpt.golden import tiers
+from gpuckpt.golden.prepare import Options
 from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.restore import RestoreRequest, restore
 from gpuckpt.golden.tools import Tools, open_store, tools
@@ -89,8 +90,9 @@ class Workshop:
 
     async def adopt(self, model: str) -> Found:
         golden = self._sources[model].golden
-        left = await self._in_thread(self._left, golden)
-        return replace(await self._in_thread(self._look, golden), replicas=tuple(left))
+        replicas, prepared = await self._in_thread(self._left, golden)
+        found = await self._in_thread(self._look, golden)
+        return replace(found, replicas=tuple(replicas), prepared=tuple(prepared))
 
     def _look(self, golden: str) -> Found:
         layout = self._tools.layout
@@ -104,13 +106,16 @@ class Workshop:
         place = Golden.TMPFS if "tmpfs" in here else Golden.DISK
         return Found(golden, place, manifest.sizes.total, memory, manifest.workload.served_name)
 
-    def _left(self, golden: str) -> list[tuple[Made, Phase]]:
-        """Replicas of an earlier service that can be used; the others are removed."""
-        usable = []
+    def _left(self, golden: str) -> tuple[list[tuple[Made, Phase]], list[str]]:
+        """Replicas of an earlier service that can be used, and prepared ones; the others are removed."""
+        usable, prepared = [], []
         for one in replicas.all_of(self._tools.layout.replicas):
             if one.golden != golden or not _is_ours(one):
                 continue
             with contextlib.suppress(GpuckptError):
+                if one.state == "prepared":
+                    prepared.append(one.name)
+                    continue
                 container = self._container(one.name)
                 still = freezer.frozen(container.pid, container.id)
                 if one.state == "ready" and container.alive and (still or self._answers(one)):
@@ -118,7 +123,7 @@ class Workshop:
                     continue
             with contextlib.suppress(GpuckptError):
                 replicas.stop(self._tools, one.name)
-        return usable
+        return usable, prepared
 
     def _answers(self, replica: Replica) -> bool:
         return adapter(self._record(replica.golden).workload).healthy(replica.endpoint)
@@ -150,6 +155,12 @@ class Workshop:
         # Its first real request is its proof; a canary of sixteen tokens would keep that waiting.
         restored = restore(RestoreRequest(golden, replica=name, canary=False), self._tools, phases)
         return self._made(restored.replica, phases)
+
+    async def prepare(self, model: str, replica: str) -> None:
+        await self._in_thread(self._prepare, self._sources[model].golden, replica)
+
+    def _prepare(self, golden: str, name: str) -> None:
+        prepare.prepare_as(self._tools, golden, name, Options())
 
     async def start(self, model: str, replica: str, *, replace: bool) -> Made:
         source = self._sources[model]

@@ -15,7 +15,7 @@ from gpuckpt.pool.hands import Found, Made
 from gpuckpt.pool.owner import Owner
 from gpuckpt.pool.state import Golden, Phase, Rules
 
-RULES = Rules(max_replicas=3, concurrency=2, idle_freeze=1000.0, idle_release=1000.0)
+RULES = Rules(max_replicas=3, concurrency=2, idle_freeze=1000.0, idle_release=1000.0, prepare=0)
 
 
 class FakeHands:
@@ -26,6 +26,7 @@ class FakeHands:
         self.done: list[str] = []
         self.fails: dict[str, list[GpuckptError]] = {}
         self.gate: asyncio.Event | None = None
+        self.prepared: list[str] = []
 
     async def _do(self, what: str, *names: str) -> None:
         await asyncio.sleep(0.005)
@@ -49,6 +50,10 @@ class FakeHands:
         await self._do("start anew" if replace else "start", replica)
         self.models[model] = Found(model, Golden.TMPFS, golden_bytes=4)
         return Made(replica, f"at {replica}", memory=1)
+
+    async def prepare(self, model: str, replica: str) -> None:
+        await asyncio.sleep(0.001)
+        self.prepared.append(replica)
 
     async def wake(self, model: str, replica: str) -> None:
         await self._do("wake", replica)
