@@ -118,6 +118,7 @@ class Front(Struct, frozen=True, kw_only=True):
     deadline: Annotated[float, config.parse_duration, "longest wait for a replica, in seconds"] = 120.0
     keep_alive: Annotated[float, config.parse_duration, "between comments to a stream that waits, in seconds"] = 5.0
     header_timeout: Annotated[float, config.parse_duration, "longest wait for a request to be sent, in seconds"] = 20.0
+    drain: Annotated[float, config.parse_duration, "longest wait for requests at work when it stops, in seconds"] = 30.0
     connections: Annotated[int, _one_or_more, "connections at once"] = 20000
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from gpuckpt import manifest as manifests
 from gpuckpt import proc
 from gpuckpt.config import Settings
+from gpuckpt.config_load import as_environment
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container, container_name
 from gpuckpt.errors import CheckpointError, GpuckptError, NotFoundError, NothingToDo, RestoreError
@@ -48,14 +49,12 @@ class Source:
 
 
 class Workshop:
-    """See :class:`gpuckpt.pool.hands.Hands`. ``environment`` is what tells a child process the same settings."""
+    """See :class:`gpuckpt.pool.hands.Hands`."""
 
-    def __init__(
-        self, settings: Settings, sources: Mapping[str, Source], *, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, sources: Mapping[str, Source]) -> None:
         self._settings = settings
         self._sources = dict(sources)
-        self._environment = dict(environment or {})
+        self._environment = as_environment(settings)
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gpuckpt-pool")
         self._known: dict[str, Container] = {}  # id and first process of running replicas
         self._endpoints: dict[str, Endpoint] = {}
