@@ -19,7 +19,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 from urllib.parse import quote
 
 import msgspec
@@ -148,6 +148,10 @@ class Client:
         """Keep so many replicas of the model from now on; None: as the configuration says."""
         return self._act(name, "scale", Scaled, {"replicas": replicas})
 
+    @overload
+    def drain(self, name: str) -> Drained: ...
+    @overload
+    def drain(self, name: None = None) -> None: ...
     def drain(self, name: str | None = None) -> Drained | None:
         """Take no more requests for the model, finish those at work, remove its replicas; a wake() ends it.
 
@@ -266,7 +270,7 @@ class Client:
         kinds: dict[int, type[GpuckptError]] = {404: NotFoundError, 409: BusyError, 503: BusyError, 504: DeadlineError}
         kind = kinds.get(status, UsageError if status in (400, 405, 413, 422) else GpuckptError)
         remedy = told.remedy
-        if remedy is None and kind in (BusyError, DeadlineError):
+        if told.cause is None and remedy is None and kind in (BusyError, DeadlineError):
             remedy = "gpuckpt pool status and gpuckpt pool events tell what it is doing"
         return kind(told.message, cause=told.cause, remedy=remedy)
 
