@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -83,10 +84,9 @@ def top(client: Client, /, once: bool, as_json: bool) -> None:
 
     Ctrl-C ends it. As JSON, one document a line.
     """
-    try:
+    with suppress(InterruptedByUser):  # how one leaves it
         if can_draw() and not once and not as_json:
             _draw(client)
-            return
         while True:
             view = client.state()
             if as_json:
@@ -98,11 +98,9 @@ def top(client: Client, /, once: bool, as_json: bool) -> None:
             if once:
                 return
             time.sleep(_PAUSE)
-    except InterruptedByUser:
-        return  # how one leaves it
 
 
-def _draw(client: Client) -> None:
+def _draw(client: Client) -> NoReturn:
     from rich.live import Live
 
     view, trouble, answered = client.state(), "", time.monotonic()
@@ -145,11 +143,12 @@ def events(client: Client, /, follow: bool, model: str | None, limit: int, as_js
         click.echo(json.dumps({"version": JSON_VERSION, "event": plain(event)}) if as_json else event_line(event))
         sys.stdout.flush()
 
-    for event in shown:
-        show(event)
-    for event in client.follow_events(past[-1].seq if past else 0, model):
-        show(event)
-    say("the service has ended")
+    with suppress(InterruptedByUser):  # how one leaves it
+        for event in shown:
+            show(event)
+        for event in client.follow_events(past[-1].seq if past else 0, model):
+            show(event)
+        say("the service has ended")
 
 
 # --- acting ---------------------------------------------------------------------------------------------------

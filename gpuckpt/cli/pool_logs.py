@@ -15,7 +15,14 @@ from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.logs import Growing, last
 from gpuckpt.cli.pool_client import on_pool
 from gpuckpt.cli.render import format_option, print_json, say
-from gpuckpt.errors import DaemonUnreachableError, GpuckptError, NotFoundError, NothingToDo, UsageError
+from gpuckpt.errors import (
+    DaemonUnreachableError,
+    GpuckptError,
+    InterruptedByUser,
+    NotFoundError,
+    NothingToDo,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from gpuckpt.golden.replica import Replica
@@ -47,7 +54,8 @@ def logs(ctx: click.Context, client: Client, /, name: str, tail: int | None, fol
     if model is None:
         _known(work, names[0], must_exist=True)
     if follow:
-        _follow(work, client, model, names, tail)
+        with suppress(InterruptedByUser):  # how one leaves it
+            _follow(work, client, model, names, tail)
         return
     found = [(one, last(work.containers.logs(one.container), tail)) for one in _recorded(work, names)]
     if not found and model is not None:
