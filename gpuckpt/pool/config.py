@@ -17,7 +17,7 @@ from gpuckpt.errors import UsageError
 from gpuckpt.pool.state import Budget, Pin, Rules
 
 DEFAULT_FILE = Path("/etc/gpuckpt/pool.toml")
-_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
 def _switch(value: object) -> bool:
@@ -91,9 +91,9 @@ def parse_window(text: str) -> Window:
     days: set[int] = set()
     for part in (match[1] or "Mon-Sun").split(","):
         names = [name.capitalize()[:3] for name in part.split("-")]
-        if not 1 <= len(names) <= 2 or any(name not in _DAYS for name in names):
-            raise ValueError(f"must name days by {', '.join(_DAYS)}")
-        low, high = _DAYS.index(names[0]), _DAYS.index(names[-1])
+        if not 1 <= len(names) <= 2 or any(name not in DAYS for name in names):
+            raise ValueError(f"must name days by {', '.join(DAYS)}")
+        low, high = DAYS.index(names[0]), DAYS.index(names[-1])
         days.update(day % 7 for day in range(low, high + 1 if high >= low else high + 8))
     return Window(frozenset(days), first, last)
 
