@@ -62,7 +62,7 @@ class _Daemon:
             service = self._service = Service(self._settings, config, keys=credential)
             front_sockets = self._front_sockets(config.front.listen)
             self._follow(config)
-            refuse_untrusted(self._admin, what="the admin socket's path")
+            refuse_untrusted(self._admin.parent, what="the admin socket's folder")
             self._admin.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             admin = Admin(service, reload=self._reload, stop=self._stop.set).app()
             admin_server = HttpServer(admin, [_private_socket(self._admin)], guard=Guard())
