@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import re
 import select
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from msgspec import Struct
 
@@ -102,6 +104,57 @@ def run(
             log=tail(result.stderr or result.stdout),
         )
     return result
+
+
+class Child:
+    """A program that may be told to stop, and is told so by the kernel if we die: it must not outlive us.
+
+    Its output is kept for :meth:`wait`. Raises NotFoundError if it does not exist.
+    """
+
+    def __init__(self, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> None:
+        # Set by a program, as code of ours between fork and exec may deadlock where there are threads. The kernel takes
+        # the death of the thread that has started it for ours, so that one has to live as long.
+        self._words = ("setpriv", "--pdeathsig", "INT", *(str(word) for word in argv))
+        self._out = _unnamed_file()
+        self._err = _unnamed_file()
+        try:
+            self._process = subprocess.Popen(
+                self._words,
+                stdin=subprocess.DEVNULL,
+                stdout=self._out,
+                stderr=self._err,
+                env=environment(env),
+                start_new_session=True,  # a Ctrl-C on our terminal is ours to pass on
+            )
+        except FileNotFoundError as error:
+            raise NotFoundError("cannot run setpriv: no such program", remedy="install util-linux") from error
+
+    def interrupt(self) -> None:
+        """Ask it to undo what it has begun, and end."""
+        self._process.send_signal(signal.SIGINT)
+
+    def wait(self, timeout: float) -> Result:
+        """Wait for its end, and return what it printed. It is killed after ``timeout`` seconds (DeadlineError)."""
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            self._process.kill()
+            self._process.wait()
+            raise DeadlineError(
+                f"{self._words[3]} did not end within {timeout:g} s",
+                cause=f"the command was: {quoted(self._words[3:])}",
+                log=tail(self._read(self._err)),
+            ) from error
+        result = Result(self._words, code, self._read(self._out), self._read(self._err))
+        self._out.close()
+        self._err.close()
+        return result
+
+    @staticmethod
+    def _read(file: IO[bytes]) -> str:
+        file.seek(0)
+        return file.read().decode(errors="replace")
 
 
 def spawn(
@@ -212,6 +265,10 @@ def mapped_files(pids: Sequence[int]) -> set[str]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return {path for path in found if path.startswith("/")}
+
+
+def _unnamed_file() -> IO[bytes]:
+    return open(os.memfd_create("gpuckpt-output", os.MFD_CLOEXEC), "w+b")
 
 
 def _text(data: bytes | str | None) -> str:

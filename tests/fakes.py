@@ -330,7 +330,7 @@ class FakeAdapter:
     def launch(self, arguments: Sequence[str], *, port: int | None, python: Path | None) -> LaunchLine:
         return LaunchLine(tuple(arguments), {"SERVER": "fake"})
 
-    def healthy(self, endpoint: Endpoint) -> bool:
+    def healthy(self, endpoint: Endpoint, *, timeout: float = 2) -> bool:
         with self.journal.step("health"):
             self.unhealthy -= 1
         return self.unhealthy < 0

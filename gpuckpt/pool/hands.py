@@ -10,28 +10,35 @@ from gpuckpt.pool.state import Golden, Phase
 
 @dataclass(frozen=True)
 class Made:
-    """A replica that answers: its name, where it listens, what it holds in bytes, and where the time went (seconds)."""
+    """A replica that answers: its name, where it listens, what it holds in bytes, and where the time went (seconds).
+
+    ``pid`` is its first process: it is gone when that is.
+    """
 
     name: str
     endpoint: Any
     memory: int = 0
     gpu: int = 0
+    pid: int | None = None
     phases: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What there is of a model when the service starts; replicas of an earlier one that answer, hot or standby.
+    """What there is of a model; ``replicas`` are those of an earlier service that can be used, hot or standby,
+    ``prepared`` those that wait for their restore.
 
-    ``prefix`` is what its replicas' names begin with.
+    ``prefix`` is what its replicas' names begin with, ``served`` what its own server calls it, ``memory`` what a
+    replica will hold at most after its restore.
     """
 
     prefix: str
     golden: Golden
     golden_bytes: int = 0
     memory: int = 0
-    gpu: int = 0
+    served: str | None = None
     replicas: tuple[tuple[Made, Phase], ...] = ()
+    prepared: tuple[str, ...] = ()
 
 
 class Hands(Protocol):
@@ -40,10 +47,37 @@ class Hands(Protocol):
     A golden that turns out to be damaged raises VerificationError.
     """
 
-    async def look(self, model: str) -> Found: ...
+    async def look(self, model: str) -> Found:
+        """What there is of its golden."""
+        ...
+
+    async def adopt(self, model: str) -> Found:
+        """The same with the replicas of an earlier service; what of these cannot be used is removed."""
+        ...
+
     async def restore(self, model: str, replica: str) -> Made: ...
-    async def start(self, model: str, replica: str) -> Made: ...
+
+    async def start(self, model: str, replica: str, *, replace: bool) -> Made:
+        """Make the golden, and restore a replica of it; without ``replace``, a golden that there is now is used."""
+        ...
+
+    async def prepare(self, model: str, replica: str) -> None:
+        """Make the replica's container, so that its restore takes less."""
+        ...
+
     async def wake(self, model: str, replica: str) -> None: ...
     async def freeze(self, model: str, replica: str) -> None: ...
     async def stop(self, model: str, replica: str) -> None: ...
     async def move(self, model: str, to: Golden) -> None: ...
+
+    async def healthy(self, model: str, replica: str, timeout: float) -> bool:
+        """Whether it answers its health check within so many seconds."""
+        ...
+
+    async def canary(self, model: str, replica: str) -> tuple[str, ...]:
+        """Replay its golden's canary: the differences from the recorded answer, or none. Raises if it fails."""
+        ...
+
+    async def memory(self, model: str, replica: str) -> int:
+        """Bytes that are its own now."""
+        ...

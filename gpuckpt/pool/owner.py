@@ -1,9 +1,9 @@
 """The one loop that owns the pool's state.
 
-Everything happens on one asyncio loop, between two awaits: there are no locks. Whoever changes something calls
-:meth:`Owner.settle`, which hands out replicas to those who wait, asks the policy what to do, and begins it; what was
-begun is a task, whose end changes something again. So wakes coalesce by themselves: a second request finds the state
-in which the first one's replica is on its way.
+Everything happens on one asyncio loop, between two awaits: there are no locks. Whoever changes something has the
+change settled (:meth:`Owner.settle`): replicas are handed out to those who wait, the policy is asked what to do, and
+that is begun; what was begun is a task, whose end changes something again. So wakes coalesce by themselves: a second
+request finds the state in which the first one's replica is on its way.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from gpuckpt.errors import GpuckptError, VerificationError
+from gpuckpt.errors import GpuckptError, NotFoundError, VerificationError
 from gpuckpt.pool import policy
-from gpuckpt.pool.hands import Found, Hands, Made
+from gpuckpt.pool.book import Event, Held, Of, RefusedError
+from gpuckpt.pool.hands import Hands, Made
 from gpuckpt.pool.state import (
     Action,
     Budget,
     Freeze,
     Golden,
-    Model,
     Move,
     Phase,
-    Replica,
+    Pin,
+    Prepare,
     Restore,
     Rules,
     Start,
@@ -41,68 +41,11 @@ _log = logging.getLogger("gpuckpt.pool")
 _GIVEN_UP = 3  # failures in a row after which those who wait are told
 _DOUBLINGS = 5
 _UNLIMITED = Budget()
-_LONGEST_PREFIX = 34  # so that a number still fits into a replica's name
-
-
-class RefusedError(Exception):
-    """A request that gets no replica: ``status`` is the HTTP status that says so, ``retry_after`` in seconds."""
-
-    def __init__(self, message: str, *, status: int = 503, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retry_after = retry_after
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened: to a model, mostly to a replica of it."""
-
-    time: float  # of the day, seconds since 1970
-    kind: str  # restored, started, woken, frozen, stopped, moved, failed, lost, quarantined, adopted
-    model: str
-    replica: str = ""
-    reason: str = ""
-    seconds: float | None = None
-    phases: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Held:
-    """A replica and what the loop keeps of it."""
-
-    name: str
-    model: str
-    phase: Phase
-    since: float
-    endpoint: Any = None
-    requests: int = 0
-    memory: int = 0
-    gpu: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Of:
-    """A model and what the loop keeps of it."""
-
-    name: str
-    rules: Rules
-    prefix: str
-    golden: Golden = Golden.NONE
-    golden_bytes: int = 0
-    memory: int = 0
-    gpu: int = 0
-    replicas: dict[str, Held] = field(default_factory=dict)
-    waiters: deque[asyncio.Future[Held]] = field(default_factory=deque)
-    asked: float = 0.0
-    failures: int = 0
-    retry_at: float = 0.0
-    trouble: str = ""
-    warm: bool = False
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to send one request to a replica. ``tier`` is the one that it was in when the request came."""
+    """The right to send one request to a replica. ``tier`` is the one that the model was in when the request came."""
 
     replica: Held
     tier: str
@@ -124,69 +67,54 @@ class Owner:
     ) -> None:
         self._hands = hands
         self.budget = budget
-        self._queue = queue
-        self._retry = retry
+        self.queue = queue
+        self.retry = retry
         self._tell = tell
-        self._clock = clock
-        self._models: dict[str, _Of] = {}
+        self.clock = clock
+        self.models: dict[str, Of] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._settling = False
         self.draining = False
 
-    # ------------------------------------------------------------------ what there is
+    # ------------------------------------------------------------------ which models there are
 
-    async def adopt(self, rules: dict[str, Rules]) -> None:
-        """Take the models over, with what an earlier service has left of them.
-
-        Raises what looking at them raises.
-        """
-        found = await asyncio.gather(*(self._hands.look(name) for name in rules))
+    async def adopt(self, rules: Mapping[str, Rules]) -> None:
+        """Take models over, with what an earlier service has left of them. Raises what looking at them raises."""
+        found = await asyncio.gather(*(self._hands.adopt(name) for name in rules))
         for name, seen in zip(rules, found, strict=True):
-            self._models[name] = self._adopted(name, rules[name], seen)
+            now = self.clock()
+            model = self.models[name] = Of(name, rules[name], seen.prefix, asked=now)
+            model.found(seen)
+            model.prepared.update(seen.prepared)
+            for made, phase in seen.replicas:
+                held = model.replicas[made.name] = Held(made.name, name, phase, now)
+                held.made(made)
+                self._note_memory(model, held, made.memory)
+                self._say("adopted", name, made.name, str(phase))
         self.settle()
 
-    def _adopted(self, name: str, rules: Rules, seen: Found) -> _Of:
-        now = self._clock()
-        made = _Of(name, rules, seen.prefix, seen.golden, seen.golden_bytes, seen.memory, seen.gpu, asked=now)
-        for one, phase in seen.replicas:
-            made.replicas[one.name] = Held(one.name, name, phase, now, one.endpoint, 0, one.memory, one.gpu)
-            self._say("adopted", name, one.name)
-        return made
-
-    def set_rules(self, rules: dict[str, Rules]) -> None:
-        """Other rules for the models that stay; see :meth:`adopt` for those that come."""
+    def set_rules(self, rules: Mapping[str, Rules]) -> None:
+        """Other rules for models that there are; see :meth:`adopt` for those that come."""
         for name, one in rules.items():
-            self._models[name].rules = one
+            self.models[name].rules = one
         self.settle()
+
+    def remove(self, name: str) -> None:
+        """The model is no longer wanted: what is at work ends, then its replicas go, and it is forgotten."""
+        self.models[name].leaving = True
+        self.drain_model(name)
 
     def set_warm(self, names: Iterable[str]) -> None:
         """The models that are kept ready now, and no others."""
         wanted = set(names)
-        for name, model in self._models.items():
+        for name, model in self.models.items():
             model.warm = name in wanted
         self.settle()
 
     def view(self) -> State:
         """Everything at this moment."""
-        return State(self._clock(), tuple(map(self._seen, self._models.values())), self.budget, self.draining)
-
-    def _seen(self, model: _Of) -> Model:
-        replicas = (
-            Replica(one.name, one.phase, one.since, one.requests, one.memory, one.gpu)
-            for one in model.replicas.values()
-        )
-        return Model(
-            name=model.name,
-            rules=model.rules,
-            golden=model.golden,
-            golden_bytes=model.golden_bytes,
-            memory=model.memory,
-            gpu=model.gpu,
-            replicas=tuple(replicas),
-            waiting=len(model.waiters),
-            asked=model.asked,
-            retry_at=model.retry_at,
-            warm=model.warm,
-        )
+        models = tuple(model.seen() for model in self.models.values())
+        return State(self.clock(), models, self.budget, self.draining)
 
     # ------------------------------------------------------------------ requests
 
@@ -195,18 +123,23 @@ class Owner:
 
         Raises RefusedError. Who stops waiting cancels nothing: the replica that was on its way comes all the same.
         """
-        model = self._models[name]
+        model = self.models.get(name)
         if self.draining:
             raise RefusedError("the service is going down", retry_after=5)
-        if len(model.waiters) >= self._queue:
+        if model is None or model.drained:
+            raise RefusedError(f"{name} is drained: it takes no requests until it is woken", retry_after=30)
+        if len(model.waiters) >= self.queue:
             raise RefusedError(f"{len(model.waiters)} requests wait for {name} already", retry_after=1)
-        began = self._clock()
-        tier = self._tier(model)
+        began = model.asked = self.clock()
+        model.requested = True
+        tier = model.tier()
         waiter: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
         held: Held | None = None
         model.waiters.append(waiter)
-        model.asked = began
-        self.settle()
+        self._hand_out(model)
+        self._settle_soon()
+        if waiter.done():
+            return Lease(waiter.result(), tier, 0.0)
         try:
             async with asyncio.timeout(deadline):
                 held = await waiter
@@ -218,13 +151,15 @@ class Owner:
                 model.waiters.remove(waiter)
             if held is None and waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 self.release(waiter.result())  # it was given in the moment in which the waiting ended
-        return Lease(held, tier, self._clock() - began)
+        return Lease(held, tier, self.clock() - began)
 
     def release(self, held: Held) -> None:
         """The request is over."""
         held.requests -= 1
-        held.since = self._clock()
-        self.settle()
+        held.since = self.clock()
+        if model := self.models.get(held.model):
+            self._hand_out(model)
+        self._settle_soon()
 
     def lost(self, held: Held, reason: str) -> None:
         """The replica is dead, or hangs: it gets no more requests, and another one takes its place."""
@@ -234,15 +169,56 @@ class Owner:
         self._begin_stop(held, reason)
         self.settle()
 
-    def _tier(self, model: _Of) -> str:
-        """The tier that a request finds: the fastest one that something is in, or is coming from."""
-        phases = {one.phase for one in model.replicas.values()}
-        if Phase.HOT in phases:
-            return "hot"
-        if phases & {Phase.STANDBY, Phase.WAKING, Phase.FREEZING}:
-            return "standby"
-        place = Golden.DISK if model.golden is Golden.MOVING else model.golden
-        return str(place) if place in (Golden.TMPFS, Golden.DISK) else "cold"
+    def quarantine(self, name: str, reason: str) -> None:
+        """The model's golden is damaged: it is not used any more, the model starts cold, and makes another."""
+        model = self.models[name]
+        model.golden, model.retry_at = Golden.QUARANTINED, 0.0
+        self._say("quarantined", name, reason=reason)
+        self.settle()
+
+    # ------------------------------------------------------------------ orders
+
+    async def wake(self, name: str, deadline: float) -> Lease:
+        """See to it that the model has a hot replica, drained or not; it may freeze again when it has been idle.
+
+        The lease is given back already. Raises RefusedError.
+        """
+        model = self.models[name]
+        if not model.leaving:
+            model.drained = False
+        lease = await self.acquire(name, deadline)
+        self.release(lease.replica)
+        return lease
+
+    def sleep(self, name: str, *, release: bool) -> list[str]:
+        """Freeze its idle hot replicas now, or remove what is idle beyond its minimum; returns their names."""
+        model = self.models[name]
+        idle = [one for one in model.replicas.values() if one.phase is Phase.HOT and one.seen().idle]
+        if not release:
+            kept = int(model.rules.pin is Pin.HOT) if model.scale is None else model.scale
+            names = [one.name for one in idle[kept:]]
+            for one in names:
+                self._begin(Freeze(name, one))
+            return names
+        idle += [one for one in model.replicas.values() if one.phase is Phase.STANDBY and one.seen().idle]
+        names = [one.name for one in idle[policy.floor_of(model.seen()) :]]
+        for one in names:
+            self._begin(Stop(name, one, "asked"))
+        return names
+
+    def scale(self, name: str, replicas: int | None) -> None:
+        """Keep so many hot replicas, none at 0; None: as its rules say."""
+        self.models[name].scale = replicas
+        self.settle()
+
+    def drain_model(self, name: str) -> list[str]:
+        """It takes no more requests; its replicas go when those at work have ended. Returns their names."""
+        model = self.models[name]
+        model.drained = True
+        model.refuse(RefusedError(f"{name} is drained: it takes no requests until it is woken", retry_after=30))
+        names = [one.name for one in model.replicas.values() if one.phase is not Phase.STOPPING]
+        self.settle()
+        return names
 
     # ------------------------------------------------------------------ the loop
 
@@ -252,14 +228,39 @@ class Owner:
             await asyncio.sleep(interval)
             self.settle()
 
+    def _settle_soon(self) -> None:
+        # A burst of requests is decided upon once.
+        if not self._settling:
+            self._settling = True
+            asyncio.get_running_loop().call_soon(self.settle)
+
     def settle(self) -> None:
         """Something has changed: hand out, decide, begin."""
-        for model in self._models.values():
+        self._settling = False
+        for model in list(self.models.values()):
             self._hand_out(model)
-        for action in policy.decide(self.view()):
+            if model.leaving and not (model.replicas or model.preparing):
+                del self.models[model.name]
+                for name in model.prepared:
+                    self._run(self._discard(model, name))
+        state = self.view()
+        for action in policy.decide(state):
             self._begin(action)
+        for seen in state.models:
+            if seen.waiting and not seen.replicas and policy.never_fits(state, seen):
+                self._refuse_for_ever(self.models[seen.name])
 
-    def _hand_out(self, model: _Of) -> None:
+    def _refuse_for_ever(self, model: Of) -> None:
+        needs = [
+            f"{size / 1e9:.1f} GB of {kind}"
+            for size, kind in ((model.expected, "memory"), (model.gpu, "GPU memory"))
+            if size
+        ]
+        model.refuse(
+            RefusedError(f"{model.name} needs {' and '.join(needs)}, more than the budget leaves it", retry_after=60)
+        )
+
+    def _hand_out(self, model: Of) -> None:
         while model.waiters:
             free = [
                 one
@@ -273,17 +274,23 @@ class Owner:
                 continue
             best = min(free, key=lambda one: (one.requests, one.name))
             best.requests += 1
+            best.served += 1
+            best.heard = self.clock()
             waiter.set_result(best)
 
     def _begin(self, action: Action) -> None:
-        model = self._models[action.model]
+        model = self.models[action.model]
         match action:
             case Restore(_, standby):
+                tier = str(model.golden)
                 held = self._new(model, Phase.RESTORING)
-                self._run(self._bring_up(model, held, self._hands.restore, "restored", standby=standby))
+                work = self._hands.restore(model.name, held.name)
+                self._run(self._bring_up(model, held, work, "restored", tier, standby=standby))
             case Start():
+                bad = model.golden is Golden.QUARANTINED
                 held = self._new(model, Phase.STARTING)
-                self._run(self._bring_up(model, held, self._hands.start, "started", standby=False))
+                work = self._hands.start(model.name, held.name, replace=bad)
+                self._run(self._bring_up(model, held, work, "started", "cold", standby=False))
             case Wake(_, name):
                 held = model.replicas[name]
                 held.phase = Phase.WAKING
@@ -294,101 +301,129 @@ class Owner:
                 self._run(self._change(model, held, self._hands.freeze, Phase.STANDBY, "frozen"))
             case Stop(_, name, reason):
                 self._begin_stop(model.replicas[name], reason)
+            case Prepare():
+                model.preparing = model.name_to_prepare()
+                self._run(self._prepare(model, model.preparing))
             case Move(_, to, reason):
                 before, model.golden = model.golden, Golden.MOVING
                 self._run(self._move(model, before, to, reason))
 
-    def _new(self, model: _Of, phase: Phase) -> Held:
-        prefix = model.prefix[:_LONGEST_PREFIX]
-        numbers = range(1, len(model.replicas) + 2)
-        name = next(found for number in numbers if (found := f"{prefix}.{number}") not in model.replicas)
-        held = model.replicas[name] = Held(name, model.name, phase, self._clock())
+    def _new(self, model: Of, phase: Phase) -> Held:
+        name = model.next_name()
+        model.prepared.discard(name)
+        held = model.replicas[name] = Held(name, model.name, phase, self.clock())
         return held
 
     async def _bring_up(
-        self,
-        model: _Of,
-        held: Held,
-        work: Callable[[str, str], Coroutine[Any, Any, Made]],
-        kind: str,
-        *,
-        standby: bool,
+        self, model: Of, held: Held, work: Coroutine[Any, Any, Made], kind: str, tier: str, *, standby: bool
     ) -> None:
-        began = self._clock()
+        began = self.clock()
         try:
-            made = await work(model.name, held.name)
+            made = await work
         except GpuckptError as error:
             del model.replicas[held.name]
-            self._failed(model, held, error)
+            await self._failed(model, held, error, tier)
             return
-        held.endpoint, held.memory, held.gpu = made.endpoint, made.memory, made.gpu
-        model.memory, model.gpu = max(model.memory, made.memory), max(model.gpu, made.gpu)
-        held.phase, held.since = Phase.HOT, self._clock()
+        held.made(made)
+        self._note_memory(model, held, made.memory)
+        model.gpu = max(model.gpu, made.gpu)
+        held.phase, held.since = Phase.HOT, self.clock()
         model.failures, model.retry_at, model.trouble = 0, 0.0, ""
         if kind == "started":
-            seen = await self._hands.look(model.name)
-            model.golden, model.golden_bytes = seen.golden, seen.golden_bytes
-        self._say(kind, model.name, held.name, seconds=self._clock() - began, phases=made.phases)
-        if standby and not model.waiters:
+            model.prepared.clear()
+            model.found(await self._hands.look(model.name))
+        self._say(kind, model.name, held.name, tier=tier, seconds=self.clock() - began, phases=made.phases)
+        if standby and not model.waiters and model.scale is None:
             held.phase = Phase.FREEZING
             await self._change(model, held, self._hands.freeze, Phase.STANDBY, "frozen")
 
+    async def _prepare(self, model: Of, name: str) -> None:
+        try:
+            await self._hands.prepare(model.name, name)
+            model.prepared.add(name)
+        except GpuckptError as error:
+            # Nobody waits for it, and a restore makes its container itself.
+            model.prepare_at = self.clock() + self.retry * 2**_DOUBLINGS
+            _log.warning("%s could not be prepared: %s", name, error.message)
+        finally:
+            model.preparing = None
+
     async def _change(
-        self, model: _Of, held: Held, work: Callable[[str, str], Coroutine[Any, Any, None]], phase: Phase, kind: str
+        self, model: Of, held: Held, work: Callable[[str, str], Coroutine[Any, Any, None]], phase: Phase, kind: str
     ) -> None:
-        began = self._clock()
+        began = self.clock()
+        tier = "standby" if phase is Phase.HOT else ""
         try:
             await work(model.name, held.name)
         except GpuckptError as error:
-            self._say("failed", model.name, held.name, error.message)
-            self._begin_stop(held, f"not {kind}")
+            self._say("failed", model.name, held.name, error.message, tier)
+            if held.phase is not Phase.STOPPING:
+                self._begin_stop(held, f"not {kind}")
             return
-        held.phase, held.since = phase, self._clock()
-        self._say(kind, model.name, held.name, seconds=self._clock() - began)
+        if held.phase is Phase.STOPPING:  # it was lost meanwhile
+            return
+        held.phase, held.since = phase, self.clock()
+        self._say(kind, model.name, held.name, tier=tier, seconds=self.clock() - began)
+
+    def note_memory(self, held: Held, memory: int) -> None:
+        """A replica holds so many bytes of its own now."""
+        if model := self.models.get(held.model):
+            self._note_memory(model, held, memory)
+
+    def _note_memory(self, model: Of, held: Held, memory: int) -> None:
+        held.memory = memory
+        model.most = max(model.most, memory)
 
     def _begin_stop(self, held: Held, reason: str) -> None:
         held.phase = Phase.STOPPING
-        self._run(self._stop(self._models[held.model], held, reason))
+        self._run(self._stop(self.models[held.model], held, reason))
 
-    async def _stop(self, model: _Of, held: Held, reason: str) -> None:
-        began = self._clock()
+    async def _stop(self, model: Of, held: Held, reason: str) -> None:
+        began = self.clock()
         try:
             await self._hands.stop(model.name, held.name)
         except GpuckptError as error:
             # It stays in the account until it is really gone: its memory is not free.
             self._say("failed", model.name, held.name, error.message)
-            await asyncio.sleep(self._retry)
+            await asyncio.sleep(self.retry)
             self._begin_stop(held, reason)
             return
         del model.replicas[held.name]
-        self._say("stopped", model.name, held.name, reason, seconds=self._clock() - began)
+        self._say("stopped", model.name, held.name, reason, seconds=self.clock() - began)
 
-    async def _move(self, model: _Of, before: Golden, to: Golden, reason: str) -> None:
-        began = self._clock()
+    async def _move(self, model: Of, before: Golden, to: Golden, reason: str) -> None:
+        began = self.clock()
         try:
             await self._hands.move(model.name, to)
         except GpuckptError as error:
-            model.golden = Golden.QUARANTINED if isinstance(error, VerificationError) else before
-            self._failed(model, None, error)
+            model.golden = before
+            if isinstance(error, VerificationError):
+                self.quarantine(model.name, error.message)
+            else:
+                # Replicas can be restored from where it is; only the move waits.
+                model.move_at = self.clock() + self.retry * 2**_DOUBLINGS
+                self._say("failed", model.name, reason=f"move to {to}: {error.message}")
             return
         model.golden = to
-        self._say("moved", model.name, reason=f"{to}: {reason}", seconds=self._clock() - began)
+        model.prepared.clear()  # they were for where it lay before
+        self._say("moved", model.name, reason=f"{to}: {reason}", seconds=self.clock() - began)
 
-    def _failed(self, model: _Of, held: Held | None, error: GpuckptError) -> None:
+    async def _failed(self, model: Of, held: Held, error: GpuckptError, tier: str) -> None:
         model.failures += 1
-        model.retry_at = self._clock() + self._retry * 2 ** min(model.failures - 1, _DOUBLINGS)
+        model.retry_at = self.clock() + self.retry * 2 ** min(model.failures - 1, _DOUBLINGS)
         model.trouble = error.message
-        self._say("failed", model.name, held.name if held else "", error.message)
+        self._say("failed", model.name, held.name, error.message, tier)
         if isinstance(error, VerificationError):
             # From now on it starts cold, at once: what failed will not fail again.
-            model.golden, model.retry_at = Golden.QUARANTINED, 0.0
-            self._say("quarantined", model.name, reason=error.message)
-        elif model.failures >= _GIVEN_UP and not any(one.phase is Phase.HOT for one in model.replicas.values()):
-            refused = RefusedError(f"{model.name} cannot be brought up: {error.message}", retry_after=30)
-            while model.waiters:
-                waiter = model.waiters.popleft()
-                if not waiter.done():
-                    waiter.set_exception(refused)
+            self.quarantine(model.name, error.message)
+        elif model.failures >= _GIVEN_UP and not model.has(Phase.HOT):
+            model.refuse(RefusedError(f"{model.name} cannot be brought up: {error.message}", retry_after=30))
+        if isinstance(error, NotFoundError) and model.golden in (Golden.TMPFS, Golden.DISK):
+            model.found(await self._hands.look(model.name))  # somebody has removed it
+
+    async def _discard(self, model: Of, name: str) -> None:
+        with contextlib.suppress(GpuckptError):  # the next service finds it, and uses or removes it
+            await self._hands.stop(model.name, name)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         async def whole() -> None:
@@ -397,8 +432,7 @@ class Owner:
             except Exception:  # a fault of ours: the loop goes on, and the log has it
                 _log.exception("an operation of the pool failed unexpectedly")
             finally:
-                if not asyncio.current_task() or not asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                    asyncio.get_running_loop().call_soon(self.settle)
+                self._settle_soon()
 
         task = asyncio.get_running_loop().create_task(whole())
         self._tasks.add(task)
@@ -410,25 +444,31 @@ class Owner:
         model: str,
         replica: str = "",
         reason: str = "",
+        tier: str = "",
         seconds: float | None = None,
         phases: dict[str, float] | None = None,
     ) -> None:
-        self._tell(Event(time.time(), kind, model, replica, reason, seconds, phases or {}))
+        self._tell(Event(time.time(), kind, model, replica, reason, tier, seconds, phases or {}))
 
     # ------------------------------------------------------------------ the end
 
     async def drain(self, patience: float) -> None:
         """Take no new requests; wait until those at work are done, ``patience`` seconds at most; stop the replicas."""
         self.draining = True
-        until = self._clock() + patience
-        while any(one.requests for model in self._models.values() for one in model.replicas.values()):
-            if self._clock() >= until:
+        for model in self.models.values():
+            model.refuse(RefusedError("the service is going down", retry_after=5))
+        until = self.clock() + patience
+        while any(one.requests for model in self.models.values() for one in model.replicas.values()):
+            if self.clock() >= until:
                 break
             await asyncio.sleep(0.05)
         while self._tasks:
             await asyncio.wait(self._tasks)
-        held = [one for model in self._models.values() for one in model.replicas.values()]
+        held = [one for model in self.models.values() for one in model.replicas.values()]
         for one in held:
             self._begin_stop(one, "shutdown")
+        for model in self.models.values():
+            for name in model.prepared:
+                self._run(self._discard(model, name))
         while self._tasks:
             await asyncio.wait(self._tasks)

@@ -25,6 +25,7 @@ from gpuckpt.pool.state import (
     Move,
     Phase,
     Pin,
+    Prepare,
     Replica,
     Restore,
     Start,
@@ -40,25 +41,44 @@ def decide(state: State) -> tuple[Action, ...]:
         return ()
     plan = _Plan(state)
     for model in sorted(state.models, key=_urgency):
-        plan.serve(model)
+        if not model.drained:
+            plan.serve(model)
     for model in state.models:
         plan.sink(model)
     for model in sorted(state.models, key=lambda model: -model.rules.priority):
-        plan.prepare(model)
+        if not model.drained:
+            plan.prepare(model)
     plan.goldens()
+    plan.containers()
     return tuple(plan.actions)
 
 
 def floor_of(model: Model) -> int:
     """How many replicas a model keeps at least, hot or standby."""
+    if model.drained:
+        return 0
+    if model.scale is not None:
+        return model.scale
     return max(model.rules.min_standby, int(model.rules.pin is not Pin.NO or model.warm))
 
 
 def wanted_hot(model: Model) -> int:
     """How many hot replicas the requests at work and in the queue ask for."""
     demand = model.waiting + sum(replica.requests for replica in model.replicas)
-    least = int(model.rules.pin is Pin.HOT)
+    least = _kept_hot(model)
     return min(model.rules.max_replicas, max(least, -(-demand // model.rules.concurrency)))
+
+
+def never_fits(state: State, model: Model) -> bool:
+    """Whether a replica of it has no room even when all that would go for it has gone."""
+    plan = _Plan(state)
+    return plan.room_for(model).short_of(_Room(model.memory, model.gpu))
+
+
+def _kept_hot(model: Model) -> int:
+    if model.scale is not None:
+        return model.scale
+    return int(model.rules.pin is Pin.HOT)
 
 
 def _urgency(model: Model) -> tuple[int, int, float]:
@@ -143,7 +163,7 @@ class _Plan:
             self._free -= need
             self._order(action)
             return True
-        if (self._limits - self._fixed(model)).short_of(need):
+        if self.room_for(model).short_of(need):
             return False  # it will never fit: nobody is to go for it
         for victim, replica in self._victims(model):
             short = (self._free + self._coming_free) - need
@@ -162,22 +182,22 @@ class _Plan:
         self._free -= need
         return False
 
-    def _fixed(self, needy: Model) -> _Room:
-        """What pinned replicas hold, and the minimum of more important models: this need does not take it away."""
+    def room_for(self, needy: Model) -> _Room:
+        """All that this model can get: not what pinned replicas hold, nor the minimum of more important models."""
         held = _Room()
         for model in self._state.models:
             above = model.rules.pin is not Pin.NO or model.rules.priority > needy.rules.priority
             if model.name != needy.name and above:
                 staying = [one for one in model.replicas if one.phase not in GOING]
                 held += _sum(_held(model, one) for one in staying[: floor_of(model)])
-        return held
+        return self._limits - held
 
     def _victims(self, needy: Model) -> list[tuple[Model, Replica]]:
         found: list[tuple[tuple[bool, int, float, str], Model, Replica]] = []
         for model in self._state.models:
             if model.name == needy.name or model.waiting or model.rules.priority > needy.rules.priority:
                 continue
-            idle = [one for one in self._of(model, Phase.HOT, Phase.STANDBY) if not one.requests]
+            idle = [one for one in self._of(model, Phase.HOT, Phase.STANDBY) if one.idle]
             idle.sort(key=lambda one: (one.since, one.name))
             staying = sum(one.phase not in GOING for one in model.replicas)
             for index, one in enumerate(idle):
@@ -191,16 +211,21 @@ class _Plan:
 
     def sink(self, model: Model) -> None:
         """Freeze and remove what has been idle for as long as its rules say."""
+        if model.drained or model.scale == 0:
+            for one in self._of(model, Phase.HOT, Phase.STANDBY):
+                if one.idle and not model.waiting:
+                    self._order(Stop(model.name, one.name, "drained" if model.drained else "scale"))
+            return
         if model.waiting:
             return
         now, rules = self._state.now, model.rules
         hot = self._of(model, Phase.HOT)
-        spare = len(hot) - int(rules.pin is Pin.HOT)
+        spare = len(hot) - _kept_hot(model)
         for one in sorted(hot, key=lambda one: one.since):
-            if spare > 0 and not one.requests and now - one.since >= rules.idle_freeze:
+            if spare > 0 and one.idle and now - one.since >= rules.idle_freeze:
                 self._order(Freeze(model.name, one.name))
                 spare -= 1
-        standbys = self._of(model, Phase.STANDBY)
+        standbys = [one for one in self._of(model, Phase.STANDBY) if one.idle]
         staying = sum(one.phase not in GOING for one in model.replicas)
         for one in sorted(standbys, key=lambda one: one.since):
             if staying > floor_of(model) and now - one.since >= rules.idle_release:
@@ -233,14 +258,15 @@ class _Plan:
         used = {model.name for model in models if model.replicas or model.waiting}
         used |= {one.model for one in self.actions if isinstance(one, Restore | Start)}
         for model in sorted(models, key=lambda model: (model.rules.priority, model.asked)):
-            if model.golden is not Golden.TMPFS or model.name in used:
+            if model.golden is not Golden.TMPFS or model.name in used or now < model.move_at:
                 continue
             idle = model.rules.idle_disk is not None and now - model.asked >= model.rules.idle_disk
             if store < 0 or (idle and floor_of(model) == 0):
                 self._order(Move(model.name, Golden.DISK, "room" if store < 0 else "idle"))
                 store += model.golden_bytes
         for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked)):
-            if model.golden is Golden.DISK and model.name in used and model.golden_bytes <= store:
+            wanted = model.golden is Golden.DISK and model.name in used and now >= model.move_at
+            if wanted and model.golden_bytes <= store:
                 self._order(Move(model.name, Golden.TMPFS, "asked"))
                 store -= model.golden_bytes
         # In the background, so one at a time: it takes all cores, and others serve.
@@ -249,8 +275,22 @@ class _Plan:
         if any(isinstance(one, Start) for one in self.actions):
             return
         for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked, model.name)):
-            if self._may_start(model) and not self._free.short_of(_Room(model.memory, model.gpu)):
+            if not model.drained and self._may_start(model) and not self._free.short_of(_Room(model.memory, model.gpu)):
                 self._order(Start(model.name))
+                return
+
+    def containers(self) -> None:
+        """Prepare containers for all replicas that may come: one at a time, and only while no replica is coming."""
+        models = self._state.models
+        busy = any(model.preparing for model in models)
+        coming = any(one.phase in COMING for model in models for one in model.replicas)
+        if busy or coming or any(isinstance(one, Restore | Start | Wake) for one in self.actions):
+            return
+        for model in sorted(models, key=lambda model: (model.prepared, -model.rules.priority, -model.asked)):
+            restorable = model.golden in (Golden.TMPFS, Golden.DISK) and not model.drained
+            lacking = model.prepared + len(model.replicas) < model.rules.ahead
+            if restorable and lacking and self._state.now >= model.prepare_at:
+                self._order(Prepare(model.name))
                 return
 
 

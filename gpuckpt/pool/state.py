@@ -58,11 +58,21 @@ class Rules:
     idle_disk: float | None = None
     priority: int = 0
     pin: Pin = Pin.NO
+    memory: int | None = None
+    prepare: int | None = None  # containers prepared ahead; None: for as many replicas as there may be
+
+    @property
+    def ahead(self) -> int:
+        """How many containers there are to be, those of replicas counted."""
+        return self.max_replicas if self.prepare is None else min(self.prepare, self.max_replicas)
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One container of a model. ``since``: when its last request ended, or its phase began if none has."""
+    """One container of a model. ``since``: when its last request ended, or its phase began if none has.
+
+    ``checking``: its health is being looked at, so it must neither freeze nor go right now.
+    """
 
     name: str
     phase: Phase
@@ -70,6 +80,12 @@ class Replica:
     requests: int = 0
     memory: int = 0
     gpu: int = 0
+    checking: bool = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody needs it at this moment."""
+        return not (self.requests or self.checking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +94,10 @@ class Model:
 
     ``memory`` and ``gpu`` are what one more replica is expected to hold while it is hot; a standby holds no GPU memory,
     but ``gpu`` bytes of the host's. ``asked``: when the last request for it came. ``retry_at``: not before then is
-    another replica begun, because the last ones failed. ``warm``: kept ready now by its schedule.
+    another replica begun, because the last ones failed, and not before ``move_at`` is its golden moved. ``warm``: kept
+    ready now by its schedule. ``scale``: so many hot replicas are kept, as somebody has ordered; none at 0, whatever
+    the rules say. ``drained``: it gives its replicas up and gets no new ones. ``prepared``: containers that wait for a
+    restore, without a process; another one is made now if ``preparing``, and none before ``prepare_at``.
     """
 
     name: str
@@ -91,7 +110,13 @@ class Model:
     waiting: int = 0
     asked: float = 0.0
     retry_at: float = 0.0
+    move_at: float = 0.0
     warm: bool = False
+    scale: int | None = None
+    drained: bool = False
+    prepared: int = 0
+    preparing: bool = False
+    prepare_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,4 +190,11 @@ class Move:
     reason: str
 
 
-Action = Restore | Start | Wake | Freeze | Stop | Move
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Make the container of a later replica, up to the point where only its processes are missing."""
+
+    model: str
+
+
+Action = Restore | Start | Wake | Freeze | Stop | Move | Prepare

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from gpuckpt import manifest as manifests
 from gpuckpt import proc
 from gpuckpt.config import Settings
+from gpuckpt.config_load import as_environment
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container, container_name
 from gpuckpt.errors import CheckpointError, GpuckptError, NotFoundError, NothingToDo, RestoreError
+from gpuckpt.golden import prepare, tiers
 from gpuckpt.golden import replica as replicas
-from gpuckpt.golden import tiers
+from gpuckpt.golden.prepare import Options
 from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.restore import RestoreRequest, restore
 from gpuckpt.golden.tools import Tools, open_store, tools
+from gpuckpt.manifest import Manifest
 from gpuckpt.pool.hands import Found, Made
 from gpuckpt.pool.state import Golden, Phase
 from gpuckpt.timing import PhaseTable
 from gpuckpt.workload import adapter
+from gpuckpt.workload.endpoint import Endpoint
 
 _Result = TypeVar("_Result")
 _WORKERS = 32  # restores, stops and checks at once
@@ -44,16 +49,26 @@ class Source:
 
 
 class Workshop:
-    """See :class:`gpuckpt.pool.hands.Hands`. ``environment`` is what tells a child process the same settings."""
+    """See :class:`gpuckpt.pool.hands.Hands`."""
 
-    def __init__(
-        self, settings: Settings, sources: Mapping[str, Source], *, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, sources: Mapping[str, Source]) -> None:
         self._settings = settings
         self._sources = dict(sources)
-        self._environment = dict(environment or {})
+        self._environment = as_environment(settings)
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gpuckpt-pool")
         self._known: dict[str, Container] = {}  # id and first process of running replicas
+        self._endpoints: dict[str, Endpoint] = {}
+        self._records: dict[str, Manifest] = {}  # of the goldens that replicas were restored from
+        self._creating: set[proc.Child] = set()
+
+    def set_sources(self, sources: Mapping[str, Source], leaving: Iterable[str]) -> None:
+        """Other models from now on; what is ``leaving`` is still to be stopped."""
+        self._sources = {name: self._sources[name] for name in leaving} | dict(sources)
+
+    def store_size(self) -> int:
+        """Bytes that the store has room for."""
+        state = os.statvfs(self._tools.layout.store)
+        return state.f_blocks * state.f_frsize
 
     async def open(self) -> None:
         """Mount the store, find CRIU, connect to podman. Raises what these raise."""
@@ -72,25 +87,34 @@ class Workshop:
     async def look(self, model: str) -> Found:
         return await self._in_thread(self._look, self._sources[model].golden)
 
+    async def adopt(self, model: str) -> Found:
+        golden = self._sources[model].golden
+        replicas, prepared = await self._in_thread(self._left, golden)
+        found = await self._in_thread(self._look, golden)
+        return replace(found, replicas=tuple(replicas), prepared=tuple(prepared))
+
     def _look(self, golden: str) -> Found:
         layout = self._tools.layout
         here = layout.tiers(golden)
-        size, memory = 0, 0
-        if here:
-            manifest = manifests.read(next(iter(here.values())))
-            size = manifest.sizes.total
-            # Of a mapped one only what it writes is its own; nobody knows how much before one has run.
-            memory = manifest.sizes.cpu_pages + manifest.sizes.shared_memory
-        place = Golden.TMPFS if "tmpfs" in here else Golden.DISK if here else Golden.NONE
-        return Found(golden, place, size, memory, 0, tuple(self._left(golden)))
+        if not here:
+            return Found(golden, Golden.NONE)
+        manifest = manifests.read(next(iter(here.values())))
+        self._records[golden] = manifest
+        # Of a mapped one only what it writes is its own; nobody knows how much before one has run.
+        memory = manifest.sizes.cpu_pages + manifest.sizes.shared_memory
+        place = Golden.TMPFS if "tmpfs" in here else Golden.DISK
+        return Found(golden, place, manifest.sizes.total, memory, manifest.workload.served_name)
 
-    def _left(self, golden: str) -> list[tuple[Made, Phase]]:
-        """Replicas of an earlier service that can be used; the others are removed."""
-        usable = []
+    def _left(self, golden: str) -> tuple[list[tuple[Made, Phase]], list[str]]:
+        """Replicas of an earlier service that can be used, and prepared ones; the others are removed."""
+        usable, prepared = [], []
         for one in replicas.all_of(self._tools.layout.replicas):
             if one.golden != golden or not _is_ours(one):
                 continue
             with contextlib.suppress(GpuckptError):
+                if one.state == "prepared":
+                    prepared.append(one.name)
+                    continue
                 container = self._container(one.name)
                 still = freezer.frozen(container.pid, container.id)
                 if one.state == "ready" and container.alive and (still or self._answers(one)):
@@ -98,11 +122,15 @@ class Workshop:
                     continue
             with contextlib.suppress(GpuckptError):
                 replicas.stop(self._tools, one.name)
-        return usable
+        return usable, prepared
 
     def _answers(self, replica: Replica) -> bool:
-        manifest = manifests.read(self._tools.layout.golden(replica.golden))
-        return adapter(manifest.workload).healthy(replica.endpoint)
+        return adapter(self._record(replica.golden).workload).healthy(replica.endpoint)
+
+    def _record(self, golden: str) -> Manifest:
+        if (known := self._records.get(golden)) is None:
+            known = self._records[golden] = manifests.read(self._tools.layout.golden(golden))
+        return known
 
     def _container(self, name: str) -> Container:
         if (known := self._known.get(name)) is None:
@@ -111,8 +139,9 @@ class Workshop:
 
     def _made(self, replica: Replica, phases: PhaseTable | None = None) -> Made:
         container = self._container(replica.name)
+        self._endpoints[replica.name] = replica.endpoint
         spent = {row.name: row.seconds for row in phases.rows()} if phases else {}
-        return Made(replica.name, replica.endpoint, _private(container.pid), 0, spent)
+        return Made(replica.name, replica.endpoint, _private(container.pid), 0, container.pid, spent)
 
     # ------------------------------------------------------------------ replicas
 
@@ -126,8 +155,16 @@ class Workshop:
         restored = restore(RestoreRequest(golden, replica=name, canary=False), self._tools, phases)
         return self._made(restored.replica, phases)
 
-    async def start(self, model: str, replica: str) -> Made:
+    async def prepare(self, model: str, replica: str) -> None:
+        await self._in_thread(self._prepare, self._sources[model].golden, replica)
+
+    def _prepare(self, golden: str, name: str) -> None:
+        prepare.prepare_as(self._tools, golden, name, Options())
+
+    async def start(self, model: str, replica: str, *, replace: bool) -> Made:
         source = self._sources[model]
+        if not replace and self._tools.layout.tiers(source.golden):
+            return await self.restore(model, replica)  # somebody has made it meanwhile
         if not source.create:
             raise NotFoundError(
                 f"there is no golden {source.golden}, and nothing says how to make it",
@@ -139,11 +176,22 @@ class Workshop:
         # Then restored like any other: it takes a second more, and one kind of replica is enough.
         words = [sys.executable, "-m", "gpuckpt", "create", source.golden, "--replace", *source.create]
         longest = self._settings.create.start_timeout + _DUMP_SECONDS
-        result = proc.run(words, timeout=longest, env=self._environment, check=False)
+        child = proc.Child(words, env=self._environment)
+        self._creating.add(child)
+        try:
+            result = child.wait(longest)
+        finally:
+            self._creating.discard(child)
         if result.code != 0:
             said = proc.tail(result.stderr, 3)
             raise CheckpointError(f"golden {source.golden} could not be made", cause=" ".join(said), log=said)
+        self._records.pop(source.golden, None)
         return self._restore(source.golden, name)
+
+    def interrupt(self) -> None:
+        """Have goldens that are being made given up: whoever waits for them is told that they failed."""
+        for child in list(self._creating):
+            child.interrupt()
 
     async def wake(self, model: str, replica: str) -> None:
         await self._in_thread(self._thaw, replica)
@@ -163,9 +211,34 @@ class Workshop:
         await self._in_thread(self._stop, replica)
 
     def _stop(self, name: str) -> None:
+        with contextlib.suppress(GpuckptError, OSError):
+            self._thaw(name)  # frozen processes of a group of version 1 do not even die
         self._known.pop(name, None)
+        self._endpoints.pop(name, None)
         with contextlib.suppress(NotFoundError, NothingToDo):
             replicas.stop(self._tools, name)
+
+    # ------------------------------------------------------------------ health
+
+    async def healthy(self, model: str, replica: str, timeout: float) -> bool:
+        return await self._in_thread(self._healthy, self._sources[model].golden, replica, timeout)
+
+    def _healthy(self, golden: str, name: str, timeout: float) -> bool:
+        return adapter(self._record(golden).workload).healthy(self._endpoints[name], timeout=timeout)
+
+    async def canary(self, model: str, replica: str) -> tuple[str, ...]:
+        return await self._in_thread(self._canary, self._sources[model].golden, replica)
+
+    def _canary(self, golden: str, name: str) -> tuple[str, ...]:
+        record = self._record(golden)
+        serving = adapter(record.workload)
+        if record.canary is None:
+            serving.first_token(self._endpoints[name])
+            return ()
+        return serving.replay(self._endpoints[name], record.canary).differences
+
+    async def memory(self, model: str, replica: str) -> int:
+        return await self._in_thread(lambda: _private(self._container(replica).pid))
 
     # ------------------------------------------------------------------ goldens
 

@@ -47,6 +47,8 @@ class ModelView(Struct, frozen=True, kw_only=True):
     trouble: str  # why its last start failed; empty if it did not
     retry_at: float | None  # no start before then
     warm: bool  # kept ready now, by its schedule or because it was asked for
+    drained: bool  # takes no requests until it is woken
+    scale: int | None  # hot replicas that were asked to be kept
     expected_memory: int  # what one more replica is expected to hold
     rules: dict[str, int | float | str | None]  # min_standby, max_replicas, concurrency, idle_freeze, ..., pin
 
@@ -72,10 +74,13 @@ class EventView(Struct, frozen=True, kw_only=True):
 
     seq: int
     time: float
-    kind: str  # restored, started, woken, frozen, stopped, moved, failed, lost, quarantined, adopted, reloaded, draining
+    kind: (
+        str  # restored, started, woken, frozen, stopped, moved, failed, lost, quarantined, adopted, reloaded, draining
+    )
     model: str = ""
     replica: str = ""
     reason: str = ""
+    tier: str = ""  # where a replica came from: standby, tmpfs, disk, cold
     seconds: float | None = None
     phases: dict[str, float] = field(default_factory=dict)
 

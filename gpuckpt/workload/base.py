@@ -53,8 +53,8 @@ class Adapter(Protocol):
         """
         ...
 
-    def healthy(self, endpoint: Endpoint) -> bool:
-        """Whether the server answers its health check right now; never raises, never waits long."""
+    def healthy(self, endpoint: Endpoint, *, timeout: float = 2) -> bool:
+        """Whether the server answers its health check within ``timeout`` seconds; never raises."""
         ...
 
     def first_token(self, endpoint: Endpoint) -> int:

@@ -37,9 +37,9 @@ class Http:
         env = {"PORT": str(port)} if port else {"GPUCKPT_SOCKET": SOCKET_INSIDE}
         return LaunchLine(words, env | {"PYTHONUNBUFFERED": "1"} | GUEST_ENVIRONMENT, (guest_mount(),))
 
-    def healthy(self, endpoint: Endpoint) -> bool:
+    def healthy(self, endpoint: Endpoint, *, timeout: float = 2) -> bool:
         with contextlib.suppress(GpuckptError):
-            return 200 <= endpoint.request("GET", self.record.health_path, timeout=2).status < 300
+            return 200 <= endpoint.request("GET", self.record.health_path, timeout=timeout).status < 300
         return False
 
     @property

@@ -66,9 +66,9 @@ class OpenAI:
         resolved = str(folder.resolve())
         return Mount(source=resolved, destination=resolved)
 
-    def healthy(self, endpoint: Endpoint) -> bool:
+    def healthy(self, endpoint: Endpoint, *, timeout: float = 2) -> bool:
         with contextlib.suppress(GpuckptError):
-            return endpoint.request("GET", "/health", timeout=2).status == 200
+            return endpoint.request("GET", "/health", timeout=timeout).status == 200
         return False
 
     def first_token(self, endpoint: Endpoint) -> int:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from gpuckpt.errors import GpuckptError, RestoreError, VerificationError
+from gpuckpt.pool.book import Event, RefusedError
 from gpuckpt.pool.hands import Found, Made
-from gpuckpt.pool.owner import Event, Owner, RefusedError
+from gpuckpt.pool.owner import Owner
 from gpuckpt.pool.state import Golden, Phase, Rules
 
-RULES = Rules(max_replicas=3, concurrency=2, idle_freeze=1000.0, idle_release=1000.0)
+RULES = Rules(max_replicas=3, concurrency=2, idle_freeze=1000.0, idle_release=1000.0, prepare=0)
 
 
 class FakeHands:
@@ -25,6 +26,7 @@ class FakeHands:
         self.done: list[str] = []
         self.fails: dict[str, list[GpuckptError]] = {}
         self.gate: asyncio.Event | None = None
+        self.prepared: list[str] = []
 
     async def _do(self, what: str, *names: str) -> None:
         await asyncio.sleep(0.005)
@@ -35,16 +37,23 @@ class FakeHands:
             raise self.fails[what].pop(0)
 
     async def look(self, model: str) -> Found:
+        return replace(self.models[model], replicas=())
+
+    async def adopt(self, model: str) -> Found:
         return self.models[model]
 
     async def restore(self, model: str, replica: str) -> Made:
         await self._do("restore", replica)
         return Made(replica, f"at {replica}", memory=1)
 
-    async def start(self, model: str, replica: str) -> Made:
-        await self._do("start", replica)
-        self.models[model] = replace(self.models[model], golden=Golden.TMPFS, golden_bytes=4)
+    async def start(self, model: str, replica: str, *, replace: bool) -> Made:
+        await self._do("start anew" if replace else "start", replica)
+        self.models[model] = Found(model, Golden.TMPFS, golden_bytes=4)
         return Made(replica, f"at {replica}", memory=1)
+
+    async def prepare(self, model: str, replica: str) -> None:
+        await asyncio.sleep(0.001)
+        self.prepared.append(replica)
 
     async def wake(self, model: str, replica: str) -> None:
         await self._do("wake", replica)
@@ -57,6 +66,15 @@ class FakeHands:
 
     async def move(self, model: str, to: Golden) -> None:
         await self._do("move", model, str(to))
+
+    async def healthy(self, model: str, replica: str, timeout: float) -> bool:
+        return True
+
+    async def canary(self, model: str, replica: str) -> tuple[str, ...]:
+        return ()
+
+    async def memory(self, model: str, replica: str) -> int:
+        return 1
 
 
 class World:
@@ -179,7 +197,7 @@ def test_a_damaged_golden_is_put_aside_and_the_model_starts_cold() -> None:
         async with one() as world:
             world.hands.fails["restore"] = [VerificationError("other bytes")]
             lease = await world.owner.acquire("a", 5)
-            assert world.hands.done == ["restore a.1", "start a.1"] and lease.replica.endpoint == "at a.1"
+            assert world.hands.done == ["restore a.1", "start anew a.1"] and lease.replica.endpoint == "at a.1"
             assert world.kinds() == ["failed", "quarantined", "started"]
             assert world.owner.view().models[0].golden is Golden.TMPFS
 
@@ -230,7 +248,12 @@ def test_a_standby_wakes_and_one_that_does_not_is_replaced() -> None:
 def test_what_an_earlier_service_left_is_adopted() -> None:
     async def work() -> None:
         left = Found(
-            "a", Golden.TMPFS, 4, 1, 0, ((Made("a.7", "at a.7", 1), Phase.HOT), (Made("x", "at x", 1), Phase.STANDBY))
+            "a",
+            Golden.TMPFS,
+            4,
+            1,
+            None,
+            ((Made("a.7", "at a.7", 1), Phase.HOT), (Made("x", "at x", 1), Phase.STANDBY)),
         )
         async with World({"a": RULES}, FakeHands(a=left)) as world:
             lease = await world.owner.acquire("a", 5)

@@ -1,0 +1,355 @@
+"""The service: pool, front, health and history put together, as one configuration says."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from gpuckpt import __version__
+from gpuckpt.config import Settings
+from gpuckpt.errors import UsageError
+from gpuckpt.host import tmpfs
+from gpuckpt.pool.book import Event, Held, RefusedError
+from gpuckpt.pool.config import Model, Pool
+from gpuckpt.pool.health import Health
+from gpuckpt.pool.owner import Lease, Owner
+from gpuckpt.pool.state import Budget, Golden, Phase
+from gpuckpt.pool.workshop import Source, Workshop
+from gpuckpt.service.front import Front, Limits
+from gpuckpt.service.history import History
+from gpuckpt.service.keys import Keys
+from gpuckpt.service.metrics import Metrics
+from gpuckpt.service.routing import Route, Routes
+from gpuckpt.service.upstream import Upstream
+from gpuckpt.service.view import GoldenView, ModelView, PoolView, ReplicaView, UseView
+
+_MEMORY_PART = 0.6  # of the machine's memory, for replicas, where the configuration does not say
+_TICK = 1.0
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a reload has changed: names of models, and sentences on what takes effect only at a restart."""
+
+    added: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+_log = logging.getLogger("gpuckpt.pool")
+_BAD = frozenset(("failed", "lost", "quarantined"))
+
+
+class Service:
+    """Everything but sockets and signals. ``keys``: a file of API keys that systemd has handed over."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: Pool,
+        *,
+        keys: Path | None = None,
+    ) -> None:
+        self._settings = settings
+        self.config = config
+        self._credential = keys
+        self.started = time.time()
+        self.state = "starting"
+        self._opened = asyncio.Event()
+        self.listening: list[str] = []
+        self.connections: Callable[[], int] = lambda: 0
+        self.history = History()
+        self._workshop = Workshop(settings, _sources(config))
+        self.owner = Owner(self._workshop, budget=config.room(), tell=self._tell)
+        self.metrics = Metrics(self.owner.view, self._connected)
+        self.health = Health(self.owner, self._workshop, config.health, self.metrics.canary)
+        self._upstream = Upstream()
+        self._routes = Routes({}, self._served)
+        self._to_prewarm: set[str] = set()
+        self.front = Front(
+            self, self._upstream, self._route, keys=self._read_keys(config), limits=Limits(), done=self.metrics.request
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._apply(config)
+
+    def _connected(self) -> int:
+        return self.connections()
+
+    def _apply(self, config: Pool) -> None:
+        """What can change while requests are under way."""
+        self.config = config
+        names = {alias: name for name, model in config.models.items() for alias in (name, *model.aliases)}
+        self._routes = Routes(names, self._served)
+        front = config.front
+        limits = self.front.limits
+        limits.body, limits.deadline = front.body_limit, front.deadline
+        limits.keep_alive, limits.request = front.keep_alive, front.header_timeout
+        self.owner.queue, self.owner.retry = front.queue, config.health.retry
+        self.health.rules = config.health
+
+    def _read_keys(self, config: Pool) -> Keys:
+        file = config.front.keys or self._credential
+        return Keys.read(file) if file else Keys()
+
+    # ------------------------------------------------------------------ its life
+
+    async def open(self) -> None:
+        """Find the tools, mount the store, take over what an earlier service has left. Raises what these raise.
+
+        Requests that come before wait for it.
+        """
+        await self._workshop.open()
+        self.owner.budget = self._budget()
+        await self.owner.adopt({name: model.rules() for name, model in self.config.models.items()})
+        self._prewarm(self.config.models)
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(work()) for work in (self.owner.watch, self.health.run, self._tick)]
+        self.state = "ready"
+        self._opened.set()
+
+    def _budget(self) -> Budget:
+        room = self.config.room()
+        memory = room.memory if room.memory is not None else int(tmpfs.memory_total() * _MEMORY_PART)
+        store = room.store if room.store is not None else self._workshop.store_size()
+        return Budget(memory, room.gpu, store)
+
+    def _prewarm(self, models: Mapping[str, Model]) -> None:
+        self._to_prewarm |= {name for name, model in models.items() if model.prewarm}
+
+    async def _tick(self) -> None:
+        while True:
+            now = time.localtime()
+            minute = now.tm_hour * 60 + now.tm_min
+            scheduled = {
+                name
+                for name, model in self.config.models.items()
+                if any(window.holds(now.tm_wday, minute) for window in model.schedule)
+            }
+            # One that has come is kept no longer than any other.
+            self._to_prewarm -= {
+                name
+                for name in self._to_prewarm
+                if (model := self.owner.models.get(name)) is None or model.has(Phase.HOT, Phase.STANDBY)
+            }
+            self.owner.set_warm(scheduled | self._to_prewarm)
+            await asyncio.sleep(_TICK)
+
+    async def reload(self, config: Pool) -> Changes:
+        """Go by another configuration from now on; requests under way are not disturbed.
+
+        Raises UsageError or NotFoundError if it cannot be used: then nothing has changed.
+        """
+        keys = self._read_keys(config)
+        before = self.config
+        notes = []
+        if config.front.listen != before.front.listen:
+            notes.append("front.listen takes effect at the next start")
+        for name in set(before.models) & set(config.models):
+            if _golden(name, before.models[name]) != _golden(name, config.models[name]):
+                raise UsageError(
+                    f"model {name} cannot get another golden while it is served",
+                    remedy="give it another name, or restart the service",
+                )
+        leaving = [name for name in config.models if (one := self.owner.models.get(name)) and one.leaving]
+        if leaving:
+            raise UsageError(f"{', '.join(leaving)} is still going, as it was asked to", remedy="try again in a moment")
+        removed = [name for name in before.models if name not in config.models]
+        added = [name for name in config.models if name not in before.models]
+        changed = [
+            name for name in config.models if name in before.models and config.models[name] != before.models[name]
+        ]
+        self._workshop.set_sources(_sources(config), removed)
+        self._apply(config)
+        self.front.keys = keys
+        self.owner.budget = self._budget()
+        for name in removed:
+            self.owner.remove(name)
+        self.owner.set_rules({name: config.models[name].rules() for name in changed})
+        await self.owner.adopt({name: config.models[name].rules() for name in added})
+        self._prewarm({name: config.models[name] for name in added})
+        changes = Changes(added, removed, changed, notes)
+        said = [
+            f"{word} {', '.join(names)}"
+            for word, names in (("added", added), ("removed", removed), ("changed", changed))
+            if names
+        ]
+        self._tell(Event(time.time(), "reloaded", "", reason="; ".join(said) or "nothing has changed"))
+        return changes
+
+    async def close(self, patience: float) -> None:
+        """Finish what is at work, ``patience`` seconds at most, stop the replicas, end."""
+        self.state = "draining"
+        self._tell(Event(time.time(), "draining", ""))
+        self._workshop.interrupt()
+        await self.owner.drain(patience)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._upstream.close()
+        self._workshop.close()
+
+    def _tell(self, event: Event) -> None:
+        self.metrics.event(event)
+        if event.kind in ("stopped", "lost"):
+            self._upstream.forget(event.replica)
+        if event.kind in ("started", "quarantined"):
+            self.health.forget(event.model)
+        self.history.add(event)
+        level = logging.WARNING if event.kind in _BAD else logging.INFO
+        _log.log(level, "%s", _told(event), extra={"fields": _fields(event)})
+
+    # ------------------------------------------------------------------ what the front asks
+
+    async def acquire(self, name: str, deadline: float) -> Lease:
+        """See :meth:`gpuckpt.pool.owner.Owner.acquire`."""
+        if not self._opened.is_set():
+            began = self.owner.clock()
+            try:
+                async with asyncio.timeout(deadline):
+                    await self._opened.wait()
+            except TimeoutError:
+                raise RefusedError(f"the service was not ready within {deadline:g} s", retry_after=5) from None
+            deadline -= self.owner.clock() - began
+        return await self.owner.acquire(name, max(0.0, deadline))
+
+    def release(self, held: Held) -> None:
+        """See :meth:`gpuckpt.pool.owner.Owner.release`."""
+        self.owner.release(held)
+
+    async def suspect(self, held: Held) -> None:
+        """See :meth:`gpuckpt.pool.health.Health.suspect`."""
+        await self.health.suspect(held)
+
+    def _route(self, path: str, query: bytes, raw_path: bytes, headers: Mapping[bytes, bytes], body: bytes) -> Route:
+        return self._routes.route(path, query, raw_path, headers, body)
+
+    def _served(self, model: str) -> str | None:
+        return held.served if (held := self.owner.models.get(model)) else None
+
+    # ------------------------------------------------------------------ what is told
+
+    def view(self, events: int = 100) -> PoolView:
+        """Everything at this moment, with the last ``events`` of what happened."""
+        offset = time.time() - self.owner.clock()
+        models = [self._model(name, offset) for name in self.config.models if name in self.owner.models]
+        total = tmpfs.memory_total()
+        budget = self.owner.budget
+        held = [one for model in self.owner.models.values() for one in model.replicas.values()]
+        return PoolView(
+            version=__version__,
+            pid=os.getpid(),
+            state=self.state,
+            started=self.started,
+            now=time.time(),
+            listen=self.listening,
+            memory=UseView(used=sum(one.memory for one in held), limit=budget.memory),
+            gpu=UseView(used=sum(one.gpu for one in held), limit=budget.gpu),
+            store=UseView(
+                used=sum(
+                    m.golden_bytes for m in self.owner.models.values() if m.golden in (Golden.TMPFS, Golden.MOVING)
+                ),
+                limit=budget.store,
+            ),
+            host_memory=UseView(used=total - tmpfs.available_memory(), limit=total),
+            models=models,
+            ttft=self.metrics.ttft(),
+            events=self.history.last(events),
+        )
+
+    async def views(self, refresh: float, quiet: float) -> AsyncIterator[PoolView]:
+        """The view, again and again: every ``refresh`` seconds while something changes, else every ``quiet``."""
+        told, last = 0.0, b""
+        while True:
+            view = self.view()
+            now = self.owner.clock()
+            # Times pass and the machine's memory moves: that alone is no news.
+            seen = msgspec.json.encode((view.state, view.models, view.events[-1:], view.memory, view.store))
+            if seen != last or now - told >= quiet:
+                told, last = now, seen
+                yield view
+            await asyncio.sleep(refresh)
+
+    def _model(self, name: str, offset: float) -> ModelView:
+        model, configured = self.owner.models[name], self.config.models[name]
+        rules = model.rules
+        return ModelView(
+            name=name,
+            aliases=list(configured.aliases),
+            tier=model.tier(),
+            golden=GoldenView(name=_golden(name, configured), tier=str(model.golden), bytes=model.golden_bytes),
+            replicas=[
+                ReplicaView(
+                    name=one.name,
+                    phase=str(one.phase),
+                    since=one.since + offset,
+                    requests=one.requests,
+                    memory=one.memory,
+                    gpu=one.gpu,
+                    pid=one.pid,
+                )
+                for one in sorted(model.replicas.values(), key=lambda one: (len(one.name), one.name))
+            ],
+            waiting=len(model.waiters),
+            requests=sum(one.requests for one in model.replicas.values()),
+            answered=self.metrics.answered.get(name, 0),
+            failed=self.metrics.failed.get(name, 0),
+            asked=model.asked + offset if model.requested else None,
+            trouble=model.trouble,
+            retry_at=model.retry_at + offset if model.retry_at > self.owner.clock() else None,
+            warm=model.warm or bool(model.scale),
+            drained=model.drained,
+            scale=model.scale,
+            expected_memory=model.expected,
+            rules={
+                "min_standby": rules.min_standby,
+                "max_replicas": rules.max_replicas,
+                "concurrency": rules.concurrency,
+                "idle_freeze": rules.idle_freeze,
+                "idle_release": rules.idle_release,
+                "idle_disk": rules.idle_disk,
+                "priority": rules.priority,
+                "pin": str(rules.pin),
+            },
+        )
+
+    def find(self, name: str) -> str:
+        """The model that is called so, or has the alias; raises RoutingError."""
+        return self._routes.find(name)
+
+
+def _golden(name: str, model: Model) -> str:
+    return model.golden or name
+
+
+def _sources(config: Pool) -> dict[str, Source]:
+    return {name: Source(_golden(name, model), model.create) for name, model in config.models.items()}
+
+
+def _told(event: Event) -> str:
+    what = " ".join(word for word in (event.model, event.replica) if word)
+    text = f"{event.kind} {what}".strip()
+    if event.reason:
+        text += f" ({event.reason})"
+    if event.seconds is not None:
+        text += f" in {event.seconds:.2f} s"
+    return text
+
+
+def _fields(event: Event) -> dict[str, str]:
+    fields = {
+        "GPUCKPT_EVENT": event.kind,
+        "GPUCKPT_MODEL": event.model,
+        "GPUCKPT_REPLICA": event.replica,
+        "GPUCKPT_TIER": event.tier,
+        "GPUCKPT_REASON": event.reason,
+        "GPUCKPT_SECONDS": f"{event.seconds:.3f}" if event.seconds is not None else "",
+    }
+    return {name: value for name, value in fields.items() if value}
