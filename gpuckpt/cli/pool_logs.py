@@ -105,18 +105,18 @@ def _known(work: Tools, name: str, *, must_exist: bool = False) -> Replica | Non
 def _follow(work: Tools, client: Client, model: ModelView | None, names: list[str], tail: int | None) -> None:
     """Print what comes until the one replica has ended, or for a model without end."""
     logs: dict[str, _Lines] = {}
-    first = True
     while True:
-        for one in _recorded(work, names):
-            if one.name not in logs:
-                logs[one.name] = _Lines(Growing(work, one), one.name if model else "", tail if first else None)
-        first = False
-        for log in logs.values():
-            log.show()
+        made = {one.name: one for one in _recorded(work, names)}
+        # One that ended stays, so that it is not new; what is gone may come again by the same name.
+        logs = {name: log for name, log in logs.items() if name in made}
+        for name, one in made.items():
+            if name not in logs:
+                logs[name] = _Lines(Growing(work, one), name if model else "", tail)
+            logs[name].show()
         sys.stdout.flush()
-        logs = {name: log for name, log in logs.items() if log.goes_on}
-        if model is None and not logs:
+        if model is None and not any(log.goes_on for log in logs.values()):
             return
+        tail = None  # of those that come later, everything
         time.sleep(_PAUSE)
         if model is not None:
             with suppress(GpuckptError):  # it may be starting again; its replicas run on

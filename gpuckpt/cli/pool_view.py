@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 PHASES = ("hot", "waking", "restoring", "starting", "freezing", "standby", "draining", "stopping")
 _STYLES = {"hot": "bold green", "standby": "cyan", "cold": "dim", "ready": "bold green"}
-_BAR = 24  # columns
-_WIDE = 100  # columns of a terminal, from which on sizes of goldens have room
+_BAR, _SHORT_BAR = 24, 8  # columns
+_WIDE, _NARROW = 100, 70  # columns from which on sizes of goldens, or goldens at all, have room
 _FULL, _HIGH = 1.0, 0.9  # of a budget
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -43,9 +43,9 @@ def page(view: PoolView, width: int, *, events: int = 0, trouble: str = "") -> R
     parts: list[RenderableType] = [_head(view)]
     if trouble:
         parts.append(Text(one_line(trouble), style="bold red"))
-    parts += ["", _budgets(view)]
+    parts += ["", _budgets(view, _BAR if width >= _NARROW else _SHORT_BAR)]
     if view.models:
-        parts += ["", _models(view, narrow=width < _WIDE)]
+        parts += ["", _models(view, width)]
     parts += _troubles(view)
     if events:
         parts += _first_tokens(view)
@@ -62,7 +62,7 @@ def _head(view: PoolView) -> Text:
     return Text.assemble((one_line(view.state), _STYLES.get(view.state, "bold yellow")), rest)
 
 
-def _budgets(view: PoolView) -> Table:
+def _budgets(view: PoolView, columns: int) -> Table:
     table = _table("", "", "")
     rows = (
         ("replicas", view.memory),
@@ -72,12 +72,12 @@ def _budgets(view: PoolView) -> Table:
     )
     for name, use in rows:
         if use.used or use.limit:
-            table.add_row(name, _bar(use), f"{size(use.used)}{' of ' + size(use.limit) if use.limit else ''}")
+            table.add_row(name, _bar(use, columns), f"{size(use.used)}{' of ' + size(use.limit) if use.limit else ''}")
     table.show_header = False
     return table
 
 
-def _bar(use: UseView) -> Text:
+def _bar(use: UseView, columns: int) -> Text:
     from rich.text import Text
 
     if not use.limit:
@@ -85,8 +85,8 @@ def _bar(use: UseView) -> Text:
     share = use.used / use.limit
     style = "red" if share >= _FULL else "yellow" if share >= _HIGH else "green"
     full, empty = ("█", "░") if _can_write("█░") else ("#", ".")
-    filled = min(_BAR, max(round(share * _BAR), int(use.used > 0)))
-    return Text.assemble((full * filled, style), (empty * (_BAR - filled), "dim"))
+    filled = min(columns, max(round(share * columns), int(use.used > 0)))
+    return Text.assemble((full * filled, style), (empty * (columns - filled), "dim"))
 
 
 def _can_write(text: str) -> bool:
@@ -97,26 +97,35 @@ def _can_write(text: str) -> bool:
     return True
 
 
-def _models(view: PoolView, *, narrow: bool) -> Table:
+def _models(view: PoolView, width: int) -> Table:
+    """A row for each model; what is the least needed goes where there is no room."""
+    cells = [_cells(one, view.now, brief=width < _WIDE) for one in view.models]
+    columns = [name for name in cells[0] if width >= _NARROW or name not in ("WORK", "MEMORY", "GOLDEN", "ASKED")]
+    table = _table(*columns)
+    for column in table.columns:
+        column.no_wrap = column.header not in ("MODEL", "REPLICAS", "GOLDEN")
+        column.justify = "right" if column.header in ("WAIT", "WORK", "MEMORY") else "left"
+    for row in cells:
+        table.add_row(*(row[name] for name in columns))
+    return table
+
+
+def _cells(one: ModelView, now: float, *, brief: bool) -> dict[str, Text]:
     from rich.text import Text
 
-    table = _table("MODEL", "TIER", "REPLICAS", "WAIT", "WORK", "MEMORY", "GOLDEN", "ASKED")
-    for column in table.columns:
-        column.no_wrap = column.header in ("TIER", "WAIT", "WORK", "MEMORY", "ASKED")
-        column.justify = "right" if column.header in ("WAIT", "WORK", "MEMORY") else "left"
-    for one in view.models:
-        held = sum(each.memory + each.gpu for each in one.replicas)
-        table.add_row(
-            Text(one_line(one.name)),
-            Text(one_line(one.tier), style=_STYLES.get(one.tier, "")),
-            Text(counted(one.replicas)),
-            Text(str(one.waiting), style="yellow" if one.waiting else ""),
-            str(one.requests),
-            size(held) if held else "–",
-            Text(_golden(one, narrow=narrow), style="red" if one.golden.tier == "quarantined" else ""),
-            "–" if one.asked is None else f"{span(view.now - one.asked, 1)}{'' if narrow else ' ago'}",
-        )
-    return table
+    held = sum(each.memory + each.gpu for each in one.replicas)
+    golden = one_line(one.golden.tier) + (f" {size(one.golden.bytes)}" if one.golden.bytes and not brief else "")
+    asked = "–" if one.asked is None else span(now - one.asked, 1) + ("" if brief else " ago")
+    return {
+        "MODEL": Text(one_line(one.name)),
+        "TIER": Text(one_line(one.tier), style=_STYLES.get(one.tier, "")),
+        "REPLICAS": Text(counted(one.replicas)),
+        "WAIT": Text(str(one.waiting), style="yellow" if one.waiting else ""),
+        "WORK": Text(str(one.requests)),
+        "MEMORY": Text(size(held) if held else "–"),
+        "GOLDEN": Text(golden, style="red" if one.golden.tier == "quarantined" else ""),
+        "ASKED": Text(asked),
+    }
 
 
 def counted(replicas: Iterable[ReplicaView]) -> str:
@@ -124,10 +133,6 @@ def counted(replicas: Iterable[ReplicaView]) -> str:
     phases = [one.phase for one in replicas]
     known = sorted(set(phases), key=lambda phase: (PHASES.index(phase) if phase in PHASES else len(PHASES), phase))
     return ", ".join(f"{phases.count(phase)} {one_line(phase)}" for phase in known) or "–"
-
-
-def _golden(one: ModelView, *, narrow: bool) -> str:
-    return one_line(one.golden.tier) + (f" {size(one.golden.bytes)}" if one.golden.bytes and not narrow else "")
 
 
 def _troubles(view: PoolView) -> list[RenderableType]:
