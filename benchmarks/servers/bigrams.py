@@ -2,7 +2,7 @@
 
 python3 bigrams.py (SOCKET | PORT) [--name NAME] [--text FILE] [--pause SECONDS] [--never-healthy]
 
-Given the same text it says the same words after the same prompt: the next word is the most frequent one behind the last,
+Given one text it says the same words after the same prompt: the next word is the most frequent one behind the last,
 and among those that were said already the rarest said. ``--pause`` is the time that each word takes. Standard library
 only: any Python runs it.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import re
 import socket
@@ -30,7 +31,7 @@ class Bigrams:
     def __init__(self, text: str) -> None:
         words = re.findall(r"\w+|[^\w\s]", text)
         self._after: dict[str, Counter[str]] = defaultdict(Counter)
-        for first, second in zip(words, words[1:], strict=False):
+        for first, second in itertools.pairwise(words):
             self._after[first][second] += 1
         self._start = Counter(words).most_common(1)[0][0]
 
