@@ -148,7 +148,7 @@ def events(client: Client, /, follow: bool, model: str | None, limit: int, as_js
             show(event)
         for event in client.follow_events(past[-1].seq if past else 0, model):
             show(event)
-        say("the service has ended")
+        say("the service sends no more events")
 
 
 # --- acting ---------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def wake(client: Client, /, models: tuple[str, ...], deadline: float | None, as_
         if not as_json and sys.stderr.isatty():
             say(f"{one_line(name)}: waking …")
         woken = client.wake(name, deadline)
-        done.append({"model": name} | plain(woken))
+        done.append(plain(woken) | {"model": woken.model or name})
         if not as_json:
             click.echo(one_line(f"{name}: {woken.replica} {_how(woken)}"))
     if as_json:
@@ -196,14 +196,15 @@ def sleep(client: Client, /, models: tuple[str, ...], release: bool, as_json: bo
     if not any(found.values()):
         raise NothingToDo(
             f"nothing was {'removed' if release else 'frozen'}",
-            cause=f"no replica of {', '.join(found)} is {'' if release else 'hot and '}without requests",
+            cause=f"no replica of {', '.join(found)} is {'' if release else 'hot and '}without requests,"
+            " and more than its rules keep",
             remedy="gpuckpt pool ps",
         )
     if as_json:
         print_json({"slept": [{"model": model, key: names} for model, names in found.items()]})
         return
     for model, names in found.items():
-        what = f"{'removed' if release else 'froze'} {', '.join(names)}" if names else "nothing to do"
+        what = f"{'removing' if release else 'freezing'} {', '.join(names)}" if names else "nothing to do"
         click.echo(one_line(f"{model}: {what}"))
 
 
@@ -213,7 +214,7 @@ def sleep(client: Client, /, models: tuple[str, ...], release: bool, as_json: bo
 @click.argument("replicas", metavar="N|auto")
 @format_option
 def scale(client: Client, /, model: str, replicas: str, as_json: bool) -> None:
-    """Keep N replicas of MODEL from now on.
+    """Keep N replicas of MODEL hot from now on.
 
     “auto”: as many as its rules say.
     """
@@ -223,7 +224,7 @@ def scale(client: Client, /, model: str, replicas: str, as_json: bool) -> None:
     if as_json:
         print_json(plain(done))
         return
-    kept = "as many replicas as its rules say" if done.replicas is None else f"{done.replicas} replicas are kept"
+    kept = "as many replicas as its rules say" if done.replicas is None else f"{done.replicas} replicas are kept hot"
     click.echo(one_line(f"{done.model}: {kept}"))
 
 
@@ -244,7 +245,8 @@ def drain(client: Client, /, models: tuple[str, ...], yes: bool, as_json: bool) 
             print_json({"drained": plain(done)})
             return
         for one in done:
-            click.echo(one_line(f"{one.model}: drained, removed {', '.join(one.stopped) or 'nothing'}"))
+            going = f"; removing {', '.join(one.stopped)} behind the requests at work" if one.stopped else ""
+            click.echo(one_line(f"{one.model}: takes no more requests{going}"))
         return
     if not yes and sys.stdin.isatty():
         view = client.state()
