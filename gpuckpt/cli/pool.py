@@ -14,6 +14,7 @@ from gpuckpt.cli.complete import pool_models
 from gpuckpt.cli.pool_check import check
 from gpuckpt.cli.pool_client import on_pool
 from gpuckpt.cli.pool_logs import logs
+from gpuckpt.cli.pool_service import install, run, uninstall
 from gpuckpt.cli.pool_view import can_draw, console, event_line, page, plain, print_replicas, span
 from gpuckpt.cli.render import JSON_VERSION, format_option, one_line, print_json, say, seconds
 from gpuckpt.errors import DaemonUnreachableError, DeadlineError, InterruptedByUser, NothingToDo, UsageError
@@ -38,6 +39,9 @@ def command() -> None:
 
 command.add_command(check)
 command.add_command(logs)
+command.add_command(run)
+command.add_command(install)
+command.add_command(uninstall)
 
 
 # --- looking --------------------------------------------------------------------------------------------------

@@ -17,11 +17,10 @@ from gpuckpt.config import Settings
 from gpuckpt.errors import BusyError, GpuckptError, PreflightError
 from gpuckpt.golden.sweep import sweep
 from gpuckpt.golden.tools import tools
-from gpuckpt.paths import private_folder
+from gpuckpt.paths import refuse_untrusted
 from gpuckpt.pool import config as configuration
 from gpuckpt.service import activation, journal
 from gpuckpt.service.admin import Admin
-from gpuckpt.service.client import socket_path
 from gpuckpt.service.notify import Notifier
 from gpuckpt.service.server import Guard, HttpServer, listen
 from gpuckpt.service.service import Changes, Service
@@ -34,21 +33,22 @@ _SPARE_FILES = 2000  # descriptors beside clients' connections: those to replica
 _STATUS_SECONDS = 2.0
 
 
-def run(settings: Settings, file: Path, *, level: int = logging.INFO) -> None:
-    """Run the pool that ``file`` describes until SIGTERM or SIGINT.
+def run(settings: Settings, file: Path, *, admin: Path, level: int = logging.INFO) -> None:
+    """Run the pool that ``file`` describes until SIGTERM or SIGINT; ``admin`` is the admin API's socket.
 
     Raises BusyError if one runs already, and what reading the configuration and opening the store raise.
     """
     import uvloop
 
     journal.set_up(level)
-    uvloop.run(_Daemon(settings, file).run())
+    uvloop.run(_Daemon(settings, file, admin).run())
 
 
 class _Daemon:
-    def __init__(self, settings: Settings, file: Path) -> None:
+    def __init__(self, settings: Settings, file: Path, admin: Path) -> None:
         self._settings = settings
         self._file = file
+        self._admin = admin
         self._notifier = Notifier.from_environment()
         self._layout = Layout.of(settings)
         self._stop = asyncio.Event()
@@ -62,10 +62,10 @@ class _Daemon:
             service = self._service = Service(self._settings, config, keys=credential)
             front_sockets = self._front_sockets(config.front.listen)
             self._follow(config)
-            admin_path = socket_path(self._settings)
-            private_folder(admin_path.parent)
+            refuse_untrusted(self._admin.parent, what="the admin socket's folder")
+            self._admin.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             admin = Admin(service, reload=self._reload, stop=self._stop.set).app()
-            admin_server = HttpServer(admin, [_private_socket(admin_path)], guard=Guard())
+            admin_server = HttpServer(admin, [_private_socket(self._admin)], guard=Guard())
             front_server = HttpServer(Site(service), front_sockets, guard=self._guard)
             service.connections = lambda: front_server.connections
             loop = asyncio.get_running_loop()
@@ -93,7 +93,7 @@ class _Daemon:
                 await admin_server.close(1)
                 ping.cancel()
                 with contextlib.suppress(FileNotFoundError):
-                    admin_path.unlink()
+                    self._admin.unlink()
 
     # ------------------------------------------------------------------ the start
 
