@@ -16,7 +16,7 @@ from gpuckpt.cli.pool_client import on_pool
 from gpuckpt.cli.pool_logs import logs
 from gpuckpt.cli.pool_service import install, run, uninstall
 from gpuckpt.cli.pool_view import can_draw, console, event_line, page, plain, print_replicas, span
-from gpuckpt.cli.render import JSON_VERSION, format_option, one_line, print_json, say, seconds
+from gpuckpt.cli.render import JSON_VERSION, format_option, many, one_line, print_json, say, seconds
 from gpuckpt.errors import DaemonUnreachableError, DeadlineError, InterruptedByUser, NothingToDo, UsageError
 
 if TYPE_CHECKING:
@@ -228,8 +228,8 @@ def scale(client: Client, /, model: str, replicas: str, as_json: bool) -> None:
     if as_json:
         print_json(plain(done))
         return
-    kept = "as many replicas as its rules say" if done.replicas is None else f"{done.replicas} replicas are kept hot"
-    click.echo(one_line(f"{done.model}: {kept}"))
+    kept = "as many hot replicas as its rules say" if done.replicas is None else many(done.replicas, "hot replica")
+    click.echo(one_line(f"{done.model}: keeps {kept}"))
 
 
 @command.command()
@@ -255,7 +255,9 @@ def drain(client: Client, /, models: tuple[str, ...], yes: bool, as_json: bool) 
     if not yes and sys.stdin.isatty():
         view = client.state()
         at_work = sum(one.requests + one.waiting for one in view.models)
-        if not click.confirm(f"End the service, and its {len(view.models)} models ({at_work} requests)?", err=True):
+        if not click.confirm(
+            f"End the service, with {many(len(view.models), 'model')} and {many(at_work, 'request')}?", err=True
+        ):
             raise NothingToDo("the service goes on")
     client.drain()
     if as_json:
