@@ -53,6 +53,8 @@ def model(name: str, tier: str = "tmpfs", **fields: Any) -> ModelView:
         "trouble": "",
         "retry_at": None,
         "warm": False,
+        "drained": False,
+        "scale": None,
         "expected_memory": 300 << 20,
         "rules": RULES,
     }
@@ -163,10 +165,11 @@ class FakePool(FakeGuest):
 
     def _follow(self, asked: dict[str, str]) -> Callable[[socket.socket], None]:
         def serve(connection: socket.socket) -> None:
+            told = self.happened[-1].seq if self.happened else 0
             connection.sendall(
                 b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
             )
-            told = 0
+            _chunk(connection, b": following\n\n")
             while True:
                 with self._news:
                     found = [one for one in self._events(asked) if one.seq > told]
@@ -197,7 +200,7 @@ class FakePool(FakeGuest):
             case "wake":
                 woken = replica(going[0] if going else f"{one.golden.name}.1")
                 self._become(replace(one, tier="hot", replicas=[woken]))
-                return raw({"replica": woken.name, "tier": one.tier, "seconds": 0.0213})
+                return raw({"model": one.name, "replica": woken.name, "tier": one.tier, "seconds": 0.0213})
             case "sleep" if body.get("release"):
                 self._become(replace(one, replicas=[]))
                 return raw({"model": one.name, "stopped": going})
@@ -207,10 +210,10 @@ class FakePool(FakeGuest):
             case "scale":
                 most = int(one.rules["max_replicas"] or 0)
                 if body["replicas"] is not None and body["replicas"] > most:
-                    return refusal(409, f"{one.name} has at most {most} replicas", cause="max_replicas says so")
+                    return refusal(400, f"{one.name} can have 0 to {most} replicas", remedy="raise max_replicas")
                 return raw({"model": one.name, "replicas": body["replicas"]})
             case "drain":
-                self._become(replace(one, replicas=[]))
+                self._become(replace(one, replicas=[], drained=True))
                 return raw({"model": one.name, "stopped": going})
         return refusal(404, f"there is no {verb}")
 

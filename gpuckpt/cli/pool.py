@@ -16,7 +16,7 @@ from gpuckpt.cli.pool_client import on_pool
 from gpuckpt.cli.pool_logs import logs
 from gpuckpt.cli.pool_service import install, run, uninstall
 from gpuckpt.cli.pool_view import can_draw, console, event_line, page, plain, print_replicas, span
-from gpuckpt.cli.render import JSON_VERSION, format_option, one_line, print_json, say, seconds
+from gpuckpt.cli.render import JSON_VERSION, format_option, many, one_line, print_json, say, seconds
 from gpuckpt.errors import DaemonUnreachableError, DeadlineError, InterruptedByUser, NothingToDo, UsageError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def events(client: Client, /, follow: bool, model: str | None, limit: int, as_js
             show(event)
         for event in client.follow_events(past[-1].seq if past else 0, model):
             show(event)
-        say("the service has ended")
+        say("the service sends no more events")
 
 
 # --- acting ---------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def wake(client: Client, /, models: tuple[str, ...], deadline: float | None, as_
         if not as_json and sys.stderr.isatty():
             say(f"{one_line(name)}: waking …")
         woken = client.wake(name, deadline)
-        done.append({"model": name} | plain(woken))
+        done.append(plain(woken) | {"model": woken.model or name})
         if not as_json:
             click.echo(one_line(f"{name}: {woken.replica} {_how(woken)}"))
     if as_json:
@@ -200,14 +200,15 @@ def sleep(client: Client, /, models: tuple[str, ...], release: bool, as_json: bo
     if not any(found.values()):
         raise NothingToDo(
             f"nothing was {'removed' if release else 'frozen'}",
-            cause=f"no replica of {', '.join(found)} is {'' if release else 'hot and '}without requests",
+            cause=f"no replica of {', '.join(found)} is {'' if release else 'hot and '}without requests,"
+            " and more than its rules keep",
             remedy="gpuckpt pool ps",
         )
     if as_json:
         print_json({"slept": [{"model": model, key: names} for model, names in found.items()]})
         return
     for model, names in found.items():
-        what = f"{'removed' if release else 'froze'} {', '.join(names)}" if names else "nothing to do"
+        what = f"{'removing' if release else 'freezing'} {', '.join(names)}" if names else "nothing to do"
         click.echo(one_line(f"{model}: {what}"))
 
 
@@ -217,7 +218,7 @@ def sleep(client: Client, /, models: tuple[str, ...], release: bool, as_json: bo
 @click.argument("replicas", metavar="N|auto")
 @format_option
 def scale(client: Client, /, model: str, replicas: str, as_json: bool) -> None:
-    """Keep N replicas of MODEL from now on.
+    """Keep N replicas of MODEL hot from now on.
 
     “auto”: as many as its rules say.
     """
@@ -227,8 +228,8 @@ def scale(client: Client, /, model: str, replicas: str, as_json: bool) -> None:
     if as_json:
         print_json(plain(done))
         return
-    kept = "as many replicas as its rules say" if done.replicas is None else f"{done.replicas} replicas are kept"
-    click.echo(one_line(f"{done.model}: {kept}"))
+    kept = "as many hot replicas as its rules say" if done.replicas is None else many(done.replicas, "hot replica")
+    click.echo(one_line(f"{done.model}: keeps {kept}"))
 
 
 @command.command()
@@ -248,12 +249,15 @@ def drain(client: Client, /, models: tuple[str, ...], yes: bool, as_json: bool) 
             print_json({"drained": plain(done)})
             return
         for one in done:
-            click.echo(one_line(f"{one.model}: drained, removed {', '.join(one.stopped) or 'nothing'}"))
+            going = f"; removing {', '.join(one.stopped)} behind the requests at work" if one.stopped else ""
+            click.echo(one_line(f"{one.model}: takes no more requests{going}"))
         return
     if not yes and sys.stdin.isatty():
         view = client.state()
         at_work = sum(one.requests + one.waiting for one in view.models)
-        if not click.confirm(f"End the service, and its {len(view.models)} models ({at_work} requests)?", err=True):
+        if not click.confirm(
+            f"End the service, with {many(len(view.models), 'model')} and {many(at_work, 'request')}?", err=True
+        ):
             raise NothingToDo("the service goes on")
     client.drain()
     if as_json:

@@ -10,7 +10,7 @@ import click
 
 from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.pool_view import span
-from gpuckpt.cli.render import format_option, one_line, print_json, print_table, say, size
+from gpuckpt.cli.render import format_option, many, one_line, print_json, print_table, say, size
 from gpuckpt.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def check(ctx: click.Context, /, file: Path | None, as_json: bool) -> None:
         document["budget"] = {name: held for name, (held, _) in budget.items()}
         print_json({"file": str(file)} | document)
         return
-    click.echo(f"{file}: {len(pool.models)} models, listens on {', '.join(pool.front.listen)}\n")
+    click.echo(f"{file}: {many(len(pool.models), 'model')}, listens on {', '.join(pool.front.listen)}\n")
     rows = [(name, "–" if held is None else size(held), why) for name, (held, why) in budget.items()]
     print_table(["BUDGET", "LIMIT", ""], rows, right=["LIMIT"])
     if pool.models:

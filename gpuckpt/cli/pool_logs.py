@@ -14,7 +14,7 @@ from gpuckpt.cli.complete import pool_names
 from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.logs import Growing, last
 from gpuckpt.cli.pool_client import on_pool
-from gpuckpt.cli.render import format_option, print_json, say
+from gpuckpt.cli.render import format_option, print_json
 from gpuckpt.errors import (
     DaemonUnreachableError,
     GpuckptError,
@@ -49,10 +49,15 @@ def logs(ctx: click.Context, client: Client, /, name: str, tail: int | None, fol
 
     if follow and as_json:
         raise UsageError("--follow and --format json exclude each other")
-    model, names = _meant(client, name)
     work = tools(settings_from(ctx))
+    try:
+        model, names = _meant(client, name)
+    except DaemonUnreachableError:  # replicas outlive it
+        model, names = None, [name]
+        if _known(work, name) is None:
+            raise
     if model is None:
-        _known(work, names[0], must_exist=True)
+        _known(work, name, must_exist=True)
     if follow:
         with suppress(InterruptedByUser):  # how one leaves it
             _follow(work, client, model, names, tail)
@@ -73,11 +78,7 @@ def logs(ctx: click.Context, client: Client, /, name: str, tail: int | None, fol
 
 def _meant(client: Client, name: str) -> tuple[ModelView | None, list[str]]:
     """The model of that name or alias and its replicas; or only the replica of that name."""
-    try:
-        models = client.state().models
-    except DaemonUnreachableError as error:
-        say(f"{error.message}: {name} can only be a replica")
-        return None, [name]
+    models = client.state().models
     for one in models:
         if name in (one.name, *one.aliases):
             return one, [each.name for each in one.replicas]

@@ -118,8 +118,8 @@ def _cells(one: ModelView, now: float, *, brief: bool) -> dict[str, Text]:
     asked = "–" if one.asked is None else span(now - one.asked, 1) + ("" if brief else " ago")
     return {
         "MODEL": Text(one_line(one.name)),
-        "TIER": Text(one_line(one.tier), style=_STYLES.get(one.tier, "")),
-        "REPLICAS": Text(counted(one.replicas)),
+        "TIER": Text("drained", style="yellow") if one.drained else Text(one_line(one.tier), _STYLES.get(one.tier, "")),
+        "REPLICAS": Text(counted(one.replicas) + ("" if one.scale is None else f" (of {one.scale})")),
         "WAIT": Text(str(one.waiting), style="yellow" if one.waiting else ""),
         "WORK": Text(str(one.requests)),
         "MEMORY": Text(size(held) if held else "–"),
@@ -193,6 +193,7 @@ def event_line(event: EventView) -> str:
     """When, what, to whom, how long, why."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
     took = "" if event.seconds is None else seconds(event.seconds)
+    took += f" from {one_line(event.tier)}" if took and event.tier else ""
     whom = event.replica or event.model
     if event.model and not event.replica.startswith(event.model):
         whom = " ".join(filter(None, (event.model, event.replica)))

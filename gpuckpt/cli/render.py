@@ -111,5 +111,10 @@ def one_line(text: str) -> str:
     return text.translate(CONTROLS | {9: " ", 10: "�"})
 
 
+def many(count: int, thing: str) -> str:
+    """So many things: ``1 model``, ``2 models``."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def seconds(value: float) -> str:
     return f"{value:.3f} s" if abs(value) >= 0.1 else f"{value * 1000:.1f} ms"

@@ -48,10 +48,11 @@ class Woken(msgspec.Struct, frozen=True):
     replica: str
     tier: str
     seconds: float
+    model: str = ""
 
 
 class Slept(msgspec.Struct, frozen=True):
-    """Replicas of a model that were frozen, or removed."""
+    """Replicas of a model that are being frozen, or removed."""
 
     model: str
     frozen: list[str] = []
@@ -59,14 +60,14 @@ class Slept(msgspec.Struct, frozen=True):
 
 
 class Scaled(msgspec.Struct, frozen=True):
-    """How many replicas of a model are kept; None: as the configuration says."""
+    """How many replicas of a model are kept hot; None: as the configuration says."""
 
     model: str
     replicas: int | None
 
 
 class Drained(msgspec.Struct, frozen=True):
-    """Replicas of a model that takes no more requests."""
+    """Replicas of a model that takes no more requests; they go when those at work are answered."""
 
     model: str
     stopped: list[str]
@@ -120,14 +121,19 @@ class Client:
 
     def follow_events(self, after: int | None = None, model: str | None = None) -> Iterator[EventView]:
         """The same, and then what happens, as it happens; ends when the daemon does."""
+        told = after or 0
         with self._answer("GET", _events_path(after, model, None, follow=True), b"", self._timeout) as (made, response):
             made.settimeout(None)  # nothing may happen for as long as it likes
+            # Asked for behind the stream's begin, so that nothing is lost between the two.
+            for event in self.events(after, model):
+                told = event.seq
+                yield event
             # Its end, however abrupt, is what the reader is told by the stream's.
             with suppress(OSError, http1.HttpError):
                 while (line := response.body.readline(_LONGEST)).endswith(b"\n"):
                     name, _, value = line.strip().partition(b":")
-                    if name == b"data":
-                        yield self._decoded(value, EventView)
+                    if name == b"data" and (event := self._decoded(value, EventView)).seq > told:
+                        yield event
 
     def metrics(self) -> str:
         """The metrics, in Prometheus' text format."""
@@ -145,7 +151,7 @@ class Client:
         return self._act(name, "sleep", Slept, {"release": True} if release else {})
 
     def scale(self, name: str, replicas: int | None) -> Scaled:
-        """Keep so many replicas of the model from now on; None: as the configuration says."""
+        """Keep so many replicas of the model hot from now on; None: as the configuration says."""
         return self._act(name, "scale", Scaled, {"replicas": replicas})
 
     @overload

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.json import encode
 from msgspec.structs import replace
 
 from gpuckpt.errors import (
@@ -49,7 +50,7 @@ def test_the_state_is_the_view(pool: FakePool, client: Client) -> None:
 
 
 def test_what_is_asked_and_what_it_becomes(pool: FakePool, client: Client) -> None:
-    assert client.wake("phi") == Woken("gold.1", "tmpfs", 0.0213)
+    assert client.wake("phi") == Woken("gold.1", "tmpfs", 0.0213, "phi")
     assert client.wake("qwen", deadline=2.5).tier == "hot"
     assert client.sleep("qwen") == Slept("qwen", frozen=["qwen.1"])
     assert client.sleep("phi", release=True) == Slept("phi", stopped=["gold.1"])
@@ -109,7 +110,14 @@ def test_a_stream_that_ends_well_or_not(pool: FakePool, client: Client, ends: by
     text = b'data: {"seq": 7, "time": 1, "kind": "woken", "new field": 1}\n\n: alive\n\nevent: odd\n\n'
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     pool.on("GET /v1/events?follow=1", head + f"{len(text):x}\r\n".encode() + text + b"\r\n" + ends)
-    assert [one.seq for one in client.follow_events()] == [7]
+    assert [one.seq for one in client.follow_events()] == [1, 2, 7]
+
+
+def test_nothing_is_lost_or_told_twice_between_what_was_and_what_comes(pool: FakePool, client: Client) -> None:
+    pool.on(
+        "GET /v1/events?follow=1", answer(b"".join(b"data: " + encode(event(n, "woken")) + b"\n\n" for n in (2, 3)))
+    )
+    assert [one.seq for one in client.follow_events()] == [1, 2, 3]
 
 
 def test_an_event_that_is_none(pool: FakePool, client: Client) -> None:
