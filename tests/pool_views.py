@@ -12,7 +12,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 RESTORE = {"checks": 0.04, "container": 0.21, "restore": 0.47, "health": 0.11, "unaccounted": 0.02}
-COLD = {"cold: container": 0.6, "cold: server start": 31.2, "cold: first token": 1.9, "unaccounted": 0.3}
+COLD = {"cold: container": 0.6, "cold: server start": 31.2, "cold: first token": 1.9}
 
 
 def a_replica(name: str, phase: str, since: float, **other: Any) -> ReplicaView:
@@ -87,7 +87,9 @@ def a_pool(now: float, models: Sequence[ModelView] = (), **other: Any) -> PoolVi
 
 def empty(now: float) -> PoolView:
     """A service that has just begun, without a model."""
-    return a_pool(now, started=now - 4, memory=UseView(used=0, limit=None), host_memory=UseView(used=5 * GIB, limit=62 * GIB))
+    return a_pool(
+        now, started=now - 4, memory=UseView(used=0, limit=None), host_memory=UseView(used=5 * GIB, limit=62 * GIB)
+    )
 
 
 def lively(now: float) -> PoolView:
@@ -120,8 +122,9 @@ def lively(now: float) -> PoolView:
         ),
         a_model("phi-4-mini", "disk", bytes=int(4.4 * GIB), asked=now - 9_120, answered=12),
         a_model(
-            "deepseek-r1-distill-7b", "cold", asked=now - 36, failed=4, waiting=1, rules={"priority": -1},
-            trouble="the server did not answer within 120 s\nRuntimeError: CUDA error: out of memory", retry_at=now + 14,
+            "deepseek-r1-distill-7b", "cold", asked=now - 36, failed=4, waiting=1, retry_at=now + 14,
+            trouble="the server did not answer within 120 s\nRuntimeError: CUDA error: out of memory",
+            rules={"priority": -1},
         ),
         a_model("gemma-3-4b", "cold", golden="quarantined", bytes=int(3.6 * GIB), asked=now - 7_000, answered=301),
     ]  # fmt: skip
@@ -196,7 +199,9 @@ def large(now: float, count: int = 40) -> PoolView:
         name = f"team-{number % 7}/model-{number:02d}-{'instruct' if number % 3 else 'base'}"
         tier = ("hot", "standby", "tmpfs", "disk", "cold")[number % 5]
         held = [a_replica(f"model-{number:02d}.1", tier, now - number)] if tier in ("hot", "standby") else []
-        models.append(a_model(name, tier, bytes=chance.randrange(300, 900) * MIB, replicas=held, asked=now - number * 7.0))
+        models.append(
+            a_model(name, tier, bytes=chance.randrange(300, 900) * MIB, replicas=held, asked=now - number * 7.0)
+        )
         events += [(now - chance.uniform(0, 600), name, kind) for kind in ("restored", "frozen", "stopped")]
     told = [
         EventView(seq=seq, time=when, kind=kind, model=name, replica=f"{name}.1", seconds=0.4)

@@ -72,7 +72,9 @@ class EventView(Struct, frozen=True, kw_only=True):
 
     seq: int
     time: float
-    kind: str  # restored, started, woken, frozen, stopped, moved, failed, lost, quarantined, adopted, reloaded, draining
+    kind: (
+        str  # restored, started, woken, frozen, stopped, moved, failed, lost, quarantined, adopted, reloaded, draining
+    )
     model: str = ""
     replica: str = ""
     reason: str = ""

@@ -27,8 +27,8 @@ _TYPES = {
     ".svg": "image/svg+xml",
 }
 
-# Nothing is loaded from anywhere else, and nothing can be sent anywhere but to the service itself. A frame could be laid
-# under something that one means to click.
+# Nothing is loaded from anywhere else, nothing can be sent anywhere but to the service itself, and nobody shows the
+# page in a frame of theirs.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -44,7 +44,7 @@ class File(Struct, frozen=True):
 
     @property
     def headers(self) -> dict[str, str]:
-        """All of the answer's. Browsers keep the file, but ask each time: after an upgrade all files are the new ones."""
+        """All of the answer's. Browsers keep the file but ask each time: after an upgrade all files are new ones."""
         return {
             "Content-Type": self.kind,
             "Content-Length": str(len(self.body)),

@@ -18,7 +18,7 @@ let due = false;
 
 function draw() {
   due = false;
-  drawLink(pool, lost);
+  drawLink(pool, lost, $("#ask").open);
   const bad = pool.view?.models.filter((model) => model.trouble).length;
   document.title = `${lost ? "✕ " : bad ? `(${bad}) ` : ""}gpuckpt pool`;
   if (!pool.view || document.hidden) return;
@@ -70,7 +70,7 @@ $("#ask form").addEventListener("submit", (event) => {
   field.value = "";
 });
 $("#ask").addEventListener("cancel", (event) => event.preventDefault()); // there is nothing behind it
-$("#forget").addEventListener("click", () => link.forget());
+$("#forget").addEventListener("click", () => { link.forget(); location.reload(); }); // what was shown goes too
 $("#again").addEventListener("click", () => link.again());
 
 prepareWakes(pool, soon);

@@ -92,5 +92,5 @@ function ticks(low, high, width) {
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) found.push(...digits.map((digit) => digit * 10 ** power));
     return found.filter((time) => time >= low && time <= high);
   };
-  return [[1, 2, 5], [1, 3], [1]].map(all).find((found) => found.length * 64 <= width) ?? all([1]).filter((_, index) => index % 2 === 0);
+  return [[1, 2, 5], [1, 3], [1]].map(all).find((found) => found.length * 54 <= width) ?? all([1]).filter((_, index) => index % 2 === 0);
 }

@@ -22,10 +22,7 @@ export class Link {
     this.again();
   }
 
-  forget() {
-    sessionStorage.removeItem(KEY);
-    this.again();
-  }
+  forget() { sessionStorage.removeItem(KEY); }
 
   /** Connect now; whatever is under way is given up. */
   again() {

@@ -34,10 +34,11 @@ addEventListener("keydown", (event) => { if (event.key === "Escape") close(); })
 addEventListener("scroll", place, {capture: true, passive: true});
 addEventListener("resize", close);
 
-/** After the chart was drawn anew: one mark can be reached with Tab, and the tooltip is where its mark is now. */
-export function settle(element) {
+/** After the chart was drawn anew: one mark can be reached with Tab (until the reader has chosen, the one of that name),
+ * and the tooltip is where its mark is now. */
+export function settle(element, name) {
   const marks = [...element.querySelectorAll("[data-mark]")];
-  if (marks.length && !marks.some((mark) => mark.getAttribute("tabindex") === "0")) stop(element, marks.at(-1));
+  if (marks.length && !marks.some((mark) => mark.getAttribute("tabindex") === "0")) stop(element, marks.find((mark) => mark.dataset.mark === name) ?? marks[0]);
   if (shown && element.contains(shown)) open(shown);
   else if (shown && !shown.isConnected) close();
 }

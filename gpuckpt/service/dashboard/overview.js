@@ -20,14 +20,14 @@ export function drawService(pool) {
 }
 const fact = (name, value, title) => make("div", {"data-key": name}, make("dt", {text: name}), make("dd", {text: value, title}));
 
-/** Whether the connection is there; `next`: when it is tried again. */
-export function drawLink(pool, lost) {
+/** Whether the connection is there; `lost`: why not, and when it is tried again; `locked`: a key is asked for. */
+export function drawLink(pool, lost, locked) {
   const link = $("#link"), bar = $("#lost");
-  $(".dot", link).className = `dot ${lost ? "dead" : pool.view ? "live" : ""}`;
+  $(".dot", link).className = `dot ${lost || locked ? "dead" : pool.view ? "live" : ""}`;
   const seen = pool.view ? `last seen ${span(pool.unseen)} ago` : "";
-  const words = lost ? "not connected" : pool.view ? "live" : "connecting";
+  const words = lost ? "not connected" : locked ? "needs a key" : pool.view ? "live" : "connecting";
   if (link.lastElementChild.textContent !== words) link.lastElementChild.textContent = words;
-  document.body.classList.toggle("stale", Boolean(lost && pool.view));
+  document.body.classList.toggle("stale", Boolean((lost || locked) && pool.view));
   bar.hidden = !lost;
   if (!lost) return;
   const left = Math.ceil((lost.next - Date.now()) / 1000);

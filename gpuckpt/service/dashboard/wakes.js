@@ -7,7 +7,7 @@ import {ago, clock, moment, span, took} from "./words.js";
 
 const SPANS = [[60, "1 min"], [300, "5 min"], [900, "15 min"], [3600, "1 h"], [Infinity, "all"]];
 const STEPS = [5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 43200, 86400, 604800];
-const ROW = 14, BAR = 10, LEAST = 5, ROWS = 6, TICK = 78; // pixels
+const ROW = 14, BAR = 10, LEAST = 5, ROWS = 6, TICK = 78, LANE = 47; // pixels
 const KEY = [["up", "made ready"], ["down", "frozen or stopped"], ["moved", "golden moved"], ["bad", "failed"], ["note", "service"], ["running", "under way"]];
 const SERVICE = "\0service";
 
@@ -59,10 +59,11 @@ export function drawWakes() {
     const running = busy.filter((one) => one.model === name);
     const placed = pack([...own.map((event) => ({event, left: x(begin(event)), right: x(event.time)})),
       ...running.map((replica) => ({replica, left: x(replica.since), right: x(now)}))]);
-    const height = Math.max(1, ...placed.map(({row}) => row + 1)) * ROW + 10;
+    const rows = Math.max(1, ...placed.map(({row}) => row + 1)), height = Math.max(rows * ROW + 10, narrow() ? 0 : LANE);
+    const top = (height - rows * ROW) / 2 + (ROW - BAR) / 2;
     return make("div", {class: "lane", "data-key": name, "data-row": true, role: "group", "aria-label": name === SERVICE ? "the service" : name},
       label(name, own, now),
-      drawn("svg", {class: "track", height, width}, grid(), placed.map((one) => bar(one, now))));
+      drawn("svg", {class: "track", height, width}, grid(), placed.map((one) => bar({...one, top: top + one.row * ROW}, now))));
   };
   show($("#lanes"),
     make("div", {class: "lanes", "data-key": "\0lanes", role: "group", "aria-label": "Events on a time axis; the arrow keys go from one to the next"}, lanes.map(lane)),
@@ -70,7 +71,7 @@ export function drawWakes() {
       drawn("svg", {class: "track", height: 20, width}, times.filter((time) => x(time) > 24 && x(time) < width - 62)
         .map((time) => drawn("text", {x: x(time), y: 14, "text-anchor": "middle", text: clock(time, far < 600)})),
       drawn("text", {x: width, y: 14, "text-anchor": "end", class: "now", text: pool.standing ? "last seen" : "now"}))));
-  settle($("#lanes"));
+  settle($("#lanes"), String(seen.at(-1)?.seq));
 }
 
 const nothing = (events, now) => (events.length
@@ -80,8 +81,9 @@ const nothing = (events, now) => (events.length
 /** Pixels for bars; as the style sheet lays the lanes out. */
 function track() {
   const own = $("#lanes").clientWidth;
-  return Math.max(120, matchMedia("(max-width: 760px)").matches ? own : own - 212);
+  return Math.max(120, narrow() ? own : own - 212);
 }
+const narrow = () => matchMedia("(max-width: 760px)").matches;
 
 function ticks(from, to, width) {
   const step = STEPS.find((one) => ((to - from) / one) * TICK <= width) ?? STEPS.at(-1);
@@ -105,8 +107,8 @@ function pack(bars) {
   });
 }
 
-function bar({event, replica, left, right, row}, now) {
-  const top = 5 + row * ROW, wide = right - left;
+function bar({event, replica, left, right, top}, now) {
+  const wide = right - left;
   if (replica) {
     return drawn("g", {"data-key": `\0${replica.name}`, class: "mark running"},
       drawn("title", {text: `${replica.name}: ${replica.phase} for ${span(now - replica.since)}`}), shape("running", left, top, wide, BAR));
@@ -114,7 +116,7 @@ function bar({event, replica, left, right, row}, now) {
   const kind = sortOf(event);
   return drawn("g", {"data-key": String(event.seq), "data-mark": String(event.seq), class: `mark ${kind}`, tabindex: "-1", role: "img", "aria-label": sentence(event)},
     drawn("rect", {class: "reach", x: left - 3, y: top - 2, width: wide + 6, height: ROW}),
-    shape(kind, left, top, wide, BAR), wide >= 40 && parts(event, left, top, wide));
+    shape(kind, left, top, wide, BAR), wide >= 24 && parts(event, left, top, wide));
 }
 
 /** Each kind has a form of its own beside its colour. */
@@ -122,7 +124,7 @@ function shape(kind, left, top, wide, high) {
   const right = left + wide, middle = top + high / 2;
   if (kind === "bad") {
     const centre = Math.max(right - 5, left), arm = 4;
-    return drawn("g", {}, wide > 12 && drawn("line", {class: "stem", x1: left, x2: centre - 5, y1: middle, y2: middle}),
+    return drawn("g", {}, wide > 16 && drawn("line", {class: "stem", x1: left, x2: centre - 5, y1: middle, y2: middle}),
       drawn("path", {d: `M${centre - arm} ${middle - arm}l${2 * arm} ${2 * arm}m0 ${-2 * arm}l${-2 * arm} ${2 * arm}`}));
   }
   if (kind === "note") return drawn("path", {d: `M${right - 5} ${middle - 5}l5 5-5 5-5-5z`});
@@ -146,7 +148,7 @@ function label(name, own, now) {
   const last = own.filter((event) => sortOf(event) === "up" && event.seconds !== null).at(-1);
   const bad = own.filter((event) => sortOf(event) === "bad").length;
   return make("div", {class: "who"},
-    make("div", {class: "name"}, name !== SERVICE && make("i", {class: `swatch c${pool.colour(name)}`}), make("span", {title: name === SERVICE ? null : name, text: name === SERVICE ? "the service" : name})),
+    make("div", {class: "name"}, make("i", {class: name === SERVICE ? "swatch" : `swatch c${pool.colour(name)}`}), make("span", {title: name === SERVICE ? null : name, text: name === SERVICE ? "the service" : name})),
     make("div", {class: "last"}, last && make("span", {title: ago(now, last.time)}, `${last.kind} in `, make("b", {text: took(last.seconds)})),
       bad > 0 && make("span", {class: "refused"}, icon("bad"), `${bad} failed`)));
 }
