@@ -15,8 +15,10 @@ const SCHEMA = 1;
 const pool = new Pool();
 let lost = null; // {why, next} while there is no connection
 let due = false;
+let spent = 0; // ms, by the last drawing
 
 function draw() {
+  const began = performance.now();
   due = false;
   drawLink(pool, lost, $("#ask").open);
   const bad = pool.view?.models.filter((model) => model.trouble).length;
@@ -30,11 +32,14 @@ function draw() {
   drawWakes();
   drawFirst();
   drawEvents();
+  spent = performance.now() - began;
 }
 function soon() {
   if (due) return;
   due = true;
-  setTimeout(draw, 30); // together with what else comes now; animation frames do not come to a hidden page
+  // Together with what else comes now, and never for more than a fifth of the time. Animation frames would not do: they
+  // do not come to a hidden page.
+  setTimeout(draw, Math.max(30, 4 * spent));
 }
 
 const link = new Link({

@@ -44,7 +44,7 @@ function children(parent, wanted) {
   }
   while (at) at = drop(at);
 }
-const key = (node) => node.dataset?.key;
+const key = (node) => (node.nodeType === Node.ELEMENT_NODE ? node.getAttribute("data-key") ?? undefined : undefined);
 function drop(node) {
   const next = node.nextSibling;
   node.remove();
@@ -61,6 +61,6 @@ function become(old, fresh) {
     if (!KEPT.has(name) && name !== "style" && old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
   // As an attribute the policy of the page refuses it.
-  if (old.style.cssText !== fresh.style.cssText) old.style.cssText = fresh.style.cssText;
-  children(old, [...fresh.childNodes]);
+  if (fresh.hasAttribute("style") && old.style.cssText !== fresh.style.cssText) old.style.cssText = fresh.style.cssText;
+  if (old.firstChild || fresh.firstChild) children(old, [...fresh.childNodes]);
 }
