@@ -255,7 +255,7 @@ class _Plan:
         store = _limit(self._state.budget.store) - sum(
             model.golden_bytes for model in models if model.golden in (Golden.TMPFS, Golden.MOVING)
         )
-        used = {model.name for model in models if model.replicas or model.waiting}
+        used = {model.name for model in models if model.replicas or model.waiting or model.preparing}
         used |= {one.model for one in self.actions if isinstance(one, Restore | Start)}
         for model in sorted(models, key=lambda model: (model.rules.priority, model.asked)):
             if model.golden is not Golden.TMPFS or model.name in used or now < model.move_at:

@@ -185,7 +185,7 @@ def _alone(layout: Layout) -> Iterator[None]:
     # Two would take each other's replicas for what an earlier one has left.
     layout.prepare()
     try:
-        with locks.exclusive(layout.run / "locks", "pool", "pool"):
+        with locks.exclusive(layout.replica_locks, "pool", "pool"):
             yield
     except BusyError as error:
         raise BusyError("a pool runs already", cause=error.cause, remedy="systemctl stop gpuckpt-pool") from error

@@ -200,7 +200,7 @@ class Service:
         self.metrics.event(event)
         if event.kind in ("stopped", "lost"):
             self._upstream.forget(event.replica)
-        if event.kind in ("started", "quarantined"):
+        if event.kind in ("made", "quarantined"):
             self.health.forget(event.model)
         self.history.add(event)
         level = logging.WARNING if event.kind in _BAD else logging.INFO
