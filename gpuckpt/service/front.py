@@ -50,6 +50,7 @@ _EVENTS = b"text/event-stream"
 class Pool(Protocol):
     """What the front asks of the pool."""
 
+    def tier(self, name: str) -> str: ...
     async def acquire(self, name: str, deadline: float) -> Lease: ...
     def release(self, held: Held) -> None: ...
     async def suspect(self, held: Held) -> None: ...
@@ -144,7 +145,7 @@ class Front:
         body = await exchange.body(self.limits)
         scope = exchange.scope
         route = self._route(scope["path"], scope["query_string"], scope["raw_path"], exchange.headers, body)
-        exchange.record.model = route.model
+        exchange.record.model, exchange.record.tier = route.model, self._pool.tier(route.model)
         exchange.stream = route.stream
         passed = [
             (name, value)
@@ -161,7 +162,7 @@ class Front:
         for attempt in range(1, _ATTEMPTS + 1):
             lease = await self._pool.acquire(route.model, max(0.1, self.limits.deadline - record.waited))
             held = lease.replica
-            record.tier = record.tier or lease.tier
+            record.tier = lease.tier if attempt == 1 else record.tier
             record.replica, record.waited = held.name, record.waited + lease.waited
             connection: Connection | None = None
             try:

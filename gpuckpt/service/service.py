@@ -208,6 +208,10 @@ class Service:
 
     # ------------------------------------------------------------------ what the front asks
 
+    def tier(self, name: str) -> str:
+        """The tier that a request for the model would find now."""
+        return held.tier() if (held := self.owner.models.get(name)) else "cold"
+
     async def acquire(self, name: str, deadline: float) -> Lease:
         """See :meth:`gpuckpt.pool.owner.Owner.acquire`."""
         if not self._opened.is_set():
