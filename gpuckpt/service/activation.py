@@ -18,6 +18,8 @@ NO_KEYS = "none"
 ``LoadCredential=`` of a missing file fails the start; with a ``SetCredential=`` beside it systemd takes that text
 instead. It is not the empty text, because a file of keys that somebody has emptied must not open the front to all.
 """
+BACKLOG = 4096
+"""``Backlog=`` of the socket unit. asyncio and uvicorn call listen(2) once more, with 100 or 2,048 unless they are told."""
 _FIRST = 3  # SD_LISTEN_FDS_START
 _VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
@@ -86,7 +88,7 @@ def _checked(number: int, name: str) -> socket.socket:
     os.set_inheritable(number, False)
     made: Any = socket.socket(fileno=number)
     if made.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6) or made.type != socket.SOCK_STREAM:
-        cause = f"its family and type are {made.family!s} and {made.type!s}"
+        cause = f"its family and type are {made.family!r} and {made.type!r}"
     elif not made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         cause = "it does not listen (a connection, or Accept=yes)"
     else:
