@@ -19,7 +19,8 @@ NO_KEYS = "none"
 instead. It is not the empty text, because a file of keys that somebody has emptied must not open the front to all.
 """
 BACKLOG = 4096
-"""``Backlog=`` of the socket unit. asyncio and uvicorn call listen(2) once more, with 100 or 2,048 unless they are told."""
+"""``Backlog=`` of the socket unit. A server that is given a socket calls listen(2) once more, and unless it is told
+otherwise with less: asyncio with 100, uvicorn with 2,048."""
 _FIRST = 3  # SD_LISTEN_FDS_START
 _VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 

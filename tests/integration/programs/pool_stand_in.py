@@ -43,7 +43,8 @@ class Daemon:
             self.keep(self.ping(every))
         await asyncio.sleep(SLOW)
         handed = activation.listeners()
-        servers = [await asyncio.start_server(self.answer, sock=one.socket, backlog=activation.BACKLOG) for one in handed]
+        backlog = activation.BACKLOG
+        servers = [await asyncio.start_server(self.answer, sock=one.socket, backlog=backlog) for one in handed]
         ADMIN.unlink(missing_ok=True)
         servers.append(await asyncio.start_unix_server(self.administer, ADMIN))
         self.notifier.ready(f"{len(handed)} addresses, 0 models")
