@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gpuckpt.service.front import Receive, Scope, Send, error_body
+from gpuckpt.service.exchange import Receive, Scope, Send, error_body
 from gpuckpt.service.routing import RoutingError
 from gpuckpt.service.service import Service
 
