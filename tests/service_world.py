@@ -339,10 +339,7 @@ class World:
 
     async def settled(self) -> None:
         """Wait until nothing is at work: each lease has been given back (once: the pool checks that)."""
-        await until(lambda: not self.pool.leases and not self.pool.waiting and not self._at_work())
-
-    def _at_work(self) -> int:
-        return len(self.server._server.server_state.tasks)
+        await until(lambda: not self.pool.leases and not self.pool.waiting and not self.server.requests)
 
 
 @contextlib.asynccontextmanager

@@ -47,6 +47,7 @@ class _Door:
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
         self.get_extra_info = transport.get_extra_info
+        self.abort = transport.abort
         self._transport = transport
         self._end = end
         self.closed = False
@@ -118,10 +119,6 @@ class Guarded(HttpToolsProtocol):
         self.flow.resume_reading()
         self._stop_head_timer()
         self._head_timer = self.loop.call_later(self.guard.linger_seconds, self._wire.abort)
-
-    def abort(self) -> None:
-        """Cut it."""
-        self._wire.abort()
 
     # ------------------------------------------------------------------ what comes
 

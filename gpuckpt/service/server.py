@@ -9,10 +9,10 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Generator
 from typing import Any
 
 import uvicorn
+from uvicorn.server import ServerState
 
 from gpuckpt.service.exchange import BrokenOffError
 from gpuckpt.service.protocol import Guard, Guarded
@@ -21,12 +21,7 @@ __all__ = ["Guard", "HttpServer", "listen"]
 
 _KEEP_ALIVE = 75  # seconds that an idle connection is kept: longer than most clients keep theirs
 _BACKLOG = 4096
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield  # the daemon's own loop has them
+_STEP = 0.02
 
 
 class HttpServer:
@@ -34,52 +29,59 @@ class HttpServer:
 
     def __init__(self, app: Any, sockets: list[socket.socket], *, guard: Guard) -> None:
         self.guard = guard
-        protocol = type("_Protocol", (Guarded,), {"guard": guard})
-        config = uvicorn.Config(
+        self._config = uvicorn.Config(
             app,
-            http=protocol,
+            http=type("_Protocol", (Guarded,), {"guard": guard}),
             ws="none",
-            loop="none",
             lifespan="off",
             interface="asgi3",
             log_config=None,
             access_log=False,
             proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE,
         )
-        self._server = _Server(config)
+        self._state = ServerState()
         self._sockets = sockets
-        self._task: asyncio.Task[None] | None = None
+        self._servers: list[asyncio.Server] = []
 
     async def start(self) -> None:
         """Accept connections from now on."""
-        self._task = asyncio.get_running_loop().create_task(self._server.serve(self._sockets))
-        while not self._server.started and not self._task.done():
-            await asyncio.sleep(0.005)
-        if self._task.done():
-            self._task.result()
+        self._config.load()
+        for each in self._sockets:
+            server = await asyncio.get_running_loop().create_server(self._connection, sock=each, backlog=_BACKLOG)
+            self._servers.append(server)
+
+    def _connection(self) -> Guarded:
+        made = self._config.http_protocol_class(self._config, self._state, {})  # type: ignore[call-arg]
+        assert isinstance(made, Guarded)
+        return made
 
     @property
     def connections(self) -> int:
         """How many clients are connected."""
-        return len(self._server.server_state.connections)
+        return len(self._state.connections)
+
+    @property
+    def requests(self) -> int:
+        """How many requests are being answered."""
+        return len(self._state.tasks)
 
     async def close(self, patience: float) -> None:
         """Accept no more, let answers end for ``patience`` seconds at most, then cut."""
-        if self._task is None:
-            return
-        self._server.config.timeout_graceful_shutdown = max(1, round(patience))
-        self._server.should_exit = True
-        await self._task
-        left = self._server.server_state
-        for connection in list(left.connections):
-            assert isinstance(connection, Guarded)
-            connection.abort()
-        if left.tasks:
-            await asyncio.wait(left.tasks)
+        for server in self._servers:
+            server.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self._state.connections or self._state.tasks:
+                    await asyncio.sleep(_STEP)
+        for task in self._state.tasks:
+            task.cancel()
+        if self._state.tasks:
+            await asyncio.wait(self._state.tasks)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
         await asyncio.sleep(0)  # the loop tells the connections that they are lost
 
 

@@ -8,8 +8,6 @@ import subprocess
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gpuckpt.pool.book import RefusedError
 from gpuckpt.service.front import Limits
@@ -103,27 +101,6 @@ def test_interim_answers_are_not_the_answer() -> None:
         async with world(raw(*interim, OK + b"content-length: 2\r\nx: y\r\n\r\nok", pause=0.002)) as here:
             got = await here.ask(ASK)
             assert (got.status, got.body, got.header("link"), got.header("x")) == (200, b"ok", None, "y")
-
-    run(test())
-
-
-@settings(max_examples=40)
-@given(st.data())
-def test_how_the_bytes_come_does_not_matter(data: st.DataObject) -> None:
-    bodies = data.draw(st.lists(st.binary(min_size=1, max_size=40), max_size=6))
-    chunked = data.draw(st.booleans())
-    if chunked:
-        wire = OK + b"transfer-encoding: chunked\r\n\r\n" + b"".join(map(chunk, [*bodies, b""]))
-    else:
-        wire = OK + b"content-length: %d\r\n\r\n" % sum(map(len, bodies)) + b"".join(bodies)
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(wire) - 1), max_size=8)))
-    pieces = [wire[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(wire)], strict=True)]
-
-    async def test() -> None:
-        async with world(raw(*pieces, pause=0.0005)) as here:
-            got = await here.ask(ASK)
-            assert (got.status, got.body, got.whole) == (200, b"".join(bodies), True)
-            await here.settled()
 
     run(test())
 
@@ -384,7 +361,7 @@ def test_a_client_that_goes_away_while_a_replica_is_looked_at() -> None:
                 looked.set()
                 await asyncio.sleep(10)
 
-            here.pool.suspect = suspect  # type: ignore[assignment]
+            here.pool.suspect = suspect  # type: ignore[method-assign]
             client = await here.client()
             await client.send(request(ASK))
             await looked.wait()
