@@ -196,6 +196,18 @@ def at(file: Path, text: str, key: str) -> str:
     return str(file)
 
 
+def as_environment(settings: Settings) -> dict[str, str]:
+    """The variables that give a child process these settings, wherever ours came from."""
+    made = {}
+    for key, setting in FIELDS.items():
+        table, _, name = key.partition(".")
+        value = getattr(getattr(settings, table), name)
+        if value is not None:
+            text = json.dumps(value) if get_origin(setting.type) is tuple else str(value)
+            made[f"GPUCKPT_{key.upper().replace('.', '__')}"] = text
+    return made
+
+
 def _check_variables(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     for variable in environ:
         if variable.startswith("GPUCKPT_") and "__" in variable and variable not in _VARIABLES:

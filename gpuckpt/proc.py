@@ -236,6 +236,16 @@ def processes_below(pid: int) -> list[int]:
     return found
 
 
+def is_killed(pid: int) -> bool:
+    """Whether the process is gone, or was sent SIGKILL: one in a frozen group of version 1 dies when it is thawed."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    pending = re.findall(r"^(?:Shd|Sig)Pnd:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return any(int(mask, 16) & 1 << (signal.SIGKILL - 1) for mask in pending)
+
+
 def wait_for_end(pid: int, argument: str, timeout: float) -> None:
     """Wait, at most ``timeout`` seconds, for the end of the process ``pid`` that has ``argument`` in its command line.
 

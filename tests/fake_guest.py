@@ -135,6 +135,10 @@ class FakeGuest:
         """The bodies of the requests ``what``."""
         return [body for asked, body in self.asked if asked == what]
 
+    def otherwise(self, what: str, data: Any) -> Reply:
+        """The reply to what :meth:`on` was told nothing about."""
+        return problem(404, f"nothing for {what}", "http_error")
+
     def close(self) -> None:
         """Take no more; wait for what is under way."""
         with suppress(OSError):
@@ -165,7 +169,7 @@ class FakeGuest:
             if headers.get(b"content-type") == b"application/json":
                 data = json.loads(data)
             self.asked.append((what, data))
-            known = self.replies.get(what) or [problem(404, f"nothing for {what}", "http_error")]
+            known = self.replies.get(what) or [self.otherwise(what, data)]
             reply = known.pop(0) if len(known) > 1 else known[0]
             if callable(reply):
                 reply(connection)

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("prune", "Sweep half-made goldens, dead replicas and stale mounts."),
     "df": ("df", "Show the space that goldens take."),
     "session": ("session", "Stop generations between two layers, look at them, steer and move them."),
+    "pool": ("pool", "The warm pool: replicas kept ready behind one address."),
     "logs": ("logs", "Show the logs of a replica or of a golden's making."),
     "export": ("export", "Write a golden to an archive file."),
     "import": ("import_", "Read a golden from an archive file."),

@@ -10,6 +10,9 @@ import click
 
 if TYPE_CHECKING:
     from gpuckpt.config import Settings
+    from gpuckpt.service.view import ModelView
+
+_LONGEST_WAIT = 1.0  # seconds; nobody waits longer for a shell to complete a name
 
 
 def golden_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -30,6 +33,30 @@ def replica_names(ctx: click.Context, param: click.Parameter, incomplete: str) -
     """The same for replicas."""
     settings = _settings(ctx)
     return _folders(settings.paths.state / "replicas", incomplete) if settings else []
+
+
+def pool_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The same for the models of the running pool."""
+    return [one.name for one in _pool(ctx) if _can_complete(one.name, incomplete)]
+
+
+def pool_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The same for the running pool's models and their replicas."""
+    names = [name for one in _pool(ctx) for name in (one.name, *(each.name for each in one.replicas))]
+    return [name for name in names if _can_complete(name, incomplete)]
+
+
+def _pool(ctx: click.Context) -> list[ModelView]:
+    try:
+        from gpuckpt.cli.pool_client import client_for
+
+        return client_for(ctx.params.get("socket"), timeout=_LONGEST_WAIT).state().models
+    except Exception:
+        return []
+
+
+def _can_complete(name: str, incomplete: str) -> bool:
+    return name.startswith(incomplete) and name.isprintable()
 
 
 def _settings(ctx: click.Context) -> Settings | None:

@@ -86,17 +86,31 @@ def _show_kept(name: str, kept: list[Path], tail: int | None, as_json: bool) -> 
 
 
 def _follow(work: Tools, one: Replica, shown: str) -> None:
-    from gpuckpt.golden import replica as replicas
-
-    running = True
-    while running:
+    log = Growing(work, one, shown)
+    while log.running:
         time.sleep(_PAUSE)
+        click.echo(log.more(), nl=False)
+
+
+class Growing:
+    """The log of a replica, as it grows; ``running`` until the replica has ended. ``shown``: what is known of it."""
+
+    def __init__(self, work: Tools, one: Replica, shown: str = "") -> None:
+        self.running = True
+        self._work, self._one, self._shown = work, one, shown
+
+    def more(self) -> str:
+        """What was printed since the last look."""
+        from gpuckpt.golden import replica as replicas
+
         # Asked before the log is read, so that what the server printed before it ended is in the log read last.
-        running = replicas.status(work, one) in ("running", "paused")
+        self.running = replicas.status(self._work, self._one) in ("running", "paused")
         try:
-            text = work.containers.logs(one.container)
-        except NotFoundError:
-            return  # stopped and removed meanwhile
+            text = self._work.containers.logs(self._one.container)
+        except NotFoundError:  # stopped and removed meanwhile
+            self.running = False
+            return ""
         # A log that was rotated, or began anew with the container, is new as a whole.
-        click.echo(text[len(shown) :] if text.startswith(shown) else text, nl=False)
-        shown = text
+        new = text[len(self._shown) :] if text.startswith(self._shown) else text
+        self._shown = text
+        return new

@@ -20,6 +20,10 @@ JSON_VERSION = 1
 TIERS = ("tmpfs", "disk")  # of gpuckpt.store.layout, whose import would cost more than most commands take
 WORDS = {"tmpfs": "the tmpfs", "disk": "disk"}
 _F = TypeVar("_F", bound=Callable[..., Any])
+# What would move the cursor, change the terminal or turn the line around; tabs and ends of lines stay.
+CONTROLS = dict.fromkeys(
+    (*range(9), *range(11, 32), *range(127, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "�"
+)
 
 
 def format_option(function: _F) -> _F:
@@ -60,7 +64,7 @@ def print_table(
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell.translate(CONTROLS)) for cell in row))
     if bold_last and table.rows:
         table.rows[-1].style = "bold"
     Console(soft_wrap=False, width=None if sys.stdout.isatty() else 200).print(table)
@@ -81,13 +85,13 @@ def show_error(error: GpuckptError | InterruptedByUser, *, as_json: bool) -> Non
     if as_json:
         print_json({"error": error.as_dict()})
         return
-    say(click.style("error: ", fg="red", bold=True) + error.message)
+    say(click.style("error: ", fg="red", bold=True) + error.message.translate(CONTROLS))
     if error.cause:
-        say(f"  why:    {error.cause}")
+        say(f"  why:    {error.cause.translate(CONTROLS)}")
     if error.remedy:
-        say(f"  remedy: {error.remedy}")
+        say(f"  remedy: {error.remedy.translate(CONTROLS)}")
     for line in error.log:
-        say(f"  │ {line}")
+        say(f"  │ {line.translate(CONTROLS)}")
     if error.log_path:
         say(f"  whole log: {error.log_path}")
 
@@ -100,6 +104,16 @@ def size(count: int | float) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
+
+
+def one_line(text: str) -> str:
+    """Text of a stranger's as a part of a line: nothing in it commands a terminal or ends the line."""
+    return text.translate(CONTROLS | {9: " ", 10: "�"})
+
+
+def many(count: int, thing: str) -> str:
+    """So many things: ``1 model``, ``2 models``."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def seconds(value: float) -> str:

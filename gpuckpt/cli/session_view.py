@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpuckpt.cli.render import print_json, print_table, say, seconds, size
+from gpuckpt.cli.render import CONTROLS, print_json, print_table, say, seconds, size
 from gpuckpt.errors import GpuckptError
 
 if TYPE_CHECKING:
     from gpuckpt.sessions import Client, Event, Result, Session
-
-# What would move the cursor or change the terminal: a model may write it.
-_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
 
 
 def print_stream(stream: Iterator[Event]) -> Event:
@@ -34,7 +31,7 @@ def print_stream(stream: Iterator[Event]) -> Event:
 
 def write(text: str) -> None:
     """What a model wrote, to a program as it is (click would take colours out), to a terminal without its commands."""
-    click.echo(text.translate(_CONTROLS) if sys.stdout.isatty() else text, nl=False, color=True)
+    click.echo(text.translate(CONTROLS) if sys.stdout.isatty() else text, nl=False, color=True)
     sys.stdout.flush()
 
 
@@ -162,7 +159,7 @@ def event_json(event: Event) -> dict[str, Any]:
 
 def quoted(text: str) -> str:
     """Text as one line in which nothing is lost."""
-    return json.dumps(text, ensure_ascii=False).translate(_CONTROLS)
+    return json.dumps(text, ensure_ascii=False).translate(CONTROLS)
 
 
 def plain(value: Any) -> Any:

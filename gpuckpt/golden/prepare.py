@@ -113,22 +113,35 @@ def prepare_ahead(tools: Tools, name: str, number: int, options: Options) -> lis
                 return found
             called = check_name(name if index == 1 else f"{name}-{index}")
             known = load(tools.layout.replicas / called)
-            key = source.key(options)
             if known is not None and known.state == "ready" and replicas.alive(tools, known):
                 continue
             if (called != name and called in tools.layout.names()) or (known is not None and known.golden != name):
                 continue  # another golden's own name, or its replica
             try:
-                with making(tools, called, name, key=key) as replica:
-                    tools.report.stage(f"prepare {called}")
-                    made = replica if replica.key == key else prepare(tools, source, replica, options)
-                    # The volumes that it brought stay: another replica may use them before it is ever restored.
-                    tier = tools.layout.tier_of(source.folder)
-                    found.append(replace(made, state="prepared", tier=tier, volumes=()))
-                    found[-1].save()
+                tools.report.stage(f"prepare {called}")
+                found.append(_kept(tools, source, called, options))
             except BusyError:
                 continue  # somebody makes one of that name right now
     raise AssertionError("unreachable: names do not end")
+
+
+def prepare_as(tools: Tools, name: str, replica: str, options: Options) -> Replica:
+    """Prepare a replica of the golden ``name`` that is called ``replica``; returns it, also if it was there already.
+
+    Raises as :func:`opened` and :func:`prepare`, and BusyError if a replica of that name runs.
+    """
+    with opened(tools, name) as source:
+        return _kept(tools, source, replica, options)
+
+
+def _kept(tools: Tools, source: Source, name: str, options: Options) -> Replica:
+    key = source.key(options)
+    with making(tools, name, source.manifest.name, key=key) as replica:
+        made = replica if replica.key == key else prepare(tools, source, replica, options)
+        # The volumes that it brought stay: another replica may use them before it is ever restored.
+        kept = replace(made, state="prepared", tier=tools.layout.tier_of(source.folder), volumes=())
+        kept.save()
+        return kept
 
 
 def prepared(tools: Tools, name: str) -> list[Replica]:

@@ -100,11 +100,26 @@ def ensure(store: Store) -> bool:
 def mount_command(store: Store, *, thp: Path = _THP) -> list[str]:
     """The mount(8) command that makes the store."""
     size = store.size if store.size is not None else int(memory_total() * _SHARE)
+    options = mount_options(store, size=str(_whole_pages(size)), thp=thp)
+    return ["mount", "-t", "tmpfs", "-o", options, SOURCE, str(store.path)]
+
+
+def mount_options(store: Store, *, size: str | None = None, thp: Path | None = _THP) -> str:
+    """The file system's options; without ``size`` in the kernel's own words (``80%`` of the memory, whichever it is).
+
+    ``thp`` None: whether the kernel knows huge pages cannot be asked, and is taken for granted.
+    """
+    if size is None:
+        size = str(_whole_pages(store.size)) if store.size is not None else f"{_SHARE:.0%}"
     # No noexec: a server's executable mappings (compiled kernels) are mapped from here too.
-    options = [f"size={max(size // 4096 * 4096, 4096)}", "mode=0700", "uid=0", "gid=0", "nosuid", "nodev"]
-    if thp.exists():  # a kernel without huge pages refuses the option, not only its value
+    options = [f"size={size}", "mode=0700", "uid=0", "gid=0", "nosuid", "nodev"]
+    if thp is None or thp.exists():  # a kernel without huge pages refuses the option, not only its value
         options.append(f"huge={store.huge}")
-    return ["mount", "-t", "tmpfs", "-o", ",".join(options), SOURCE, str(store.path)]
+    return ",".join(options)
+
+
+def _whole_pages(size: int) -> int:
+    return max(size // 4096 * 4096, 4096)
 
 
 def available_memory(*, meminfo: Path = _MEMINFO) -> int:

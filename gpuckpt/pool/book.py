@@ -30,7 +30,7 @@ class Event:
     """
 
     time: float  # of the day, seconds since 1970
-    kind: str  # restored, started, woken, frozen, stopped, moved, failed, lost, quarantined, adopted
+    kind: str  # made, restored, started, woken, frozen, stopped, moved, failed, lost, quarantined, adopted
     model: str
     replica: str = ""
     reason: str = ""
@@ -91,6 +91,9 @@ class Of:
     most: int = 0
     gpu: int = 0
     replicas: dict[str, Held] = field(default_factory=dict)
+    prepared: set[str] = field(default_factory=set)
+    preparing: str | None = None
+    prepare_at: float = 0.0
     waiters: deque[asyncio.Future[Held]] = field(default_factory=deque)
     asked: float = 0.0
     requested: bool = False
@@ -111,8 +114,17 @@ class Of:
     def next_name(self) -> str:
         """A name for another replica."""
         prefix = self.prefix[:_LONGEST_PREFIX]
-        numbers = range(1, len(self.replicas) + 2)
-        return next(name for number in numbers if (name := f"{prefix}.{number}") not in self.replicas)
+        numbers = range(1, len(self.replicas) + len(self.prepared) + 3)
+        names = [f"{prefix}.{number}" for number in numbers]
+        free = [name for name in names if name not in self.replicas and name != self.preparing]
+        return next((name for name in free if name in self.prepared), free[0])
+
+    def name_to_prepare(self) -> str:
+        """A name for a container that is to be prepared."""
+        prefix = self.prefix[:_LONGEST_PREFIX]
+        numbers = range(1, len(self.replicas) + len(self.prepared) + 2)
+        taken = self.replicas.keys() | self.prepared
+        return next(name for number in numbers if (name := f"{prefix}.{number}") not in taken)
 
     @property
     def expected(self) -> int:
@@ -156,4 +168,7 @@ class Of:
             warm=self.warm,
             scale=self.scale,
             drained=self.drained,
+            prepared=len(self.prepared),
+            preparing=self.preparing is not None,
+            prepare_at=self.prepare_at,
         )

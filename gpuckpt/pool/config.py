@@ -17,7 +17,7 @@ from gpuckpt.errors import UsageError
 from gpuckpt.pool.state import Budget, Pin, Rules
 
 DEFAULT_FILE = Path("/etc/gpuckpt/pool.toml")
-_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
 def _switch(value: object) -> bool:
@@ -91,9 +91,9 @@ def parse_window(text: str) -> Window:
     days: set[int] = set()
     for part in (match[1] or "Mon-Sun").split(","):
         names = [name.capitalize()[:3] for name in part.split("-")]
-        if not 1 <= len(names) <= 2 or any(name not in _DAYS for name in names):
-            raise ValueError(f"must name days by {', '.join(_DAYS)}")
-        low, high = _DAYS.index(names[0]), _DAYS.index(names[-1])
+        if not 1 <= len(names) <= 2 or any(name not in DAYS for name in names):
+            raise ValueError(f"must name days by {', '.join(DAYS)}")
+        low, high = DAYS.index(names[0]), DAYS.index(names[-1])
         days.update(day % 7 for day in range(low, high + 1 if high >= low else high + 8))
     return Window(frozenset(days), first, last)
 
@@ -118,6 +118,7 @@ class Front(Struct, frozen=True, kw_only=True):
     deadline: Annotated[float, config.parse_duration, "longest wait for a replica, in seconds"] = 120.0
     keep_alive: Annotated[float, config.parse_duration, "between comments to a stream that waits, in seconds"] = 5.0
     header_timeout: Annotated[float, config.parse_duration, "longest wait for a request to be sent, in seconds"] = 20.0
+    drain: Annotated[float, config.parse_duration, "longest wait for requests at work when it stops, in seconds"] = 30.0
     connections: Annotated[int, _one_or_more, "connections at once"] = 20000
 
 
@@ -166,6 +167,9 @@ class Model(Struct, frozen=True, kw_only=True):
     pin: Annotated[Pin, _pin, "no; standby or hot: it is never taken below that"] = Pin.NO
     prewarm: Annotated[bool, _switch, "restore a standby when the service starts"] = False
     schedule: Annotated[tuple[Window, ...], _windows, "when a standby is kept ready: “Mon-Fri 08:00-18:00”"] = ()
+    prepare: Annotated[
+        int | None, config.parse_count, "containers that are made ahead of their restores; default: max_replicas"
+    ] = None
     memory: Annotated[
         int | None, config.parse_bytes, "host memory that a replica will hold; default: what the last one held"
     ] = None
@@ -182,6 +186,7 @@ class Model(Struct, frozen=True, kw_only=True):
             "priority",
             "pin",
             "memory",
+            "prepare",
         )
         return Rules(**{name: getattr(self, name) for name in names})
 

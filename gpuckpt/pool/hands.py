@@ -25,7 +25,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Found:
-    """What there is of a model; ``replicas`` are those of an earlier service that can be used, hot or standby.
+    """What there is of a model; ``replicas`` are those of an earlier service that can be used, hot or standby,
+    ``prepared`` those that wait for their restore.
 
     ``prefix`` is what its replicas' names begin with, ``served`` what its own server calls it, ``memory`` what a
     replica will hold at most after its restore.
@@ -37,6 +38,7 @@ class Found:
     memory: int = 0
     served: str | None = None
     replicas: tuple[tuple[Made, Phase], ...] = ()
+    prepared: tuple[str, ...] = ()
 
 
 class Hands(Protocol):
@@ -55,8 +57,12 @@ class Hands(Protocol):
 
     async def restore(self, model: str, replica: str) -> Made: ...
 
-    async def start(self, model: str, replica: str, *, replace: bool) -> Made:
-        """Make the golden, and restore a replica of it; without ``replace``, a golden that there is now is used."""
+    async def make(self, model: str, *, replace: bool) -> None:
+        """Start the model's server cold and make its golden; without ``replace`` one that is there now is kept."""
+        ...
+
+    async def prepare(self, model: str, replica: str) -> None:
+        """Make the replica's container, so that its restore takes less."""
         ...
 
     async def wake(self, model: str, replica: str) -> None: ...
@@ -66,6 +72,10 @@ class Hands(Protocol):
 
     async def healthy(self, model: str, replica: str, timeout: float) -> bool:
         """Whether it answers its health check within so many seconds."""
+        ...
+
+    async def doomed(self, model: str, replica: str) -> bool:
+        """Whether a frozen one was killed: it may not notice before it is thawed."""
         ...
 
     async def canary(self, model: str, replica: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gpuckpt.errors import GpuckptError, NotFoundError, VerificationError
+from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, VerificationError
 from gpuckpt.pool import policy
 from gpuckpt.pool.book import Event, Held, Of, RefusedError
 from gpuckpt.pool.hands import Hands, Made
@@ -28,6 +28,7 @@ from gpuckpt.pool.state import (
     Move,
     Phase,
     Pin,
+    Prepare,
     Restore,
     Rules,
     Start,
@@ -40,6 +41,10 @@ _log = logging.getLogger("gpuckpt.pool")
 _GIVEN_UP = 3  # failures in a row after which those who wait are told
 _DOUBLINGS = 5
 _UNLIMITED = Budget()
+
+
+def _why(error: GpuckptError) -> str:
+    return f"{error.message}: {error.cause}" if error.cause else error.message
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Owner:
             now = self.clock()
             model = self.models[name] = Of(name, rules[name], seen.prefix, asked=now)
             model.found(seen)
+            model.prepared.update(seen.prepared)
             for made, phase in seen.replicas:
                 held = model.replicas[made.name] = Held(made.name, name, phase, now)
                 held.made(made)
@@ -237,8 +243,10 @@ class Owner:
         self._settling = False
         for model in list(self.models.values()):
             self._hand_out(model)
-            if model.leaving and not model.replicas:
+            if model.leaving and not (model.replicas or model.preparing):
                 del self.models[model.name]
+                for name in model.prepared:
+                    self._run(self._discard(model, name))
         state = self.view()
         for action in policy.decide(state):
             self._begin(action)
@@ -285,8 +293,7 @@ class Owner:
             case Start():
                 bad = model.golden is Golden.QUARANTINED
                 held = self._new(model, Phase.STARTING)
-                work = self._hands.start(model.name, held.name, replace=bad)
-                self._run(self._bring_up(model, held, work, "started", "cold", standby=False))
+                self._run(self._start(model, held, replace=bad))
             case Wake(_, name):
                 held = model.replicas[name]
                 held.phase = Phase.WAKING
@@ -297,19 +304,51 @@ class Owner:
                 self._run(self._change(model, held, self._hands.freeze, Phase.STANDBY, "frozen"))
             case Stop(_, name, reason):
                 self._begin_stop(model.replicas[name], reason)
+            case Prepare():
+                model.preparing = model.name_to_prepare()
+                self._run(self._prepare(model, model.preparing))
             case Move(_, to, reason):
                 before, model.golden = model.golden, Golden.MOVING
                 self._run(self._move(model, before, to, reason))
 
     def _new(self, model: Of, phase: Phase) -> Held:
         name = model.next_name()
+        model.prepared.discard(name)
         held = model.replicas[name] = Held(name, model.name, phase, self.clock())
         return held
 
-    async def _bring_up(
-        self, model: Of, held: Held, work: Coroutine[Any, Any, Made], kind: str, tier: str, *, standby: bool
-    ) -> None:
+    async def _start(self, model: Of, held: Held, *, replace: bool) -> None:
         began = self.clock()
+        try:
+            await self._hands.make(model.name, replace=replace)
+        except GpuckptError as error:
+            del model.replicas[held.name]
+            await self._failed(model, held, error, "cold")
+            return
+        model.prepared.clear()
+        model.found(await self._hands.look(model.name))
+        self._say("made", model.name, seconds=self.clock() - began)
+        # A replica of it is restored like any other: it takes a moment more, and one kind of replica is enough.
+        held.phase = Phase.RESTORING
+        if policy.wanted_hot(model.seen()) == 0:
+            del model.replicas[held.name]
+            model.failures, model.retry_at, model.trouble = 0, 0.0, ""
+            return
+        work = self._hands.restore(model.name, held.name)
+        await self._bring_up(model, held, work, "started", "cold", standby=False, began=began)
+
+    async def _bring_up(
+        self,
+        model: Of,
+        held: Held,
+        work: Coroutine[Any, Any, Made],
+        kind: str,
+        tier: str,
+        *,
+        standby: bool,
+        began: float | None = None,
+    ) -> None:
+        began = self.clock() if began is None else began
         try:
             made = await work
         except GpuckptError as error:
@@ -321,12 +360,21 @@ class Owner:
         model.gpu = max(model.gpu, made.gpu)
         held.phase, held.since = Phase.HOT, self.clock()
         model.failures, model.retry_at, model.trouble = 0, 0.0, ""
-        if kind == "started":
-            model.found(await self._hands.look(model.name))
         self._say(kind, model.name, held.name, tier=tier, seconds=self.clock() - began, phases=made.phases)
         if standby and not model.waiters and model.scale is None:
             held.phase = Phase.FREEZING
             await self._change(model, held, self._hands.freeze, Phase.STANDBY, "frozen")
+
+    async def _prepare(self, model: Of, name: str) -> None:
+        try:
+            await self._hands.prepare(model.name, name)
+            model.prepared.add(name)
+        except GpuckptError as error:
+            # Nobody waits for it, and a restore makes its container itself.
+            model.prepare_at = self.clock() + self.retry * 2**_DOUBLINGS
+            _log.warning("%s could not be prepared: %s", name, _why(error))
+        finally:
+            model.preparing = None
 
     async def _change(
         self, model: Of, held: Held, work: Callable[[str, str], Coroutine[Any, Any, None]], phase: Phase, kind: str
@@ -336,7 +384,7 @@ class Owner:
         try:
             await work(model.name, held.name)
         except GpuckptError as error:
-            self._say("failed", model.name, held.name, error.message, tier)
+            self._say("failed", model.name, held.name, _why(error), tier)
             if held.phase is not Phase.STOPPING:
                 self._begin_stop(held, f"not {kind}")
             return
@@ -364,7 +412,7 @@ class Owner:
             await self._hands.stop(model.name, held.name)
         except GpuckptError as error:
             # It stays in the account until it is really gone: its memory is not free.
-            self._say("failed", model.name, held.name, error.message)
+            self._say("failed", model.name, held.name, _why(error))
             await asyncio.sleep(self.retry)
             self._begin_stop(held, reason)
             return
@@ -378,27 +426,33 @@ class Owner:
         except GpuckptError as error:
             model.golden = before
             if isinstance(error, VerificationError):
-                self.quarantine(model.name, error.message)
+                self.quarantine(model.name, _why(error))
             else:
                 # Replicas can be restored from where it is; only the move waits.
-                model.move_at = self.clock() + self.retry * 2**_DOUBLINGS
-                self._say("failed", model.name, reason=f"move to {to}: {error.message}")
+                pause = self.retry if isinstance(error, BusyError) else self.retry * 2**_DOUBLINGS
+                model.move_at = self.clock() + pause
+                self._say("failed", model.name, reason=f"move to {to}: {_why(error)}")
             return
         model.golden = to
+        model.prepared.clear()  # they were for where it lay before
         self._say("moved", model.name, reason=f"{to}: {reason}", seconds=self.clock() - began)
 
     async def _failed(self, model: Of, held: Held, error: GpuckptError, tier: str) -> None:
         model.failures += 1
         model.retry_at = self.clock() + self.retry * 2 ** min(model.failures - 1, _DOUBLINGS)
-        model.trouble = error.message
-        self._say("failed", model.name, held.name, error.message, tier)
+        model.trouble = _why(error)
+        self._say("failed", model.name, held.name, _why(error), tier)
         if isinstance(error, VerificationError):
             # From now on it starts cold, at once: what failed will not fail again.
-            self.quarantine(model.name, error.message)
+            self.quarantine(model.name, _why(error))
         elif model.failures >= _GIVEN_UP and not model.has(Phase.HOT):
-            model.refuse(RefusedError(f"{model.name} cannot be brought up: {error.message}", retry_after=30))
+            model.refuse(RefusedError(f"{model.name} cannot be brought up: {_why(error)}", retry_after=30))
         if isinstance(error, NotFoundError) and model.golden in (Golden.TMPFS, Golden.DISK):
             model.found(await self._hands.look(model.name))  # somebody has removed it
+
+    async def _discard(self, model: Of, name: str) -> None:
+        with contextlib.suppress(GpuckptError):  # the next service finds it, and uses or removes it
+            await self._hands.stop(model.name, name)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         async def whole() -> None:
@@ -442,5 +496,8 @@ class Owner:
         held = [one for model in self.models.values() for one in model.replicas.values()]
         for one in held:
             self._begin_stop(one, "shutdown")
+        for model in self.models.values():
+            for name in model.prepared:
+                self._run(self._discard(model, name))
         while self._tasks:
             await asyncio.wait(self._tasks)

@@ -25,6 +25,7 @@ from gpuckpt.pool.state import (
     Move,
     Phase,
     Pin,
+    Prepare,
     Replica,
     Restore,
     Start,
@@ -48,6 +49,7 @@ def decide(state: State) -> tuple[Action, ...]:
         if not model.drained:
             plan.prepare(model)
     plan.goldens()
+    plan.containers()
     return tuple(plan.actions)
 
 
@@ -253,7 +255,7 @@ class _Plan:
         store = _limit(self._state.budget.store) - sum(
             model.golden_bytes for model in models if model.golden in (Golden.TMPFS, Golden.MOVING)
         )
-        used = {model.name for model in models if model.replicas or model.waiting}
+        used = {model.name for model in models if model.replicas or model.waiting or model.preparing}
         used |= {one.model for one in self.actions if isinstance(one, Restore | Start)}
         for model in sorted(models, key=lambda model: (model.rules.priority, model.asked)):
             if model.golden is not Golden.TMPFS or model.name in used or now < model.move_at:
@@ -275,6 +277,20 @@ class _Plan:
         for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked, model.name)):
             if not model.drained and self._may_start(model) and not self._free.short_of(_Room(model.memory, model.gpu)):
                 self._order(Start(model.name))
+                return
+
+    def containers(self) -> None:
+        """Prepare containers for all replicas that may come: one at a time, and only while no replica is coming."""
+        models = self._state.models
+        busy = any(model.preparing for model in models)
+        coming = any(one.phase in COMING for model in models for one in model.replicas)
+        if busy or coming or any(isinstance(one, Restore | Start | Wake) for one in self.actions):
+            return
+        for model in sorted(models, key=lambda model: (model.prepared, -model.rules.priority, -model.asked)):
+            restorable = model.golden in (Golden.TMPFS, Golden.DISK) and not model.drained
+            lacking = model.prepared + len(model.replicas) < model.rules.ahead
+            if restorable and lacking and self._state.now >= model.prepare_at:
+                self._order(Prepare(model.name))
                 return
 
 

@@ -59,6 +59,12 @@ class Rules:
     priority: int = 0
     pin: Pin = Pin.NO
     memory: int | None = None
+    prepare: int | None = None  # containers prepared ahead; None: for as many replicas as there may be
+
+    @property
+    def ahead(self) -> int:
+        """How many containers there are to be, those of replicas counted."""
+        return self.max_replicas if self.prepare is None else min(self.prepare, self.max_replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,8 @@ class Model:
     but ``gpu`` bytes of the host's. ``asked``: when the last request for it came. ``retry_at``: not before then is
     another replica begun, because the last ones failed, and not before ``move_at`` is its golden moved. ``warm``: kept
     ready now by its schedule. ``scale``: so many hot replicas are kept, as somebody has ordered; none at 0, whatever
-    the rules say. ``drained``: it gives its replicas up and gets no new ones.
+    the rules say. ``drained``: it gives its replicas up and gets no new ones. ``prepared``: containers that wait for a
+    restore, without a process; another one is made now if ``preparing``, and none before ``prepare_at``.
     """
 
     name: str
@@ -107,6 +114,9 @@ class Model:
     warm: bool = False
     scale: int | None = None
     drained: bool = False
+    prepared: int = 0
+    preparing: bool = False
+    prepare_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,4 +190,11 @@ class Move:
     reason: str
 
 
-Action = Restore | Start | Wake | Freeze | Stop | Move
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Make the container of a later replica, up to the point where only its processes are missing."""
+
+    model: str
+
+
+Action = Restore | Start | Wake | Freeze | Stop | Move | Prepare

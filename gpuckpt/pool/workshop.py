@@ -13,16 +13,20 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import gpuckpt
 from gpuckpt import manifest as manifests
 from gpuckpt import proc
 from gpuckpt.config import Settings
+from gpuckpt.config_load import as_environment
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container, container_name
 from gpuckpt.errors import CheckpointError, GpuckptError, NotFoundError, NothingToDo, RestoreError
+from gpuckpt.golden import prepare, tiers
 from gpuckpt.golden import replica as replicas
-from gpuckpt.golden import tiers
+from gpuckpt.golden.prepare import Options
 from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.restore import RestoreRequest, restore
 from gpuckpt.golden.tools import Tools, open_store, tools
@@ -47,14 +51,13 @@ class Source:
 
 
 class Workshop:
-    """See :class:`gpuckpt.pool.hands.Hands`. ``environment`` is what tells a child process the same settings."""
+    """See :class:`gpuckpt.pool.hands.Hands`."""
 
-    def __init__(
-        self, settings: Settings, sources: Mapping[str, Source], *, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, sources: Mapping[str, Source]) -> None:
         self._settings = settings
         self._sources = dict(sources)
-        self._environment = dict(environment or {})
+        # The same settings for a child, wherever ours came from, and the same gpuckpt, however we have found it.
+        self._environment = as_environment(settings) | {"PYTHONPATH": str(Path(gpuckpt.__file__).parents[1])}
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gpuckpt-pool")
         self._known: dict[str, Container] = {}  # id and first process of running replicas
         self._endpoints: dict[str, Endpoint] = {}
@@ -89,8 +92,9 @@ class Workshop:
 
     async def adopt(self, model: str) -> Found:
         golden = self._sources[model].golden
-        left = await self._in_thread(self._left, golden)
-        return replace(await self._in_thread(self._look, golden), replicas=tuple(left))
+        replicas, prepared = await self._in_thread(self._left, golden)
+        found = await self._in_thread(self._look, golden)
+        return replace(found, replicas=tuple(replicas), prepared=tuple(prepared))
 
     def _look(self, golden: str) -> Found:
         layout = self._tools.layout
@@ -104,13 +108,16 @@ class Workshop:
         place = Golden.TMPFS if "tmpfs" in here else Golden.DISK
         return Found(golden, place, manifest.sizes.total, memory, manifest.workload.served_name)
 
-    def _left(self, golden: str) -> list[tuple[Made, Phase]]:
-        """Replicas of an earlier service that can be used; the others are removed."""
-        usable = []
+    def _left(self, golden: str) -> tuple[list[tuple[Made, Phase]], list[str]]:
+        """Replicas of an earlier service that can be used, and prepared ones; the others are removed."""
+        usable, prepared = [], []
         for one in replicas.all_of(self._tools.layout.replicas):
             if one.golden != golden or not _is_ours(one):
                 continue
             with contextlib.suppress(GpuckptError):
+                if one.state == "prepared":
+                    prepared.append(one.name)
+                    continue
                 container = self._container(one.name)
                 still = freezer.frozen(container.pid, container.id)
                 if one.state == "ready" and container.alive and (still or self._answers(one)):
@@ -118,7 +125,7 @@ class Workshop:
                     continue
             with contextlib.suppress(GpuckptError):
                 replicas.stop(self._tools, one.name)
-        return usable
+        return usable, prepared
 
     def _answers(self, replica: Replica) -> bool:
         return adapter(self._record(replica.golden).workload).healthy(replica.endpoint)
@@ -151,19 +158,24 @@ class Workshop:
         restored = restore(RestoreRequest(golden, replica=name, canary=False), self._tools, phases)
         return self._made(restored.replica, phases)
 
-    async def start(self, model: str, replica: str, *, replace: bool) -> Made:
+    async def prepare(self, model: str, replica: str) -> None:
+        await self._in_thread(self._prepare, self._sources[model].golden, replica)
+
+    def _prepare(self, golden: str, name: str) -> None:
+        prepare.prepare_as(self._tools, golden, name, Options())
+
+    async def make(self, model: str, *, replace: bool) -> None:
         source = self._sources[model]
         if not replace and self._tools.layout.tiers(source.golden):
-            return await self.restore(model, replica)  # somebody has made it meanwhile
+            return  # somebody has made it meanwhile
         if not source.create:
             raise NotFoundError(
                 f"there is no golden {source.golden}, and nothing says how to make it",
                 remedy=f'gpuckpt create {source.golden} …, or create = ["--", …] in [models."{model}"]',
             )
-        return await self._in_thread(self._start, source, replica)
+        await self._in_thread(self._make, source)
 
-    def _start(self, source: Source, name: str) -> Made:
-        # Then restored like any other: it takes a second more, and one kind of replica is enough.
+    def _make(self, source: Source) -> None:
         words = [sys.executable, "-m", "gpuckpt", "create", source.golden, "--replace", *source.create]
         longest = self._settings.create.start_timeout + _DUMP_SECONDS
         child = proc.Child(words, env=self._environment)
@@ -173,10 +185,15 @@ class Workshop:
         finally:
             self._creating.discard(child)
         if result.code != 0:
-            said = proc.tail(result.stderr, 3)
-            raise CheckpointError(f"golden {source.golden} could not be made", cause=" ".join(said), log=said)
+            said = proc.tail(result.stderr)
+            why = next((line for line in said if line.startswith("error: ")), said[-1] if said else "it gave no reason")
+            raise CheckpointError(
+                f"golden {source.golden} could not be made",
+                cause=why.removeprefix("error: "),
+                remedy=f"try it by hand: gpuckpt create {source.golden} …",
+                log=said,
+            )
         self._records.pop(source.golden, None)
-        return self._restore(source.golden, name)
 
     def interrupt(self) -> None:
         """Have goldens that are being made given up: whoever waits for them is told that they failed."""
@@ -215,6 +232,13 @@ class Workshop:
 
     def _healthy(self, golden: str, name: str, timeout: float) -> bool:
         return adapter(self._record(golden).workload).healthy(self._endpoints[name], timeout=timeout)
+
+    async def doomed(self, model: str, replica: str) -> bool:
+        return await self._in_thread(self._doomed, replica)
+
+    def _doomed(self, name: str) -> bool:
+        container = self._container(name)
+        return any(map(proc.is_killed, proc.processes_below(container.pid) or [container.pid]))
 
     async def canary(self, model: str, replica: str) -> tuple[str, ...]:
         return await self._in_thread(self._canary, self._sources[model].golden, replica)

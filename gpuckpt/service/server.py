@@ -94,6 +94,7 @@ class _NoCuts(logging.Filter):
 
 
 logging.getLogger("uvicorn.error").addFilter(_NoCuts())
+logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its life is the daemon's to tell
 
 
 def listen(address: str) -> socket.socket:

@@ -16,7 +16,7 @@ from gpuckpt import __version__
 from gpuckpt.config import Settings
 from gpuckpt.errors import UsageError
 from gpuckpt.host import tmpfs
-from gpuckpt.pool.book import Event, Held
+from gpuckpt.pool.book import Event, Held, RefusedError
 from gpuckpt.pool.config import Model, Pool
 from gpuckpt.pool.health import Health
 from gpuckpt.pool.owner import Lease, Owner
@@ -57,17 +57,17 @@ class Service:
         config: Pool,
         *,
         keys: Path | None = None,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._settings = settings
         self.config = config
         self._credential = keys
         self.started = time.time()
         self.state = "starting"
+        self._opened = asyncio.Event()
         self.listening: list[str] = []
         self.connections: Callable[[], int] = lambda: 0
         self.history = History()
-        self._workshop = Workshop(settings, _sources(config), environment=environment)
+        self._workshop = Workshop(settings, _sources(config))
         self.owner = Owner(self._workshop, budget=config.room(), tell=self._tell)
         self.metrics = Metrics(self.owner.view, self._connected)
         self.health = Health(self.owner, self._workshop, config.health, self.metrics.canary)
@@ -102,7 +102,10 @@ class Service:
     # ------------------------------------------------------------------ its life
 
     async def open(self) -> None:
-        """Find the tools, mount the store, take over what an earlier service has left. Raises what these raise."""
+        """Find the tools, mount the store, take over what an earlier service has left. Raises what these raise.
+
+        Requests that come before wait for it.
+        """
         await self._workshop.open()
         self.owner.budget = self._budget()
         await self.owner.adopt({name: model.rules() for name, model in self.config.models.items()})
@@ -110,6 +113,7 @@ class Service:
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(work()) for work in (self.owner.watch, self.health.run, self._tick)]
         self.state = "ready"
+        self._opened.set()
 
     def _budget(self) -> Budget:
         room = self.config.room()
@@ -196,7 +200,7 @@ class Service:
         self.metrics.event(event)
         if event.kind in ("stopped", "lost"):
             self._upstream.forget(event.replica)
-        if event.kind in ("started", "quarantined"):
+        if event.kind in ("made", "quarantined"):
             self.health.forget(event.model)
         self.history.add(event)
         level = logging.WARNING if event.kind in _BAD else logging.INFO
@@ -206,7 +210,15 @@ class Service:
 
     async def acquire(self, name: str, deadline: float) -> Lease:
         """See :meth:`gpuckpt.pool.owner.Owner.acquire`."""
-        return await self.owner.acquire(name, deadline)
+        if not self._opened.is_set():
+            began = self.owner.clock()
+            try:
+                async with asyncio.timeout(deadline):
+                    await self._opened.wait()
+            except TimeoutError:
+                raise RefusedError(f"the service was not ready within {deadline:g} s", retry_after=5) from None
+            deadline -= self.owner.clock() - began
+        return await self.owner.acquire(name, max(0.0, deadline))
 
     def release(self, held: Held) -> None:
         """See :meth:`gpuckpt.pool.owner.Owner.release`."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 from gpuckpt.errors import BusyError
 
-Kind = Literal["golden", "copy", "replica", "service", "volume"]
+Kind = Literal["golden", "copy", "replica", "service", "volume", "pool"]
 """``copy``: who brings a golden into another tier, while others may restore it from the one where it lies."""
 Locks = Path | tuple[Path, ...]
 """A folder of lock files, or several: then a name is held in all of them, taken in this order."""

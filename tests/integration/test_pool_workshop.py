@@ -20,7 +20,7 @@ RULES = Rules(max_replicas=4, concurrency=1, idle_freeze=1000, idle_release=1000
 def workshop(bench: Bench, golden: str, *create: str) -> Workshop:
     environ = {name: value for name, value in bench.env.items() if name.startswith("GPUCKPT_")}
     settings = load(None, environ=environ, env_file=None, flags={}).settings
-    return Workshop(settings, {"m": Source(golden, create)}, environment=environ)
+    return Workshop(settings, {"m": Source(golden, create)})
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

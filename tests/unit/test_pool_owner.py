@@ -15,7 +15,7 @@ from gpuckpt.pool.hands import Found, Made
 from gpuckpt.pool.owner import Owner
 from gpuckpt.pool.state import Golden, Phase, Rules
 
-RULES = Rules(max_replicas=3, concurrency=2, idle_freeze=1000.0, idle_release=1000.0)
+RULES = Rules(max_replicas=3, concurrency=2, idle_freeze=1000.0, idle_release=1000.0, prepare=0)
 
 
 class FakeHands:
@@ -26,6 +26,7 @@ class FakeHands:
         self.done: list[str] = []
         self.fails: dict[str, list[GpuckptError]] = {}
         self.gate: asyncio.Event | None = None
+        self.prepared: list[str] = []
 
     async def _do(self, what: str, *names: str) -> None:
         await asyncio.sleep(0.005)
@@ -45,10 +46,13 @@ class FakeHands:
         await self._do("restore", replica)
         return Made(replica, f"at {replica}", memory=1)
 
-    async def start(self, model: str, replica: str, *, replace: bool) -> Made:
-        await self._do("start anew" if replace else "start", replica)
+    async def make(self, model: str, *, replace: bool) -> None:
+        await self._do("make anew" if replace else "make", model)
         self.models[model] = Found(model, Golden.TMPFS, golden_bytes=4)
-        return Made(replica, f"at {replica}", memory=1)
+
+    async def prepare(self, model: str, replica: str) -> None:
+        await asyncio.sleep(0.001)
+        self.prepared.append(replica)
 
     async def wake(self, model: str, replica: str) -> None:
         await self._do("wake", replica)
@@ -64,6 +68,9 @@ class FakeHands:
 
     async def healthy(self, model: str, replica: str, timeout: float) -> bool:
         return True
+
+    async def doomed(self, model: str, replica: str) -> bool:
+        return False
 
     async def canary(self, model: str, replica: str) -> tuple[str, ...]:
         return ()
@@ -192,8 +199,10 @@ def test_a_damaged_golden_is_put_aside_and_the_model_starts_cold() -> None:
         async with one() as world:
             world.hands.fails["restore"] = [VerificationError("other bytes")]
             lease = await world.owner.acquire("a", 5)
-            assert world.hands.done == ["restore a.1", "start anew a.1"] and lease.replica.endpoint == "at a.1"
-            assert world.kinds() == ["failed", "quarantined", "started"]
+            assert (
+                world.hands.done == ["restore a.1", "make anew a", "restore a.1"] and lease.replica.endpoint == "at a.1"
+            )
+            assert world.kinds() == ["failed", "quarantined", "made", "started"]
             assert world.owner.view().models[0].golden is Golden.TMPFS
 
     run(work())

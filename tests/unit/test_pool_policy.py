@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpuckpt.pool.policy import decide, floor_of, wanted_hot
+from gpuckpt.pool.policy import decide, floor_of, never_fits, wanted_hot
 from gpuckpt.pool.state import (
     COMING,
     GOING,
@@ -21,6 +21,7 @@ from gpuckpt.pool.state import (
     Move,
     Phase,
     Pin,
+    Prepare,
     Replica,
     Restore,
     Rules,
@@ -35,8 +36,16 @@ NOW = 1000.0
 
 
 def model(name: str = "a", *replicas: Replica, **more: Any) -> Model:
-    rules = {key: more.pop(key) for key in Rules.__slots__ if key in more}
-    made = Model(name, Rules(**rules), Golden.TMPFS, golden_bytes=4 * GB, memory=GB, replicas=replicas, asked=NOW)
+    rules = {key: more.pop(key) for key in Rules.__slots__ if key in more and key != "memory"}
+    made = Model(
+        name,
+        Rules(**({"prepare": 0} | rules)),
+        Golden.TMPFS,
+        golden_bytes=4 * GB,
+        memory=GB,
+        replicas=replicas,
+        asked=NOW,
+    )
     return replace(made, **more)
 
 
@@ -201,6 +210,66 @@ def test_a_pool_that_drains_begins_nothing() -> None:
     assert decide(State(NOW, (model(waiting=5),), draining=True)) == ()
 
 
+# ---------------------------------------------------------------------- what somebody has ordered
+
+
+def test_a_scale_is_kept_whether_anybody_asks_or_not() -> None:
+    assert ordered(model(max_replicas=3, scale=2)) == [Restore("a"), Restore("a")]
+    idle = [replica("x", idle=1e6), replica("y", idle=1e6)]
+    assert ordered(model("a", *idle, max_replicas=3, scale=2)) == []
+    assert ordered(model("a", replica("x", Phase.STANDBY), max_replicas=3, scale=1)) == [Wake("a", "x")]
+
+
+def test_a_scale_of_nothing_takes_what_is_idle_whatever_the_rules_keep() -> None:
+    busy, idle = replica("x", requests=1), replica("y", Phase.STANDBY)
+    assert ordered(model("a", busy, idle, max_replicas=3, min_standby=2, scale=0)) == [Stop("a", "y", "scale")]
+    # A request is served all the same.
+    assert ordered(model(scale=0, waiting=1)) == [Restore("a")]
+
+
+def test_a_drained_model_gives_up_what_is_idle_and_gets_nothing() -> None:
+    held = (replica("x", requests=1), replica("y"), replica("z", Phase.STANDBY))
+    drained = model("a", *held, max_replicas=5, min_standby=5, pin=Pin.HOT, drained=True)
+    assert ordered(drained) == [Stop("a", "y", "drained"), Stop("a", "z", "drained")]
+    assert ordered(replace(model(drained=True), golden=Golden.NONE)) == []
+
+
+def test_one_that_is_being_looked_at_neither_freezes_nor_goes() -> None:
+    looked_at = replica("x", idle=1e6, checking=True)
+    assert ordered(model("a", looked_at)) == []
+    assert ordered(model("a", looked_at), model("b", waiting=1), memory=GB) == []
+
+
+# ---------------------------------------------------------------------- containers made ahead
+
+
+def test_containers_are_prepared_one_at_a_time_while_nothing_comes() -> None:
+    a, b = model(max_replicas=2, prepare=None), model("b", max_replicas=1, prepare=None, priority=1)
+    assert ordered(a, b) == [Prepare("b")]
+    assert ordered(a, replace(b, prepared=1)) == [Prepare("a")]
+    assert ordered(replace(a, preparing=True), b) == []
+    assert ordered(replace(a, prepared=2), replace(b, prepared=1)) == []
+    assert ordered(replace(a, waiting=1), b) == [Restore("a")]
+    assert ordered(model("a", replica("x", Phase.RESTORING), prepare=None, max_replicas=2)) == []
+    assert ordered(replace(a, prepare_at=NOW + 1)) == []
+    assert ordered(model(max_replicas=4, prepare=1, prepared=1)) == []
+
+
+def test_what_never_fits_is_known() -> None:
+    small, large = model(memory=GB), model("b", memory=5 * GB)
+    state = State(NOW, (small, large), Budget(memory=4 * GB))
+    assert never_fits(state, large) and not never_fits(state, small)
+    pinned = model("c", replica("x"), memory=GB, pin=Pin.STANDBY)
+    state = State(NOW, (pinned, model("d", memory=4 * GB)), Budget(memory=4 * GB))
+    assert never_fits(state, state.models[1])
+
+
+def test_a_move_that_has_failed_is_not_tried_at_once() -> None:
+    late = replace(model(), move_at=NOW + 1)
+    assert ordered(late, store=GB) == []
+    assert ordered(replace(late, golden=Golden.DISK, waiting=1), store=9 * GB) == [Restore("a")]
+
+
 # ---------------------------------------------------------------------- whatever happens
 
 RULES = st.builds(
@@ -278,6 +347,8 @@ class World:
             if isinstance(action, Restore):
                 assert one.golden in (Golden.TMPFS, Golden.DISK)
             self._count += 1
+            self.change(name, prepared=max(0, one.prepared - 1))
+            one = self.models[name]
             which = f"{name}-{self._count}"
             phase = Phase.RESTORING if isinstance(action, Restore) else Phase.STARTING
             self.change(name, replicas=(*one.replicas, Replica(which, phase, self.now)))
@@ -293,6 +364,9 @@ class World:
                 assert sum(r.phase not in GOING for r in one.replicas) > 1, "the last of a pinned model is stopped"
             phase = {Wake: Phase.WAKING, Freeze: Phase.FREEZING, Stop: Phase.STOPPING}[type(action)]
             self.set(name, which, phase=phase)
+        elif isinstance(action, Prepare):
+            assert not any(one.preparing for one in self.models.values()), "two are prepared at once"
+            self.change(name, preparing=True)
         else:
             assert not (action.to is Golden.DISK and one.replicas), "a golden goes while replicas map it"
             self.change(name, golden=Golden.MOVING)
@@ -312,6 +386,8 @@ class World:
             self.set(name, which, phase=Phase.STANDBY, since=self.now)
         elif isinstance(action, Stop):
             self.change(name, replicas=tuple(r for r in one.replicas if r.name != which))
+        elif isinstance(action, Prepare):
+            self.change(name, preparing=False, prepared=one.prepared + 1)
         else:
             self.change(name, golden=action.to)
 
@@ -356,4 +432,6 @@ def test_budgets_hold_nobody_is_disturbed_and_everybody_is_served(
     # At rest: what is idle has sunk to its floor, and nothing is changed without a reason.
     for one in world.models.values():
         assert len(one.replicas) <= floor_of(one)
+        restorable = one.golden in (Golden.TMPFS, Golden.DISK)
+        assert one.prepared + len(one.replicas) >= one.rules.ahead or not restorable
     assert not world.doing
