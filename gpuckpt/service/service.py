@@ -208,7 +208,7 @@ class Service:
 
     # ------------------------------------------------------------------ what the front asks
 
-    def tier(self, name: str) -> str:
+    def tier_of(self, name: str) -> str:
         """The tier that a request for the model would find now."""
         return held.tier() if (held := self.owner.models.get(name)) else "cold"
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response, Stream
 from starlette.routing import Route
 
 from gpuckpt.service.dashboard import files
-from gpuckpt.service.front import Receive, Scope, Send, error_body
+from gpuckpt.service.exchange import Receive, Scope, Send, error_body
 from gpuckpt.service.routing import RoutingError
 from gpuckpt.service.service import Service
 
@@ -86,7 +86,7 @@ class Site:
             "created": int(self._service.started),
             "owned_by": "gpuckpt",
             "root": model,
-            "tier": self._service.tier(model),
+            "tier": self._service.tier_of(model),
         }
 
     # ------------------------------------------------------------------ the dashboard

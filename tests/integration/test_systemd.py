@@ -65,7 +65,7 @@ class Machine:
             *("run", "--detach", "--name", self.name, "--privileged", "--network=none", "--cgroupns=private"),
             # podman's own --systemd would mount this machine's whole cgroup tree.
             *("--systemd=false", "--env=container=podman", "--stop-signal=SIGRTMIN+3"),
-            *(f"--ulimit={one['Name'].lower()}={one['Soft']}:{one['Hard']}" for one in ulimits),
+            *(f"--ulimit={str(one['Name']).lower()}={one['Soft']}:{one['Hard']}" for one in ulimits),
             *(f"--tmpfs={folder}:notmpcopyup" for folder in folders),
             *(f"--mount=type=tmpfs,destination={folder},notmpcopyup" for folder in deep),
             *(f"--volume={folder}:{folder}:ro" for folder in seen),
