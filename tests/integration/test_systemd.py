@@ -24,7 +24,7 @@ from tests.integration.conftest import HERE, PREFIX
 ROOT = Path(os.environ.get("GPUCKPT_TEST_SYSTEMD_ROOT", "/"))
 CHECKOUT = HERE.parents[1]
 PYTHON = str(PREFIX / "venv" / "bin" / "python")
-DAEMON = [PYTHON, str(HERE / "programs" / "pool_stand_in.py")]
+DAEMON = [PYTHON, "-m", "gpuckpt"]
 SERVICE, SOCKET, MOUNT = "gpuckpt-pool.service", "gpuckpt-pool.socket", "run-gpuckpt-store.mount"
 CREDENTIAL = f"/run/credentials/{SERVICE}/api-keys"
 PORT = 8400
