@@ -65,7 +65,7 @@ class Machine:
             *("run", "--detach", "--name", self.name, "--privileged", "--network=none", "--cgroupns=private"),
             # podman's own --systemd would mount this machine's whole cgroup tree.
             *("--systemd=false", "--env=container=podman", "--stop-signal=SIGRTMIN+3"),
-            *(f"--ulimit={one['Name'].lower()}={one['Soft']}:{one['Hard']}" for one in ulimits),
+            *(f"--ulimit={one['Name']}={one['Soft']}:{one['Hard']}" for one in ulimits),
             *(f"--tmpfs={folder}:notmpcopyup" for folder in folders),
             *(f"--mount=type=tmpfs,destination={folder},notmpcopyup" for folder in deep),
             *(f"--volume={folder}:{folder}:ro" for folder in seen),
@@ -276,6 +276,19 @@ def test_the_store_is_mounted_first(machine: Machine) -> None:
     assert machine.sh("stat -c %a:%u /run/gpuckpt /run/gpuckpt/store").split() == ["700:0", "700:0"]
     machine.sh(f"systemctl stop {SERVICE}")
     assert machine.state(MOUNT) == "active", "goldens outlive the service"
+
+
+def test_the_store_grows_with_what_is_in_it(machine: Machine) -> None:
+    machine.sh(f"systemctl start {SERVICE}; touch /run/gpuckpt/store/golden")
+    before = machine.main
+    larger = f"{INSTALL}settings = Settings(store=Store(size=96 << 20))\n"
+    said = machine.python(f"{larger}show(install(settings, program={DAEMON!r}))")
+    assert f"not in use yet: systemctl reload {MOUNT}" in said and "restart" not in said
+    machine.sh(f"systemctl reload {MOUNT}; rm /run/gpuckpt/store/golden")
+    assert "size=98304k" in machine.sh("grep gpuckpt-store /proc/mounts")
+    assert f"systemctl reload {MOUNT}" in machine.install(now=True).splitlines()
+    assert "size=65536k" in machine.sh("grep gpuckpt-store /proc/mounts")
+    assert machine.main == before
 
 
 def test_nothing_that_criu_cannot_bear_is_inherited(machine: Machine) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from gpuckpt.config_load import load
 from gpuckpt.containers import rootfs, service
 from gpuckpt.criu.binary import find
-from gpuckpt.golden.tools import Layout
 from gpuckpt.host import limits
+from gpuckpt.store.layout import Layout
 
 name = sys.argv[1]
 settings = load(None, environ={}, env_file=None, flags={}).settings
