@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ from benchmarks.pool_process import PoolProcess
 from benchmarks.soak_chaos import Chaos, criu_of
 from benchmarks.soak_load import Client, Question
 from benchmarks.workspace import Workspace, workspace
+from gpuckpt import proc
 from gpuckpt.errors import GpuckptError, VerificationError
 
 BIGRAMS = ROOT / "benchmarks" / "servers" / "bigrams.py"
@@ -63,23 +63,18 @@ def models(space: Workspace, prefix: Path, *, quick: bool) -> list[Served]:
         return small
     vllm = ["--env", "VLLM_CPU_KVCACHE_SPACE=1", "--env", "VLLM_CPU_NUM_OF_RESERVED_CPU=0", "--"]
     folders = {"qwen": "qwen2-0.5b-random", "gpt2": "gpt2-124m-random", "tiny": "tiny-random"}
-    missing = [
-        str(prefix / "models" / folder) for folder in folders.values() if not (prefix / "models" / folder).is_dir()
-    ]
-    if missing:
-        raise GpuckptError(
-            f"no model at {', '.join(missing)}", remedy="make demo-pool and make bench-sessions make them"
-        )
-    at = {name: str(prefix / "models" / folder) for name, folder in folders.items()}
+    at = {name: prefix / "models" / folder for name, folder in folders.items()}
+    if missing := ", ".join(str(folder) for folder in at.values() if not folder.is_dir()):
+        raise GpuckptError(f"no model at {missing}", remedy="make demo-pool and make bench-sessions make them")
+
+    def words(name: str, *more: str) -> list[str]:
+        return ["--model", str(at[name]), "--served-model-name", name, *more]
+
     # One request at a time: beside others a batch's sums are made in another order, and a tie may fall otherwise.
     return [
-        Served(
-            "qwen", [*vllm, "--model", at["qwen"], "--max-model-len", "512", "--served-model-name", "qwen"], 1, 6.0, 4
-        ),
-        Served(
-            "gpt2", [*vllm, "--model", at["gpt2"], "--max-model-len", "512", "--served-model-name", "gpt2"], 1, 4.0, 8
-        ),
-        Served("tiny", ["--workload", "guest", "--", "--model", at["tiny"], "--served-model-name", "tiny"], 2, 2.0, 8),
+        Served("qwen", [*vllm, *words("qwen", "--max-model-len", "512")], 1, 6.0, 4),
+        Served("gpt2", [*vllm, *words("gpt2", "--max-model-len", "512")], 1, 4.0, 8),
+        Served("tiny", ["--workload", "guest", "--", *words("tiny")], 2, 2.0, 8),
         *small,
     ]
 
@@ -202,10 +197,8 @@ def damage(space: Workspace, one: Served) -> str:
 
 def left(space: Workspace) -> list[str]:
     """What should not be there any more: containers, mounts, folders, processes."""
-    listed = subprocess.run(
-        ["podman", "ps", "-a", "--format", "{{.Names}}"], capture_output=True, text=True, check=True
-    )
-    found = [f"container {name}" for name in listed.stdout.split() if space.word in name]
+    listed = proc.run(["podman", "ps", "-a", "--format", "{{.Names}}"]).stdout
+    found = [f"container {name}" for name in listed.split() if space.word in name]
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount = line.split()[4]
         if mount.startswith(f"{space.folder}/") and mount != str(space.store):
