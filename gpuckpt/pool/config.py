@@ -16,6 +16,7 @@ from gpuckpt import config, config_load
 from gpuckpt.errors import UsageError
 from gpuckpt.pool.state import Budget, Pin, Rules
 
+MEMORY_SHARE = 0.6  # of the machine's memory: what replicas may hold where nothing else is said
 DEFAULT_FILE = Path("/etc/gpuckpt/pool.toml")
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
