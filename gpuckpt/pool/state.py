@@ -93,12 +93,12 @@ class Model:
     """One model: its rules, its golden, its replicas and who waits for them.
 
     ``memory`` and ``gpu`` are what one more replica is expected to hold while it is hot; a standby holds no GPU memory,
-    but ``gpu`` bytes of the host's. ``asked``: when the last request for it came. ``retry_at``: not before then is
-    another replica begun, because the last ones failed; not before ``make_at`` is its golden made while nobody waits; and
-    not before ``move_at`` is it moved. ``warm``: kept
-    ready now by its schedule. ``scale``: so many hot replicas are kept, as somebody has ordered; none at 0, whatever
-    the rules say. ``drained``: it gives its replicas up and gets no new ones. ``prepared``: containers that wait for a
-    restore, without a process; another one is made now if ``preparing``, and none before ``prepare_at``.
+    but ``gpu`` bytes of the host's. ``asked``: when the last request for it came. Because the last ones failed, no
+    replica is begun before ``retry_at``, its golden is not made unasked before ``make_at``, nor moved before
+    ``move_at``, and no container prepared before ``prepare_at``. ``warm``: kept ready now by its schedule. ``scale``: so
+    many hot replicas are kept, as somebody has ordered; none at 0, whatever the rules say. ``drained``: it gives its
+    replicas up and gets no new ones. ``prepared``: containers that wait for a restore, without a process; another one is
+    made now if ``preparing``.
     """
 
     name: str
