@@ -95,10 +95,10 @@ class Model:
     ``memory`` and ``gpu`` are what one more replica is expected to hold while it is hot; a standby holds no GPU memory,
     but ``gpu`` bytes of the host's. ``asked``: when the last request for it came. Because the last ones failed, no
     replica is begun before ``retry_at``, its golden is not made unasked before ``make_at``, nor moved before
-    ``move_at``, and no container prepared before ``prepare_at``. ``warm``: kept ready now by its schedule. ``scale``: so
-    many hot replicas are kept, as somebody has ordered; none at 0, whatever the rules say. ``drained``: it gives its
-    replicas up and gets no new ones. ``prepared``: containers that wait for a restore, without a process; another one is
-    made now if ``preparing``.
+    ``move_at``, and no container prepared before ``prepare_at``. ``warm``: kept ready now by its schedule. ``scale``:
+    so many hot replicas are kept, as somebody has ordered; none at 0, whatever the rules say. ``drained``: it gives its
+    replicas up and gets no new ones. ``prepared``: containers that wait for a restore, without a process; another one
+    is made now if ``preparing``.
     """
 
     name: str
