@@ -120,6 +120,7 @@ async def running(
     servers = [
         HttpServer(app, [socket], guard=Guard()) for app, socket in zip((admin, Site(service)), sockets, strict=True)
     ]
+    service.connections = lambda: servers[1].connections
     for server in servers:
         await server.start()
     try:
