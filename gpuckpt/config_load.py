@@ -199,7 +199,7 @@ def at(file: Path, text: str, key: str) -> str:
 def as_environment(settings: Settings) -> dict[str, str]:
     """The variables that give a child process these settings, wherever ours came from."""
     made = {}
-    for key, setting in FIELDS.items():
+    for key in FIELDS:
         table, _, name = key.partition(".")
         value = getattr(getattr(settings, table), name)
         if value is not None:

@@ -114,8 +114,8 @@ async def running(
     service = Service(Settings(**(settings or {})), config, keys=keys, hands=hands)
     service.owner.retry = 0.01
     sockets = [listen("127.0.0.1:0"), listen("127.0.0.1:0")]
-    ports = [one.getsockname()[1] for one in sockets]
-    made = Running(service, hands, *ports, config)
+    admin_port, site_port = (one.getsockname()[1] for one in sockets)
+    made = Running(service, hands, admin_port, site_port, config)
     admin = Admin(service, reload=made.reload, stop=made.stopped.set).app()
     servers = [
         HttpServer(app, [socket], guard=Guard()) for app, socket in zip((admin, Site(service)), sockets, strict=True)

@@ -16,7 +16,9 @@ from gpuckpt.config_load import as_environment, load
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 PATHS = st.builds(lambda words: Path("/", *words), st.lists(TEXTS, max_size=3))
-BARE_PATHS = st.builds(lambda words: Path("/", *words), st.lists(st.from_regex(r"[A-Za-z0-9_.é-]{1,9}", fullmatch=True)))
+BARE_PATHS = st.builds(
+    lambda words: Path("/", *words), st.lists(st.from_regex(r"[A-Za-z0-9_.é-]{1,9}", fullmatch=True))
+)
 SECONDS = st.floats(min_value=0, exclude_min=True, max_value=365 * 86400)
 BYTES = st.integers(1, 1 << 62)
 SETTINGS = st.builds(

@@ -100,7 +100,7 @@ async def followed(made: Any, query: str) -> Stream:
     client = await made.connect(made.admin_port)
     await client.send(request(method="GET", target=f"/v1/events?follow=1{query}"))
     head = await client.head()
-    assert head.status == 200 and head.header("content-type").startswith("text/event-stream")
+    assert head.status == 200 and "text/event-stream" in (head.header("content-type") or "")
     found = Stream(client)
     assert (await found.piece()).startswith(b":")  # from here on nothing is missed
     return found
@@ -141,7 +141,7 @@ def test_the_metrics() -> None:
         async with running() as made:
             await made.hot("a")
             found = await made.admin("GET", "/metrics")
-            assert found.status == 200 and found.header("content-type").startswith("text/plain; version=0.0.4")
+            assert found.status == 200 and "text/plain; version=0.0.4" in (found.header("content-type") or "")
             assert b'gpuckpt_wakes_total{model="a",outcome="ok",tier="tmpfs"} 1.0' in found.body
 
     run(work())

@@ -34,7 +34,7 @@ def numbers(found: list[EventView]) -> list[int]:
 
 
 async def some(following: AsyncGenerator[EventView | None, None], count: int) -> list[int | None]:
-    return [one and one.seq for one in [await anext(following) for _ in range(count)]]
+    return [one.seq if one else None for one in [await anext(following) for _ in range(count)]]
 
 
 def test_the_last_ones_by_number_and_model() -> None:

@@ -14,7 +14,7 @@ from msgspec import structs
 
 from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, UsageError
 from gpuckpt.pool.book import RefusedError
-from gpuckpt.pool.config import Front, Limits, Model, Pool, parse_window
+from gpuckpt.pool.config import Front, Limits, Pool, parse_window
 from gpuckpt.pool.config import Health as HealthRules
 from gpuckpt.pool.hands import Found, Made
 from gpuckpt.pool.state import Golden, Phase, Pin
@@ -279,7 +279,7 @@ def test_what_is_to_be_warm_at_the_start_comes_once_and_then_sinks_like_any_othe
 
 def test_a_schedule_keeps_one_ready_while_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [time.struct_time((2026, 1, 5, 8, 59, 0, 0, 5, 0))]  # a Monday
-    monkeypatch.setattr(module.time, "localtime", lambda: now[0])
+    monkeypatch.setattr(time, "localtime", lambda *at: now[0])
 
     async def work() -> None:
         model = structs.replace(MODEL, schedule=(parse_window("Mon-Fri 09:00-10:00"),), idle_release=0.01)

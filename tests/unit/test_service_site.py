@@ -108,7 +108,7 @@ def test_the_dashboard_s_page_is_kept_by_browsers_and_its_state_is_not() -> None
     async def work() -> None:
         async with running() as made:
             page = await made.site("/dashboard")
-            assert page.status == 200 and page.header("content-type").startswith("text/html")
+            assert page.status == 200 and "text/html" in (page.header("content-type") or "")
             assert page.header("content-length") == str(len(page.body))
             tag = page.header("etag")
             assert tag and (await made.site("/dashboard", head=f"if-none-match: {tag}\r\n")).status == 304
