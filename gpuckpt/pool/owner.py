@@ -392,7 +392,8 @@ class Owner:
         held.phase, held.since = Phase.HOT, self.clock()
         model.failures, model.retry_at, model.trouble = 0, 0.0, ""
         self._say(kind, model.name, held.name, tier=tier, seconds=self.clock() - began, phases=made.phases)
-        if standby and not model.waiters and model.scale is None:
+        hot = sum(one.phase is Phase.HOT for one in model.replicas.values())
+        if standby and hot > policy.wanted_hot(model.seen()):
             held.phase = Phase.FREEZING
             await self._change(model, held, self._hands.freeze, Phase.STANDBY, "frozen")
 

@@ -307,6 +307,7 @@ class World:
         self.ends: dict[str, list[float]] = {}  # of the requests at work, by replica
         self.doing: list[tuple[float, Action, str]] = []
         self.served = self.refused = self.begun = 0
+        self.standbys: set[str] = set()  # that are being restored
         self._count = 0
 
     def change(self, name: str, **what: Any) -> None:
@@ -371,6 +372,8 @@ class World:
             self.change(name, prepared=max(0, one.prepared - 1))
             one = self.models[name]
             which = f"{name}-{self._count}"
+            if isinstance(action, Restore) and action.standby:
+                self.standbys.add(which)
             phase = Phase.RESTORING if isinstance(action, Restore) else Phase.STARTING
             self.change(name, replicas=(*one.replicas, Replica(which, phase, self.now)))
         elif isinstance(action, Wake | Freeze | Stop):
@@ -398,7 +401,9 @@ class World:
     def _finish(self, action: Action, which: str) -> None:
         name, one = action.model, self.models[action.model]
         if isinstance(action, Restore):
-            freezes = action.standby and one.scale is None  # as the loop does it
+            self.standbys.discard(which)
+            hot = sum(r.phase is Phase.HOT for r in one.replicas) + 1
+            freezes = action.standby and hot > wanted_hot(one)  # as the loop does it
             self.set(name, which, phase=Phase.STANDBY if freezes else Phase.HOT, since=self.now, memory=one.memory)
         elif isinstance(action, Start | Wake):
             self.set(name, which, phase=Phase.HOT, since=self.now, memory=one.memory)
@@ -421,7 +426,8 @@ class World:
         )
         assert self.budget.memory is None or held <= self.budget.memory, "the budget is exceeded"
         for one in self.models.values():
-            hot = sum(r.phase is Phase.HOT or r.phase in COMING for r in one.replicas)
+            to_be = [r for r in one.replicas if r.phase in COMING and r.name not in self.standbys]
+            hot = len(to_be) + sum(r.phase is Phase.HOT for r in one.replicas)
             assert hot <= max(one.rules.max_replicas, floor_of(one)), "more replicas than allowed"
 
 
