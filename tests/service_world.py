@@ -194,6 +194,9 @@ class FakePool:
         self.refusal: RefusedError | None = None
         self.tier = "hot"
 
+    def tier_of(self, name: str) -> str:
+        return self.tier
+
     async def acquire(self, name: str, deadline: float) -> Lease:
         began = asyncio.get_running_loop().time()
         self.waiting += 1

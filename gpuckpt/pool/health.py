@@ -1,8 +1,9 @@
 """Find replicas that are dead, hang, or answer wrongly, and report them to the loop, which replaces them.
 
 Four looks: the kernel says at once when a replica's first process ends; a hot replica is asked for its health every few
-seconds, and of a frozen one the kernel is; one that has requests and sends nothing is asked for a token; an idle one replays the canary now and then, and
-soon after its restore if no replica of its golden has done so since the service began.
+seconds, and of a frozen one the kernel is; one that has requests and sends nothing is asked for a token; an idle one
+replays the canary now and then, and soon after its restore if no replica of its golden has done so since the service
+began.
 """
 
 from __future__ import annotations

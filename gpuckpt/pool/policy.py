@@ -255,10 +255,10 @@ class _Plan:
         store = _limit(self._state.budget.store) - sum(
             model.golden_bytes for model in models if model.golden in (Golden.TMPFS, Golden.MOVING)
         )
-        used = {model.name for model in models if model.replicas or model.waiting or model.preparing}
+        used = {model.name for model in models if model.replicas or model.waiting}
         used |= {one.model for one in self.actions if isinstance(one, Restore | Start)}
         for model in sorted(models, key=lambda model: (model.rules.priority, model.asked)):
-            if model.golden is not Golden.TMPFS or model.name in used or now < model.move_at:
+            if model.golden is not Golden.TMPFS or model.name in used or model.preparing or now < model.move_at:
                 continue
             idle = model.rules.idle_disk is not None and now - model.asked >= model.rules.idle_disk
             if store < 0 or (idle and floor_of(model) == 0):
@@ -275,7 +275,8 @@ class _Plan:
         if any(isinstance(one, Start) for one in self.actions):
             return
         for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked, model.name)):
-            if not model.drained and self._may_start(model) and not self._free.short_of(_Room(model.memory, model.gpu)):
+            due = not model.drained and self._state.now >= model.make_at
+            if due and self._may_start(model) and not self._free.short_of(_Room(model.memory, model.gpu)):
                 self._order(Start(model.name))
                 return
 
@@ -287,7 +288,8 @@ class _Plan:
         if busy or coming or any(isinstance(one, Restore | Start | Wake) for one in self.actions):
             return
         for model in sorted(models, key=lambda model: (model.prepared, -model.rules.priority, -model.asked)):
-            restorable = model.golden in (Golden.TMPFS, Golden.DISK) and not model.drained
+            moving = any(_is_for(one, model, Move) for one in self.actions)
+            restorable = model.golden in (Golden.TMPFS, Golden.DISK) and not (model.drained or moving)
             lacking = model.prepared + len(model.replicas) < model.rules.ahead
             if restorable and lacking and self._state.now >= model.prepare_at:
                 self._order(Prepare(model.name))

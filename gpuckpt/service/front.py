@@ -42,6 +42,7 @@ _KEYS = (b"authorization", b"x-api-key")
 class Pool(Protocol):
     """What the front asks of the pool."""
 
+    def tier_of(self, name: str) -> str: ...
     async def acquire(self, name: str, deadline: float) -> Lease: ...
     def release(self, held: Held) -> None: ...
     async def suspect(self, held: Held) -> None: ...
@@ -99,7 +100,7 @@ class Front:
         body = await exchange.body(self.limits)
         route = self._route(scope["path"], scope["query_string"], scope["raw_path"], exchange.headers, body)
         del body  # where the route has another one, this one is not needed any more
-        exchange.record.model = route.model
+        exchange.record.model, exchange.record.tier = route.model, self._pool.tier_of(route.model)
         exchange.waits_for_events = route.stream
         # The keys are ours, and nobody else's to know.
         headers = exchange.passed_headers(_NOT_PASSED_ON + _KEYS if self.keys else _NOT_PASSED_ON)
@@ -111,7 +112,7 @@ class Front:
         for _ in range(_ATTEMPTS):
             lease = await self._pool.acquire(route.model, max(0.1, self.limits.deadline - record.waited))
             held = lease.replica
-            record.tier = record.tier or lease.tier
+            record.tier = record.tier if record.retries else lease.tier
             record.replica, record.waited = held.name, record.waited + lease.waited
             try:
                 await self._attempt(exchange, route, headers, held)
