@@ -47,6 +47,9 @@ class Pool:
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
 
+    def tier_of(self, name: str) -> str:
+        return self._owner.models[name].tier()
+
     async def acquire(self, name: str, deadline: float) -> Lease:
         return await self._owner.acquire(name, deadline)
 

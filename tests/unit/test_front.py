@@ -734,7 +734,8 @@ def test_who_gets_comments(ask: dict[str, Any], target: str, head: str, told: bo
             here.pool.gate.set()
             got = await client.answer()
             assert got.body.startswith(b": waiting") == told and got.body.endswith(EVENT)
-            assert (got.header("x-gpuckpt-tier") is None) == told
+            assert got.header("x-gpuckpt-tier") == "hot"
+            assert (got.header("x-gpuckpt-replica") is None) == told  # not known when the head was sent
 
     run(test())
 
