@@ -21,6 +21,8 @@ Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 EVENTS = b"text/event-stream"
+WRITE = "gpuckpt.write"
+"""An extension of ASGI: a function that writes a piece of an answer that has begun, unless that has to wait."""
 _SLOWEST = 16 << 10  # bytes a second that a body must come at on average
 # They are about one connection, not about the message (RFC 9110, 7.6.1).
 HOP_BY_HOP = frozenset(
@@ -100,6 +102,7 @@ class Exchange:
         self.waits_for_events = False  # it asked for a stream of events, and may get comments to wait by
         self.begun = False  # bytes of an answer have been sent
         self._receive = receive
+        self._write: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE)
         self._send = send
         self._read = not (b"content-length" in self.headers or b"transfer-encoding" in self.headers)  # all has come
         self._ahead = False  # a head has been sent, before there was an answer
@@ -221,6 +224,13 @@ class Exchange:
         if data:
             self._tail = data if len(data) > 3 else self._tail[-3:] + data
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    def write(self, data: bytes) -> bool:
+        """Send the next bytes of the answer without waiting; False if that cannot be: then they are not sent."""
+        if self._as_event or self._write is None or not self._write(data):
+            return False
+        self._tail = data if len(data) > 3 else self._tail[-3:] + data
+        return True
 
     async def break_off(self, message: str) -> None:
         """The answer has begun and cannot go on. Raises BrokenOffError, at which the server cuts the connection: the

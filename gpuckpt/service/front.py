@@ -149,14 +149,20 @@ class Front:
         return held.phase is not Phase.HOT
 
     async def _pass_on(self, exchange: Exchange, connection: Connection, held: Held, first: bytes) -> None:
-        clock, read, pass_on = time.monotonic, connection.read, exchange.piece
+        clock, write = time.monotonic, exchange.write
+
+        def pour(data: bytes) -> bool:
+            held.heard = clock()
+            return write(data)
+
         last = connection.ended
         await exchange.head(connection.status, connection.headers, first, last=last)
+        connection.pour(pour)
         while not last:
-            piece = await read()
+            piece = await connection.read()
             held.heard = clock()
             last = connection.ended
-            await pass_on(piece, last=last)
+            await exchange.piece(piece, last=last)
         exchange.record.outcome = "ok" if connection.status < 400 else "error"
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
