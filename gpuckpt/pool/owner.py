@@ -439,9 +439,10 @@ class Owner:
         self._say("moved", model.name, reason=f"{to}: {reason}", seconds=self.clock() - began)
 
     async def _failed(self, model: Of, held: Held, error: GpuckptError, tier: str) -> None:
-        model.failures += 1
-        model.retry_at = self.clock() + self.retry * 2 ** min(model.failures - 1, _DOUBLINGS)
-        model.make_at = self.clock() + self.retry * 2 ** min(model.failures - 1, _UNASKED_DOUBLINGS)
+        if not isinstance(error, BusyError):  # somebody else is at it, and will end: that says nothing of the model
+            model.failures += 1
+        model.retry_at = self.clock() + self.retry * 2 ** min(max(0, model.failures - 1), _DOUBLINGS)
+        model.make_at = self.clock() + self.retry * 2 ** min(max(0, model.failures - 1), _UNASKED_DOUBLINGS)
         model.trouble = _why(error)
         self._say("failed", model.name, held.name, _why(error), tier)
         if isinstance(error, VerificationError):
