@@ -142,9 +142,9 @@ class Owner:
         held: Held | None = None
         model.waiters.append(waiter)
         self._hand_out(model)
-        self._settle_soon()
-        if waiter.done():
+        if waiter.done():  # nothing is to be done for it, and deciding costs more than relaying a request
             return Lease(waiter.result(), tier, 0.0)
+        self._settle_soon()
         try:
             async with asyncio.timeout(deadline):
                 held = await waiter
@@ -164,7 +164,9 @@ class Owner:
         held.since = self.clock()
         if model := self.models.get(held.model):
             self._hand_out(model)
-        self._settle_soon()
+        # What follows from idleness alone has time until the next look.
+        if held.phase is not Phase.HOT or any(one.waiters for one in self.models.values()):
+            self._settle_soon()
 
     def lost(self, held: Held, reason: str) -> None:
         """The replica is dead, or hangs: it gets no more requests, and another one takes its place."""
