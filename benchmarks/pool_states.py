@@ -1,0 +1,102 @@
+"""Bring a model of a running pool into one of the states in which a request may find it, and wait until it is there.
+
+By the orders that users have (wake, sleep, scale), and by the passing of idle times.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from benchmarks.harness import Phases, with_rest
+from benchmarks.pool_client import Reply
+from benchmarks.pool_process import PoolProcess
+from gpuckpt.errors import DeadlineError
+from gpuckpt.golden.replica import Replica, all_of
+from gpuckpt.service.view import EventView, ModelView
+
+_PAUSE = 0.02
+_MOST = 180.0  # seconds that any state may take to come
+_BROUGHT = ("restored", "woken", "started")
+
+
+def phases(model: ModelView) -> list[str]:
+    """What its replicas are doing."""
+    return [one.phase for one in model.replicas]
+
+
+def hot(model: ModelView, count: int = 1) -> bool:
+    """Whether exactly ``count`` replicas are hot, and nothing else is there or under way."""
+    return phases(model) == ["hot"] * count and not model.requests
+
+
+def standby(model: ModelView) -> bool:
+    """Whether a frozen replica is all that there is."""
+    return phases(model) == ["standby"]
+
+
+def golden_only(model: ModelView) -> bool:
+    """Whether there is no replica."""
+    return not model.replicas
+
+
+def make_hot(pool: PoolProcess, name: str) -> None:
+    """See to it that one replica is hot and idle."""
+    pool.client.wake(name)
+    pool.until(name, hot, _MOST)
+
+
+def make_standby(pool: PoolProcess, name: str) -> None:
+    """Freeze the one replica. The order is repeated: a replica whose health is being looked at is not frozen."""
+    make_hot(pool, name)
+    until = time.monotonic() + _MOST
+    while not standby(pool.model(name)):
+        if time.monotonic() > until:
+            raise DeadlineError(f"{name} was not frozen within {_MOST:g} s")
+        pool.client.sleep(name)
+        time.sleep(_PAUSE)
+
+
+def release(pool: PoolProcess, name: str) -> None:
+    """Remove every replica, so that only the golden is there."""
+    until = time.monotonic() + _MOST
+    while not golden_only(pool.model(name)):
+        if time.monotonic() > until:
+            raise DeadlineError(f"the replicas of {name} did not go within {_MOST:g} s")
+        pool.client.sleep(name, release=True)
+        time.sleep(_PAUSE)
+
+
+def replicas(state: Path, golden: str) -> list[Replica]:
+    """The records of a golden's replicas, those that are prepared included; ``state`` is gpuckpt's state folder."""
+    return [one for one in all_of(state / "replicas") if one.golden == golden]
+
+
+def until_prepared(state: Path, golden: str, count: int) -> None:
+    """Wait until so many containers stand prepared: the pool makes them when nothing else is under way."""
+    until = time.monotonic() + _MOST
+    while sum(one.state == "prepared" for one in replicas(state, golden)) < count:
+        if time.monotonic() > until:
+            raise DeadlineError(f"{count} containers of {golden} were not prepared within {_MOST:g} s")
+        time.sleep(_PAUSE)
+
+
+def brought_up(events: list[EventView]) -> list[EventView]:
+    """Those of the events that tell how a replica came to be hot."""
+    return [event for event in events if event.kind in _BROUGHT]
+
+
+def phases_of(reply: Reply, event: EventView | None) -> Phases:
+    """Where the time until the first token went: the restore's own phases, the model, and what is not accounted for.
+
+    ``event`` tells how the replica came up that the request waited for; None where one was hot. What the service says
+    that the request waited beyond the replica's coming up (decisions, queues) is a phase of its own.
+    """
+    rows: Phases = []
+    if event is not None:
+        told = event.phases or {event.kind: event.seconds or 0.0}
+        rows += [{"name": name, "seconds": round(seconds, 6)} for name, seconds in told.items()]
+        waited = reply.told.get("wait", 0.0) - sum(told.values())
+        rows.append({"name": "pool: decision, threads, accounts", "seconds": round(waited, 6)})
+    rows.append({"name": "model: first token", "seconds": round(reply.told.get("model", 0.0), 6)})
+    return with_rest(rows, reply.first_s)
