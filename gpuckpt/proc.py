@@ -53,6 +53,13 @@ def environment(extra: Mapping[str, str] | None = None, *, path: Sequence[Path |
     return env
 
 
+def own_environment() -> dict[str, str]:
+    """What a child needs to be this very gpuckpt: ``PYTHONPATH``, if it was found by it and need not be installed."""
+    package = Path(__file__).resolve().parents[1]
+    named = [Path(word).resolve() for word in os.environ.get("PYTHONPATH", "").split(":") if word]
+    return {"PYTHONPATH": str(package)} if package in named else {}
+
+
 def quoted(argv: Sequence[str]) -> str:
     """``argv`` as one line that a shell would take."""
     import shlex

@@ -412,7 +412,9 @@ class Owner:
         model.failures += 1
         model.retry_at = self.clock() + self.retry * 2 ** min(model.failures - 1, _DOUBLINGS)
         model.trouble = error.message
-        self._say("failed", model.name, held.name, error.message, tier)
+        # Who asked for an answer is not told the cause, which may be a server's own lines.
+        why = f"{error.message}: {error.cause}" if error.cause else error.message
+        self._say("failed", model.name, held.name, why, tier)
         if isinstance(error, VerificationError):
             # From now on it starts cold, at once: what failed will not fail again.
             self.quarantine(model.name, error.message)

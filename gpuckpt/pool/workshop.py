@@ -54,7 +54,7 @@ class Workshop:
     def __init__(self, settings: Settings, sources: Mapping[str, Source]) -> None:
         self._settings = settings
         self._sources = dict(sources)
-        self._environment = as_environment(settings)
+        self._environment = as_environment(settings) | proc.own_environment()
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gpuckpt-pool")
         self._known: dict[str, Container] = {}  # id and first process of running replicas
         self._endpoints: dict[str, Endpoint] = {}

@@ -180,10 +180,11 @@ def test_a_full_queue_and_a_passed_deadline_are_refused() -> None:
 def test_what_fails_is_tried_again_and_given_up_after_a_while() -> None:
     async def work() -> None:
         async with one() as world:
-            world.hands.fails["restore"] = [RestoreError("one"), RestoreError("two")]
+            world.hands.fails["restore"] = [RestoreError("one", cause="the server said so"), RestoreError("two")]
             lease = await world.owner.acquire("a", 5)
             assert len(world.hands.done) == 3 and lease.replica.name == "a.1"
             assert world.kinds() == ["failed", "failed", "restored"]
+            assert [event.reason for event in world.events] == ["one: the server said so", "two", ""]
             world.owner.lost(lease.replica, "crashed")
             world.hands.fails["restore"] = [RestoreError(f"again {n}") for n in range(3)]
             with pytest.raises(RefusedError, match="again 2"):
