@@ -38,7 +38,7 @@ def vllm(space: Workspace, name: str, shape: models.Shape, prefix: Path, length:
     """vLLM with a model of random weights."""
     folder = prefix / "models" / shape.folder
     options = [word for pair in VLLM_ENVIRONMENT for word in ("--env", pair)]
-    words = (*options, "--", "--model", str(folder), "--max-model-len", str(length))
+    words = (*options, "--", "--model", str(folder), "--served-model-name", name, "--max-model-len", str(length))
     return Served(name, f"{space.word}-{name}", words, f"vLLM, {shape.about}", rules, folder)
 
 
@@ -54,7 +54,8 @@ def bigrams(space: Workspace, name: str = "bigrams", pause: float = 0.0, **rules
 
 def config(served: list[Served], *, front: Mapping[str, Any] | None = None, **rules: Any) -> str:
     """The whole file; ``rules`` are for every model, before its own."""
-    head = ["[front]", *(f"{key} = {_toml(value)}" for key, value in ({"deadline": DEADLINE} | dict(front or {})).items())]
+    values = {"deadline": DEADLINE} | dict(front or {})
+    head = ["[front]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
     return "\n\n".join(["\n".join(head), *(one.table(**rules) for one in served)]) + "\n"
 
 
