@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ class Served:
     rules: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
-    def table(self, **rules: Any) -> str:
+    def table(self, rules: Mapping[str, Any]) -> str:
         """Its table in the configuration; ``rules`` go before its own."""
-        words = {"golden": self.golden, "create": list(self.create)} | dict(self.rules) | rules
+        words = {"golden": self.golden, "create": list(self.create)} | dict(self.rules) | dict(rules)
         return "\n".join([f"[models.{self.name}]", *(f"{key} = {_toml(value)}" for key, value in words.items())])
 
 
@@ -47,16 +47,15 @@ def bigrams(space: Workspace, name: str = "bigrams", pause: float = 0.0, **rules
     body = json.dumps({"model": name, "prompt": PROMPT, "max_tokens": 8})
     request = f"POST /v1/completions {body}"
     folder = str(BIGRAMS.parent)
-    words = ("--volume", f"{folder}:{folder}", "--warmup-request", request, "--canary", request, "--")
+    words = ("--volume", f"{folder}:{folder}", "--canary", request, "--")
     server = ("/usr/bin/python3", str(BIGRAMS), "{socket}", "--name", name, "--pause", str(pause))
     return Served(name, f"{space.word}-{name}", (*words, *server), "a bigram model of a text, plain HTTP", rules)
 
 
-def config(served: list[Served], *, front: Mapping[str, Any] | None = None, **rules: Any) -> str:
-    """The whole file; ``rules`` are for every model, before its own."""
-    values = {"deadline": DEADLINE} | dict(front or {})
-    head = ["[front]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
-    return "\n\n".join(["\n".join(head), *(one.table(**rules) for one in served)]) + "\n"
+def config(served: Sequence[Served], rules: Mapping[str, Any] | None = None) -> str:
+    """The whole file; ``rules`` go before each model's own."""
+    head = f"[front]\ndeadline = {_toml(DEADLINE)}"
+    return "\n\n".join([head, *(one.table(rules or {}) for one in served)]) + "\n"
 
 
 def _toml(value: Any) -> str:

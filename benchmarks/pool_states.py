@@ -11,9 +11,15 @@ from pathlib import Path
 from benchmarks.harness import Phases, with_rest
 from benchmarks.pool_client import Reply
 from benchmarks.pool_process import PoolProcess
+from benchmarks.workspace import Workspace
+from gpuckpt import manifest as manifests
 from gpuckpt.errors import DeadlineError
+from gpuckpt.golden.prepare import Options, Source
 from gpuckpt.golden.replica import Replica, all_of
 from gpuckpt.service.view import EventView, ModelView
+from gpuckpt.store.digests import digest_bytes
+from gpuckpt.timing import UNACCOUNTED
+from gpuckpt.workload.endpoint import Endpoint
 
 _PAUSE = 0.02
 _MOST = 180.0  # seconds that any state may take to come
@@ -46,6 +52,11 @@ def make_hot(pool: PoolProcess, name: str) -> None:
     pool.until(name, hot, _MOST)
 
 
+def until_hot(pool: PoolProcess, name: str, count: int = 1) -> None:
+    """Wait until so many replicas are hot and idle, and nothing else is there."""
+    pool.until(name, lambda model: hot(model, count), _MOST)
+
+
 def make_standby(pool: PoolProcess, name: str) -> None:
     """Freeze the one replica. The order is repeated: a replica whose health is being looked at is not frozen."""
     make_hot(pool, name)
@@ -72,13 +83,29 @@ def replicas(state: Path, golden: str) -> list[Replica]:
     return [one for one in all_of(state / "replicas") if one.golden == golden]
 
 
-def until_prepared(state: Path, golden: str, count: int) -> None:
-    """Wait until so many containers stand prepared: the pool makes them when nothing else is under way."""
+def endpoints(space: Workspace, golden: str) -> list[Endpoint]:
+    """Where the golden's running replicas listen."""
+    return [one.endpoint for one in replicas(space.state, golden) if one.state == "ready"]
+
+
+def until_prepared(space: Workspace, golden: str, count: int, tier: str = "tmpfs") -> None:
+    """Wait until so many containers stand prepared for the golden where it lies now.
+
+    The pool makes them when nothing else is under way; those for where it lay before are of no use.
+    """
+    folder = (space.store if tier == "tmpfs" else space.state) / "goldens" / golden
+    digest = digest_bytes((folder / "manifest.json").read_bytes())
+    key = Source(manifests.read(folder), folder, digest).key(Options())
     until = time.monotonic() + _MOST
-    while sum(one.state == "prepared" for one in replicas(state, golden)) < count:
+    while sum(one.state == "prepared" and one.key == key for one in replicas(space.state, golden)) < count:
         if time.monotonic() > until:
             raise DeadlineError(f"{count} containers of {golden} were not prepared within {_MOST:g} s")
         time.sleep(_PAUSE)
+
+
+def until_in(pool: PoolProcess, name: str, tier: str) -> None:
+    """Wait until the model's golden lies in ``tier``, and no longer moves."""
+    pool.until(name, lambda model: model.golden.tier == tier, _MOST)
 
 
 def brought_up(events: list[EventView]) -> list[EventView]:
@@ -95,8 +122,13 @@ def phases_of(reply: Reply, event: EventView | None) -> Phases:
     rows: Phases = []
     if event is not None:
         told = event.phases or {event.kind: event.seconds or 0.0}
-        rows += [{"name": name, "seconds": round(seconds, 6)} for name, seconds in told.items()]
+        rows += [{"name": name, "seconds": round(seconds, 6)} for name, seconds in told.items() if name != UNACCOUNTED]
         waited = reply.told.get("wait", 0.0) - sum(told.values())
         rows.append({"name": "pool: decision, threads, accounts", "seconds": round(waited, 6)})
     rows.append({"name": "model: first token", "seconds": round(reply.told.get("model", 0.0), 6)})
     return with_rest(rows, reply.first_s)
+
+
+def adding_up(rows: Phases, total: float) -> Phases:
+    """The phases with another rest, so that they add up to ``total``."""
+    return with_rest([row for row in rows if row["name"] != UNACCOUNTED], total)
