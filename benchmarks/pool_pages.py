@@ -142,9 +142,9 @@ def _phases(document: Document) -> Iterator[str]:
     yield from table(("median seconds", *columns), [[name, *cells] for name, cells in phase_rows(columns)])
     yield from (
         "",
-        "The columns of the tiers are medians of each phase, which need not add up; each sample's own table in pool.json",
+        "The columns of the tiers are medians of each phase, which need not add up; each sample's own table does, in",
     )
-    yield "does. Of replicas that come at the same time it is the slowest one's restore, without its first token."
+    yield "pool.json. Of replicas that come at the same time it is the slowest one's restore, without its first token."
 
 
 def phase_rows(columns: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str]]]:

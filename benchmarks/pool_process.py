@@ -114,11 +114,13 @@ class PoolProcess:
     def until(self, name: str, holds: Any, seconds: float = 60.0) -> ModelView:
         """Wait until ``holds(model)``; raises GpuckptError after so many seconds."""
         end = time.monotonic() + seconds
-        while not holds(found := self.model(name)):
+        while True:
+            found = next((one for one in self.client.state().models if one.name == name), None)
+            if found is not None and holds(found):
+                return found
             if time.monotonic() > end:
                 raise GpuckptError(f"{name} did not come so far within {seconds:g} s", cause=str(found))
             time.sleep(0.02)
-        return found
 
     def view(self) -> PoolView:
         """Everything as it is now."""

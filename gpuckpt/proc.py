@@ -53,13 +53,6 @@ def environment(extra: Mapping[str, str] | None = None, *, path: Sequence[Path |
     return env
 
 
-def own_environment() -> dict[str, str]:
-    """What a child needs to be this very gpuckpt: ``PYTHONPATH``, if it was found by it and need not be installed."""
-    package = Path(__file__).resolve().parents[1]
-    named = [Path(word).resolve() for word in os.environ.get("PYTHONPATH", "").split(":") if word]
-    return {"PYTHONPATH": str(package)} if package in named else {}
-
-
 def quoted(argv: Sequence[str]) -> str:
     """``argv`` as one line that a shell would take."""
     import shlex
@@ -241,6 +234,16 @@ def processes_below(pid: int) -> list[int]:
         found.append(current)
         queue += children.get(current, [])
     return found
+
+
+def is_killed(pid: int) -> bool:
+    """Whether the process is gone, or was sent SIGKILL: one in a frozen group of version 1 dies when it is thawed."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    pending = re.findall(r"^(?:Shd|Sig)Pnd:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return any(int(mask, 16) & 1 << (signal.SIGKILL - 1) for mask in pending)
 
 
 def wait_for_end(pid: int, argument: str, timeout: float) -> None:

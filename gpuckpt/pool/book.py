@@ -30,7 +30,7 @@ class Event:
     """
 
     time: float  # of the day, seconds since 1970
-    kind: str  # restored, started, woken, frozen, stopped, moved, failed, lost, quarantined, adopted
+    kind: str  # made, restored, started, woken, frozen, stopped, moved, failed, lost, quarantined, adopted
     model: str
     replica: str = ""
     reason: str = ""

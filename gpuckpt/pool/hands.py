@@ -57,8 +57,8 @@ class Hands(Protocol):
 
     async def restore(self, model: str, replica: str) -> Made: ...
 
-    async def start(self, model: str, replica: str, *, replace: bool) -> Made:
-        """Make the golden, and restore a replica of it; without ``replace``, a golden that there is now is used."""
+    async def make(self, model: str, *, replace: bool) -> None:
+        """Start the model's server cold and make its golden; without ``replace`` one that is there now is kept."""
         ...
 
     async def prepare(self, model: str, replica: str) -> None:
@@ -72,6 +72,10 @@ class Hands(Protocol):
 
     async def healthy(self, model: str, replica: str, timeout: float) -> bool:
         """Whether it answers its health check within so many seconds."""
+        ...
+
+    async def doomed(self, model: str, replica: str) -> bool:
+        """Whether a frozen one was killed: it may not notice before it is thawed."""
         ...
 
     async def canary(self, model: str, replica: str) -> tuple[str, ...]:

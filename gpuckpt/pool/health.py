@@ -1,8 +1,9 @@
 """Find replicas that are dead, hang, or answer wrongly, and report them to the loop, which replaces them.
 
 Four looks: the kernel says at once when a replica's first process ends; a hot replica is asked for its health every few
-seconds; one that has requests and sends nothing is asked for a token; an idle one replays the canary now and then, and
-soon after its restore if no replica of its golden has done so since the service began.
+seconds, and of a frozen one the kernel is; one that has requests and sends nothing is asked for a token; an idle one
+replays the canary now and then, and soon after its restore if no replica of its golden has done so since the service
+began.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
 
 from gpuckpt.errors import GpuckptError
 from gpuckpt.pool.book import Held
@@ -64,9 +65,10 @@ class Health:
         for held in alive:
             if held.pid is not None and held not in self._processes and held.phase is not Phase.STOPPING:
                 self._watch(held, held.pid)
-            if held.phase is Phase.HOT and not held.checks and now >= self._next.setdefault(held, now):
-                self._next[held] = now + self.rules.interval
-                self._begin(held)
+            if held.phase not in (Phase.HOT, Phase.STANDBY) or held.checks or now < self._next.setdefault(held, now):
+                continue
+            self._next[held] = now + self.rules.interval
+            self._begin(held, self._check if held.phase is Phase.HOT else self._check_frozen)
 
     def _watch(self, held: Held, pid: int) -> None:
         try:
@@ -88,8 +90,8 @@ class Health:
         self._next.pop(held, None)
         self._failures.pop(held, None)
 
-    def _begin(self, held: Held) -> None:
-        task = asyncio.get_running_loop().create_task(self._check(held))
+    def _begin(self, held: Held, look: Callable[[Held], Coroutine[Any, Any, None]]) -> None:
+        task = asyncio.get_running_loop().create_task(look(held))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -108,6 +110,15 @@ class Health:
             _log.exception("a look at the health of %s failed unexpectedly", held.name)
         # What could not be done while it was looked at.
         self._owner.settle()
+
+    async def _check_frozen(self, held: Held) -> None:
+        try:
+            if await self._hands.doomed(held.model, held.name) and held.phase is Phase.STANDBY:
+                self._owner.lost(held, "dead")
+        except GpuckptError:
+            return  # it is being removed
+        except Exception:
+            _log.exception("a look at the health of %s failed unexpectedly", held.name)
 
     async def answers(self, held: Held, *, at_once: bool = False) -> bool:
         """Ask for its health. A replica that has failed too often in a row, or once with ``at_once``, is given up."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gpuckpt.errors import GpuckptError, NotFoundError, VerificationError
+from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, VerificationError
 from gpuckpt.pool import policy
 from gpuckpt.pool.book import Event, Held, Of, RefusedError
 from gpuckpt.pool.hands import Hands, Made
@@ -41,6 +41,10 @@ _log = logging.getLogger("gpuckpt.pool")
 _GIVEN_UP = 3  # failures in a row after which those who wait are told
 _DOUBLINGS = 5
 _UNLIMITED = Budget()
+
+
+def _why(error: GpuckptError) -> str:
+    return f"{error.message}: {error.cause}" if error.cause else error.message
 
 
 @dataclass(frozen=True)
@@ -289,8 +293,7 @@ class Owner:
             case Start():
                 bad = model.golden is Golden.QUARANTINED
                 held = self._new(model, Phase.STARTING)
-                work = self._hands.start(model.name, held.name, replace=bad)
-                self._run(self._bring_up(model, held, work, "started", "cold", standby=False))
+                self._run(self._start(model, held, replace=bad))
             case Wake(_, name):
                 held = model.replicas[name]
                 held.phase = Phase.WAKING
@@ -314,10 +317,38 @@ class Owner:
         held = model.replicas[name] = Held(name, model.name, phase, self.clock())
         return held
 
-    async def _bring_up(
-        self, model: Of, held: Held, work: Coroutine[Any, Any, Made], kind: str, tier: str, *, standby: bool
-    ) -> None:
+    async def _start(self, model: Of, held: Held, *, replace: bool) -> None:
         began = self.clock()
+        try:
+            await self._hands.make(model.name, replace=replace)
+        except GpuckptError as error:
+            del model.replicas[held.name]
+            await self._failed(model, held, error, "cold")
+            return
+        model.prepared.clear()
+        model.found(await self._hands.look(model.name))
+        self._say("made", model.name, seconds=self.clock() - began)
+        # A replica of it is restored like any other: it takes a moment more, and one kind of replica is enough.
+        held.phase = Phase.RESTORING
+        if policy.wanted_hot(model.seen()) == 0:
+            del model.replicas[held.name]
+            model.failures, model.retry_at, model.trouble = 0, 0.0, ""
+            return
+        work = self._hands.restore(model.name, held.name)
+        await self._bring_up(model, held, work, "started", "cold", standby=False, began=began)
+
+    async def _bring_up(
+        self,
+        model: Of,
+        held: Held,
+        work: Coroutine[Any, Any, Made],
+        kind: str,
+        tier: str,
+        *,
+        standby: bool,
+        began: float | None = None,
+    ) -> None:
+        began = self.clock() if began is None else began
         try:
             made = await work
         except GpuckptError as error:
@@ -329,9 +360,6 @@ class Owner:
         model.gpu = max(model.gpu, made.gpu)
         held.phase, held.since = Phase.HOT, self.clock()
         model.failures, model.retry_at, model.trouble = 0, 0.0, ""
-        if kind == "started":
-            model.prepared.clear()
-            model.found(await self._hands.look(model.name))
         self._say(kind, model.name, held.name, tier=tier, seconds=self.clock() - began, phases=made.phases)
         if standby and not model.waiters and model.scale is None:
             held.phase = Phase.FREEZING
@@ -344,7 +372,7 @@ class Owner:
         except GpuckptError as error:
             # Nobody waits for it, and a restore makes its container itself.
             model.prepare_at = self.clock() + self.retry * 2**_DOUBLINGS
-            _log.warning("%s could not be prepared: %s", name, error.message)
+            _log.warning("%s could not be prepared: %s", name, _why(error))
         finally:
             model.preparing = None
 
@@ -356,7 +384,7 @@ class Owner:
         try:
             await work(model.name, held.name)
         except GpuckptError as error:
-            self._say("failed", model.name, held.name, error.message, tier)
+            self._say("failed", model.name, held.name, _why(error), tier)
             if held.phase is not Phase.STOPPING:
                 self._begin_stop(held, f"not {kind}")
             return
@@ -384,7 +412,7 @@ class Owner:
             await self._hands.stop(model.name, held.name)
         except GpuckptError as error:
             # It stays in the account until it is really gone: its memory is not free.
-            self._say("failed", model.name, held.name, error.message)
+            self._say("failed", model.name, held.name, _why(error))
             await asyncio.sleep(self.retry)
             self._begin_stop(held, reason)
             return
@@ -398,11 +426,12 @@ class Owner:
         except GpuckptError as error:
             model.golden = before
             if isinstance(error, VerificationError):
-                self.quarantine(model.name, error.message)
+                self.quarantine(model.name, _why(error))
             else:
                 # Replicas can be restored from where it is; only the move waits.
-                model.move_at = self.clock() + self.retry * 2**_DOUBLINGS
-                self._say("failed", model.name, reason=f"move to {to}: {error.message}")
+                pause = self.retry if isinstance(error, BusyError) else self.retry * 2**_DOUBLINGS
+                model.move_at = self.clock() + pause
+                self._say("failed", model.name, reason=f"move to {to}: {_why(error)}")
             return
         model.golden = to
         model.prepared.clear()  # they were for where it lay before
@@ -411,15 +440,13 @@ class Owner:
     async def _failed(self, model: Of, held: Held, error: GpuckptError, tier: str) -> None:
         model.failures += 1
         model.retry_at = self.clock() + self.retry * 2 ** min(model.failures - 1, _DOUBLINGS)
-        model.trouble = error.message
-        # Who asked for an answer is not told the cause, which may be a server's own lines.
-        why = f"{error.message}: {error.cause}" if error.cause else error.message
-        self._say("failed", model.name, held.name, why, tier)
+        model.trouble = _why(error)
+        self._say("failed", model.name, held.name, _why(error), tier)
         if isinstance(error, VerificationError):
             # From now on it starts cold, at once: what failed will not fail again.
-            self.quarantine(model.name, error.message)
+            self.quarantine(model.name, _why(error))
         elif model.failures >= _GIVEN_UP and not model.has(Phase.HOT):
-            model.refuse(RefusedError(f"{model.name} cannot be brought up: {error.message}", retry_after=30))
+            model.refuse(RefusedError(f"{model.name} cannot be brought up: {_why(error)}", retry_after=30))
         if isinstance(error, NotFoundError) and model.golden in (Golden.TMPFS, Golden.DISK):
             model.found(await self._hands.look(model.name))  # somebody has removed it
 

@@ -258,7 +258,7 @@ class _Plan:
         used = {model.name for model in models if model.replicas or model.waiting}
         used |= {one.model for one in self.actions if isinstance(one, Restore | Start)}
         for model in sorted(models, key=lambda model: (model.rules.priority, model.asked)):
-            if model.golden is not Golden.TMPFS or model.name in used or now < model.move_at:
+            if model.golden is not Golden.TMPFS or model.name in used or model.preparing or now < model.move_at:
                 continue
             idle = model.rules.idle_disk is not None and now - model.asked >= model.rules.idle_disk
             if store < 0 or (idle and floor_of(model) == 0):
@@ -287,7 +287,8 @@ class _Plan:
         if busy or coming or any(isinstance(one, Restore | Start | Wake) for one in self.actions):
             return
         for model in sorted(models, key=lambda model: (model.prepared, -model.rules.priority, -model.asked)):
-            restorable = model.golden in (Golden.TMPFS, Golden.DISK) and not model.drained
+            moving = any(_is_for(one, model, Move) for one in self.actions)
+            restorable = model.golden in (Golden.TMPFS, Golden.DISK) and not (model.drained or moving)
             lacking = model.prepared + len(model.replicas) < model.rules.ahead
             if restorable and lacking and self._state.now >= model.prepare_at:
                 self._order(Prepare(model.name))

@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import gpuckpt
 from gpuckpt import manifest as manifests
 from gpuckpt import proc
 from gpuckpt.config import Settings
@@ -54,7 +56,8 @@ class Workshop:
     def __init__(self, settings: Settings, sources: Mapping[str, Source]) -> None:
         self._settings = settings
         self._sources = dict(sources)
-        self._environment = as_environment(settings) | proc.own_environment()
+        # The same settings for a child, wherever ours came from, and the same gpuckpt, however we have found it.
+        self._environment = as_environment(settings) | {"PYTHONPATH": str(Path(gpuckpt.__file__).parents[1])}
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gpuckpt-pool")
         self._known: dict[str, Container] = {}  # id and first process of running replicas
         self._endpoints: dict[str, Endpoint] = {}
@@ -161,19 +164,18 @@ class Workshop:
     def _prepare(self, golden: str, name: str) -> None:
         prepare.prepare_as(self._tools, golden, name, Options())
 
-    async def start(self, model: str, replica: str, *, replace: bool) -> Made:
+    async def make(self, model: str, *, replace: bool) -> None:
         source = self._sources[model]
         if not replace and self._tools.layout.tiers(source.golden):
-            return await self.restore(model, replica)  # somebody has made it meanwhile
+            return  # somebody has made it meanwhile
         if not source.create:
             raise NotFoundError(
                 f"there is no golden {source.golden}, and nothing says how to make it",
                 remedy=f'gpuckpt create {source.golden} …, or create = ["--", …] in [models."{model}"]',
             )
-        return await self._in_thread(self._start, source, replica)
+        await self._in_thread(self._make, source)
 
-    def _start(self, source: Source, name: str) -> Made:
-        # Then restored like any other: it takes a second more, and one kind of replica is enough.
+    def _make(self, source: Source) -> None:
         words = [sys.executable, "-m", "gpuckpt", "create", source.golden, "--replace", *source.create]
         longest = self._settings.create.start_timeout + _DUMP_SECONDS
         child = proc.Child(words, env=self._environment)
@@ -183,10 +185,15 @@ class Workshop:
         finally:
             self._creating.discard(child)
         if result.code != 0:
-            said = proc.tail(result.stderr, 3)
-            raise CheckpointError(f"golden {source.golden} could not be made", cause=" ".join(said), log=said)
+            said = proc.tail(result.stderr)
+            why = next((line for line in said if line.startswith("error: ")), said[-1] if said else "it gave no reason")
+            raise CheckpointError(
+                f"golden {source.golden} could not be made",
+                cause=why.removeprefix("error: "),
+                remedy=f"try it by hand: gpuckpt create {source.golden} …",
+                log=said,
+            )
         self._records.pop(source.golden, None)
-        return self._restore(source.golden, name)
 
     def interrupt(self) -> None:
         """Have goldens that are being made given up: whoever waits for them is told that they failed."""
@@ -225,6 +232,13 @@ class Workshop:
 
     def _healthy(self, golden: str, name: str, timeout: float) -> bool:
         return adapter(self._record(golden).workload).healthy(self._endpoints[name], timeout=timeout)
+
+    async def doomed(self, model: str, replica: str) -> bool:
+        return await self._in_thread(self._doomed, replica)
+
+    def _doomed(self, name: str) -> bool:
+        container = self._container(name)
+        return any(map(proc.is_killed, proc.processes_below(container.pid) or [container.pid]))
 
     async def canary(self, model: str, replica: str) -> tuple[str, ...]:
         return await self._in_thread(self._canary, self._sources[model].golden, replica)

@@ -18,6 +18,9 @@ NO_KEYS = "none"
 ``LoadCredential=`` of a missing file fails the start; with a ``SetCredential=`` beside it systemd takes that text
 instead. It is not the empty text, because a file of keys that somebody has emptied must not open the front to all.
 """
+BACKLOG = 4096
+"""``Backlog=`` of the socket unit. A server that is given a socket calls listen(2) once more, and unless it is told
+otherwise with less: asyncio with 100, uvicorn with 2,048."""
 _FIRST = 3  # SD_LISTEN_FDS_START
 _VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
@@ -86,7 +89,7 @@ def _checked(number: int, name: str) -> socket.socket:
     os.set_inheritable(number, False)
     made: Any = socket.socket(fileno=number)
     if made.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6) or made.type != socket.SOCK_STREAM:
-        cause = f"its family and type are {made.family!s} and {made.type!s}"
+        cause = f"its family and type are {made.family!r} and {made.type!r}"
     elif not made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         cause = "it does not listen (a connection, or Accept=yes)"
     else:

@@ -17,7 +17,7 @@ from gpuckpt.config import Settings
 from gpuckpt.errors import BusyError, GpuckptError, PreflightError
 from gpuckpt.golden.sweep import sweep
 from gpuckpt.golden.tools import tools
-from gpuckpt.paths import private_folder, refuse_untrusted
+from gpuckpt.paths import refuse_untrusted
 from gpuckpt.pool import config as configuration
 from gpuckpt.service import activation, journal
 from gpuckpt.service.admin import Admin
@@ -185,7 +185,7 @@ def _alone(layout: Layout) -> Iterator[None]:
     # Two would take each other's replicas for what an earlier one has left.
     layout.prepare()
     try:
-        with locks.exclusive(private_folder(layout.run / "locks"), "pool", "pool"):
+        with locks.exclusive(layout.replica_locks, "pool", "pool"):
             yield
     except BusyError as error:
         raise BusyError("a pool runs already", cause=error.cause, remedy="systemctl stop gpuckpt-pool") from error

@@ -16,6 +16,7 @@ from typing import Literal
 from blake3 import blake3
 from msgspec import Struct
 
+import gpuckpt
 from gpuckpt import proc
 from gpuckpt.config import Settings
 from gpuckpt.errors import BusyError, NothingToDo, PreflightError
@@ -87,7 +88,7 @@ def install(
         program=program or own_program(),
         config=config,
         systemd=units.version(root),
-        environment=proc.own_environment(),
+        environment=own_environment(),
         huge_pages=None if here else True,
     )
     if here and (found := tmpfs.info(settings.store.path)) is not None and found.source != tmpfs.SOURCE:
@@ -156,6 +157,13 @@ def own_program() -> list[str]:
     """The command line that runs this gpuckpt: its script beside the interpreter, or else the interpreter."""
     script = Path(sys.executable).with_name("gpuckpt")
     return [str(script)] if os.access(script, os.X_OK) else [sys.executable, "-m", "gpuckpt"]
+
+
+def own_environment() -> dict[str, str]:
+    """``PYTHONPATH``, if this gpuckpt was found by it: a checkout that is not installed."""
+    package = Path(gpuckpt.__file__).resolve().parents[1]
+    named = [Path(word).resolve() for word in os.environ.get("PYTHONPATH", "").split(":") if word]
+    return {"PYTHONPATH": str(package)} if package in named else {}
 
 
 def _first_files(root: Path, config: Path, environment: Mapping[str, str]) -> dict[Path, tuple[str, int]]:

@@ -1,87 +1,27 @@
-"""HTTP servers on sockets of ours: uvicorn, with limits for clients that are slow on purpose, or too many."""
+"""HTTP servers on sockets of ours: uvicorn, with a protocol that has limits (see :mod:`gpuckpt.service.protocol`)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import socket
-from collections.abc import Generator
-from dataclasses import dataclass
+import stat
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
-from gpuckpt.service.front import BrokenOffError
+from gpuckpt.service.exchange import BrokenOffError
+from gpuckpt.service.protocol import Guard, Guarded
+
+__all__ = ["Guard", "HttpServer", "listen"]
 
 _KEEP_ALIVE = 75  # seconds that an idle connection is kept: longer than most clients keep theirs
 _BACKLOG = 4096
-
-
-@dataclass
-class Guard:
-    """Limits of connections: how many there may be, and how long the head of a request may take (seconds)."""
-
-    connections: int = 20000
-    head_seconds: float = 20.0
-
-
-class _Guarded(HttpToolsProtocol):
-    """uvicorn's protocol has no limit for the time that a client takes to send a head, and none that says 503."""
-
-    guard: Guard
-    _timer: asyncio.TimerHandle | None = None
-    _begun = False
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > self.guard.connections:
-            self._refuse(503, "Service Unavailable", "too many connections", "retry-after: 1\r\n")
-            return
-        self._start_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._begun = True
-        self._start_timer()
-
-    def on_headers_complete(self) -> None:
-        self._stop_timer()
-        self._begun = False
-        super().on_headers_complete()
-
-    def _start_timer(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(self.guard.head_seconds, self._too_slow)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _too_slow(self) -> None:
-        self._timer = None
-        if self._begun:
-            self._refuse(408, "Request Timeout", "the request's head was not complete in time", "")
-        else:
-            self.transport.close()
-
-    def _refuse(self, status: int, phrase: str, message: str, header: str) -> None:
-        body = f'{{"error":{{"message":"{message}","type":"invalid_request_error","param":null,"code":null}}}}'
-        head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(f"{head}{header}connection: close\r\n\r\n{body}".encode())
-        self.transport.close()
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield  # the daemon's own loop has them
+_STEP = 0.02
 
 
 class HttpServer:
@@ -89,46 +29,60 @@ class HttpServer:
 
     def __init__(self, app: Any, sockets: list[socket.socket], *, guard: Guard) -> None:
         self.guard = guard
-        protocol = type("_Protocol", (_Guarded,), {"guard": guard})
-        config = uvicorn.Config(
+        self._config = uvicorn.Config(
             app,
-            http=protocol,
+            http=type("_Protocol", (Guarded,), {"guard": guard}),
             ws="none",
-            loop="none",
             lifespan="off",
             interface="asgi3",
             log_config=None,
             access_log=False,
             proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE,
         )
-        self._server = _Server(config)
+        self._state = ServerState()
         self._sockets = sockets
-        self._task: asyncio.Task[None] | None = None
+        self._servers: list[asyncio.Server] = []
 
     async def start(self) -> None:
         """Accept connections from now on."""
-        self._task = asyncio.get_running_loop().create_task(self._server.serve(self._sockets))
-        while not self._server.started and not self._task.done():
-            await asyncio.sleep(0.005)
-        if self._task.done():
-            self._task.result()
+        self._config.load()
+        for each in self._sockets:
+            server = await asyncio.get_running_loop().create_server(self._connection, sock=each, backlog=_BACKLOG)
+            self._servers.append(server)
+
+    def _connection(self) -> Guarded:
+        made = self._config.http_protocol_class(self._config, self._state, {})  # type: ignore[call-arg]
+        assert isinstance(made, Guarded)
+        return made
 
     @property
     def connections(self) -> int:
         """How many clients are connected."""
-        return len(self._server.server_state.connections)
+        return len(self._state.connections)
+
+    @property
+    def requests(self) -> int:
+        """How many requests are being answered."""
+        return len(self._state.tasks)
 
     async def close(self, patience: float) -> None:
         """Accept no more, let answers end for ``patience`` seconds at most, then cut."""
-        if self._task is None:
-            return
-        self._server.config.timeout_graceful_shutdown = max(1, round(patience))
-        self._server.should_exit = True
-        await self._task
+        for server in self._servers:
+            server.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self._state.connections or self._state.tasks:
+                    await asyncio.sleep(_STEP)
+        for task in self._state.tasks:
+            task.cancel()
+        if self._state.tasks:
+            await asyncio.wait(self._state.tasks)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # the loop tells the connections that they are lost
 
 
 class _NoCuts(logging.Filter):
@@ -136,7 +90,7 @@ class _NoCuts(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, BrokenOffError)
+        return not isinstance(error, BrokenOffError | asyncio.CancelledError)
 
 
 logging.getLogger("uvicorn.error").addFilter(_NoCuts())
@@ -152,38 +106,48 @@ def listen(address: str) -> socket.socket:
         return _listen_unix(address.removeprefix("unix:"))
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        made.bind((host, int(port)))
-        made.listen(_BACKLOG)
+        return _listening(made, (host, int(port)))
     except BaseException:
         made.close()
         raise
-    made.setblocking(False)
-    return made
 
 
 def _listen_unix(path: str) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                import os
-
-                os.unlink(path)
-            except FileNotFoundError:
-                pass
-            else:
-                raise OSError(98, "somebody listens there already", path)
-        made.bind(path)
-        made.listen(_BACKLOG)
+        if _is_left(path):
+            os.unlink(path)
+        return _listening(made, path)
     except BaseException:
         made.close()
         raise
+
+
+def _is_left(path: str) -> bool:
+    """Whether there is a Unix socket that nobody listens at; raises OSError for anything else that is there."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(errno.EEXIST, "there is something else than a socket", path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # one whose queue is full would let us wait
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except BlockingIOError:
+            pass
+    raise OSError(errno.EADDRINUSE, "somebody listens there already", path)
+
+
+def _listening(made: socket.socket, address: Any) -> socket.socket:
+    made.bind(address)
+    made.listen(_BACKLOG)
     made.setblocking(False)
     return made

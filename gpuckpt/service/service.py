@@ -200,13 +200,17 @@ class Service:
         self.metrics.event(event)
         if event.kind in ("stopped", "lost"):
             self._upstream.forget(event.replica)
-        if event.kind in ("started", "quarantined"):
+        if event.kind in ("made", "quarantined"):
             self.health.forget(event.model)
         self.history.add(event)
         level = logging.WARNING if event.kind in _BAD else logging.INFO
         _log.log(level, "%s", _told(event), extra={"fields": _fields(event)})
 
     # ------------------------------------------------------------------ what the front asks
+
+    def tier_of(self, name: str) -> str:
+        """The tier that a request for the model would find now."""
+        return held.tier() if (held := self.owner.models.get(name)) else "cold"
 
     async def acquire(self, name: str, deadline: float) -> Lease:
         """See :meth:`gpuckpt.pool.owner.Owner.acquire`."""

@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gpuckpt.service.front import Receive, Scope, Send, error_body
+from gpuckpt.service.dashboard import files
+from gpuckpt.service.exchange import Receive, Scope, Send, error_body
 from gpuckpt.service.routing import RoutingError
 from gpuckpt.service.service import Service
 
@@ -31,8 +32,11 @@ class Site:
             Route("/metrics", self._metrics),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
+            Route("/dashboard", self._page),
+            Route("/dashboard/", self._page),
             Route("/dashboard/state", self._state),
             Route("/dashboard/events", self._events),
+            Route("/dashboard/{name}", self._page),
         ]
         self._app = Starlette(routes=routes)
         self._ours = {"/", "/health", "/metrics", "/v1/models", "/dashboard"}
@@ -76,17 +80,25 @@ class Site:
 
     def _entry(self, name: str) -> dict[str, Any]:
         model = self._service.find(name)
-        held = self._service.owner.models.get(model)
         return {
             "id": name,
             "object": "model",
             "created": int(self._service.started),
             "owned_by": "gpuckpt",
             "root": model,
-            "tier": held.tier() if held else "cold",
+            "tier": self._service.tier_of(model),
         }
 
     # ------------------------------------------------------------------ the dashboard
+
+    async def _page(self, request: Request) -> Response:
+        file = files().get(request.path_params.get("name", "index.html"))
+        if file is None:
+            return _error(404, f"there is nothing at {request.url.path}", None)
+        headers = {name: value for name, value in file.headers.items() if name != "Content-Length"}
+        if file.known(request.headers.get("if-none-match")):
+            return Response(status_code=304, headers=headers)
+        return Response(file.body, headers=headers)
 
     async def _state(self, request: Request) -> Response:
         return _view(self._service)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import httptools
@@ -18,6 +19,7 @@ from gpuckpt.workload.endpoint import Endpoint
 Headers = Sequence[tuple[bytes, bytes]]
 _MOST_BUFFERED = 256 << 10  # bytes; beyond, the replica is not read from until the client has caught up
 _MOST_HEADERS = 256 << 10  # bytes
+_COPIED = 64 << 10  # bytes of a body that go out in one write with the head
 _CONNECT_SECONDS = 5.0
 _QUEUE_SECONDS = 0.005  # before another try where a server's queue of connections is full
 
@@ -27,9 +29,10 @@ class UpstreamError(Exception):
 
 
 class Connection(asyncio.Protocol):
-    """One connection to a replica: one request at a time, and its answer."""
+    """One connection to a replica: one request at a time, and its answer. ``home``: where it is kept meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, home: list[Connection]) -> None:
+        self.home = home
         self._transport: asyncio.Transport | None = None
         self._parser: Any = None
         self._waiter: asyncio.Future[None] | None = None
@@ -38,7 +41,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._lost = False
         self._trouble: str | None = None
-        self.busy = False
+        self._busy = False
         self._reset()
 
     def _reset(self) -> None:
@@ -46,7 +49,7 @@ class Connection(asyncio.Protocol):
         self.headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
         self._has_head = self._complete = self._framed = False
-        self._bodiless = False
+        self._bodiless = self._kept = False
 
     # ------------------------------------------------------------------ what the loop calls
 
@@ -54,22 +57,27 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by type
 
     def data_received(self, data: bytes) -> None:
-        if not self.busy or self._complete:
+        if not self._busy or self._complete:
             self.abort()  # a server that talks unasked is not to be trusted with the next request
             return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(f"its answer is no HTTP: {error}")
+            self._fail(f"its answer is no HTTP: {error.__context__ or error}")
+        if not self._has_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MOST_HEADERS:
+                self._fail("its headers are too long")
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
-        if self.busy and not self._complete:
+        self._parser = None  # which refers to us
+        if self._busy and not self._complete:
             # Without a length and without chunks the end of the connection is the end of the body (RFC 9112, 6.3).
-            if self._has_head and not self._framed and error is None:
+            if self._has_head and not self._framed and error is None and self._trouble is None:
                 self._complete = True
             else:
                 self._trouble = self._trouble or f"the connection broke{f': {error}' if error else ''}"
@@ -77,23 +85,30 @@ class Connection(asyncio.Protocol):
 
     # ------------------------------------------------------------------ what the parser calls
 
+    def on_message_begin(self) -> None:
+        if self._complete:
+            raise ValueError("it sent more than its answer")  # the parser stops, and the connection is cut
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value)
-        if self._head_bytes > _MOST_HEADERS:
-            self._fail("its headers are too long")
-            return
+        if self._has_head:
+            return  # a trailer: it is not promised to anybody, and no header
         name = name.lower()
-        self._framed |= name in (b"content-length", b"transfer-encoding")
+        if name in (b"content-length", b"transfer-encoding"):
+            self._framed = True
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
         if self.status < 200:  # an interim answer: the real one follows
             return
+        if self.status > 599:
+            raise ValueError(f"there is no status {self.status}")
         self._has_head = True
-        self._framed |= self.status in (204, 304)
-        if self._bodiless:  # the parser does not know that the request was HEAD, and waits for the body
-            self._complete = True
+        self._kept = self._parser.should_keep_alive()  # at the end of the message it has forgotten
+        # The parser does not know that the request was HEAD, and would wait for the body.
+        self._complete = self._bodiless
+        if self.status in (204, 304):
+            self._framed = True
         self._wake()
 
     def on_body(self, body: bytes) -> None:
@@ -107,32 +122,42 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def on_message_complete(self) -> None:
-        if self.status < 200:
-            self.headers, self._head_bytes, self._framed = [], 0, False
-            return
-        self._complete = True
-        self._wake()
+        if self._has_head:
+            self._complete = True
+            self._wake()
+        else:
+            self.headers, self._framed = [], False
 
     # ------------------------------------------------------------------ what the front calls
 
     @property
     def usable(self) -> bool:
         """Whether another request can be sent on it."""
-        return not (self._lost or self.busy) and self._transport is not None and not self._transport.is_closing()
+        return not (self._lost or self._busy) and self._transport is not None and not self._transport.is_closing()
 
     async def exchange(self, method: str, target: bytes, headers: Headers, body: bytes) -> None:
         """Send the request, and wait for the head of the answer: ``status`` and ``headers``. Raises UpstreamError."""
-        assert self._transport is not None and not self.busy
+        assert self._transport is not None and not self._busy
         self._reset()
         self._parser = httptools.HttpResponseParser(self)
-        self.busy = True
+        self._busy = True
         self._bodiless = method == "HEAD"
         lines = [method.encode(), b" ", target, b" HTTP/1.1\r\n"]
+        hosts = 0
         for name, value in headers:
+            hosts += name == b"host"
             lines += [name, b": ", value, b"\r\n"]
+        if not hosts:  # HTTP/1.0 does without, 1.1 does not
+            lines.append(b"host: localhost\r\n")
         if body or method in ("PATCH", "POST", "PUT"):
             lines += [b"content-length: ", str(len(body)).encode(), b"\r\n"]
-        self._transport.write(b"".join([*lines, b"\r\n", body]))
+        lines.append(b"\r\n")
+        if len(body) <= _COPIED:
+            lines.append(body)
+            body = b""
+        self._transport.write(b"".join(lines))
+        if body:
+            self._transport.write(body)
         while not self._has_head:
             await self._news()
 
@@ -147,7 +172,8 @@ class Connection(asyncio.Protocol):
         self._buffered = 0
         if self._paused and self._transport is not None:
             self._paused = False
-            self._transport.resume_reading()
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
         return data
 
     @property
@@ -158,13 +184,21 @@ class Connection(asyncio.Protocol):
     def finish(self) -> bool:
         """The answer has been read, or is not wanted any more. Whether the connection can serve another request.
 
-        A server notices that nobody listens by the connection's end, so one with an answer under way is cut.
+        A server notices that nobody listens by the connection's end, so one with an answer under way is cut; as is one
+        whose answer came before all of the request was sent.
         """
-        again = self.ended and not self._bodiless and not self._lost and self._parser.should_keep_alive()
-        self.busy = False
+        again = (
+            self.ended
+            and not (self._bodiless or self._lost)
+            and self._transport is not None
+            and not self._transport.is_closing()
+            and not self._transport.get_write_buffer_size()
+            and self._kept
+        )
+        self._busy = False
         if not again:
             self.abort()
-        return bool(again)
+        return again
 
     def abort(self) -> None:
         """Cut the connection."""
@@ -179,7 +213,7 @@ class Connection(asyncio.Protocol):
             await self._waiter
         finally:
             self._waiter = None
-        if self._trouble is not None:
+        if self._trouble is not None and not self._pieces:
             raise UpstreamError(self._trouble)
 
     def _wake(self) -> None:
@@ -205,37 +239,30 @@ class Upstream:
 
         Raises UpstreamError.
         """
-        idle = self._idle.get(replica, [])
-        while idle:
-            connection = idle.pop()
+        home = self._idle.setdefault(replica, [])
+        while home:
+            connection = home.pop()
             if connection.usable:
                 try:
-                    await connection.exchange(method, target, headers, body)
-                    return connection
+                    return await _asked(connection, method, target, headers, body)
                 except UpstreamError:
+                    if connection.status:
+                        raise
                     # Servers close connections that have been idle: that may cross with the request on its way.
-                    connection.finish()
-                except BaseException:
-                    connection.finish()
-                    raise
-        connection = await self._connect(endpoint)
-        try:
-            await connection.exchange(method, target, headers, body)
-        except BaseException:
-            connection.finish()
-            raise
-        return connection
+                    break
+        return await _asked(await self._connect(endpoint, home), method, target, headers, body)
 
-    async def _connect(self, endpoint: Endpoint) -> Connection:
+    async def _connect(self, endpoint: Endpoint, home: list[Connection]) -> Connection:
         loop = asyncio.get_running_loop()
+        new = partial(Connection, home)
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 while True:
                     try:
                         if endpoint.socket is not None:
-                            _, made = await loop.create_unix_connection(Connection, str(endpoint.socket))
+                            _, made = await loop.create_unix_connection(new, str(endpoint.socket))
                         else:
-                            _, made = await loop.create_connection(Connection, endpoint.host, endpoint.port)
+                            _, made = await loop.create_connection(new, endpoint.host, endpoint.port)
                         return made
                     except BlockingIOError:  # a Unix socket whose queue is full refuses, instead of waiting as TCP does
                         await asyncio.sleep(_QUEUE_SECONDS)
@@ -245,7 +272,10 @@ class Upstream:
     def done(self, replica: str, connection: Connection) -> None:
         """The request that :meth:`send` has sent is over, its answer read or not."""
         if connection.finish():
-            self._idle.setdefault(replica, []).append(connection)
+            if self._idle.get(replica) is connection.home:
+                connection.home.append(connection)
+            else:  # the replica has gone meanwhile, and the next one may have its name
+                connection.abort()
 
     def forget(self, replica: str) -> None:
         """The replica is gone: so are its connections."""
@@ -256,3 +286,12 @@ class Upstream:
         """Cut all that are idle."""
         for replica in list(self._idle):
             self.forget(replica)
+
+
+async def _asked(connection: Connection, method: str, target: bytes, headers: Headers, body: bytes) -> Connection:
+    try:
+        await connection.exchange(method, target, headers, body)
+    except BaseException:
+        connection.finish()
+        raise
+    return connection

@@ -1,4 +1,4 @@
-"""The page in a real browser (the distribution's Chromium, driven by Playwright) against a real guest server."""
+"""Pages in a real browser (the distribution's Chromium, driven by Playwright), the guest's against a real server."""
 
 from __future__ import annotations
 

@@ -123,11 +123,3 @@ def test_a_process_that_has_ended_is_not_waited_for() -> None:
     proc.wait_for_end(child.pid, "true", 60)  # a zombie has no command line
     child.wait()
     proc.wait_for_end(child.pid, "true", 60)
-
-
-def test_a_child_that_is_to_be_this_gpuckpt_is_told_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = str(Path(proc.__file__).resolve().parents[1])
-    monkeypatch.setenv("PYTHONPATH", f"/elsewhere:{here}")
-    assert proc.own_environment() == {"PYTHONPATH": here}
-    monkeypatch.setenv("PYTHONPATH", "/elsewhere")  # then it is installed
-    assert proc.own_environment() == {}
