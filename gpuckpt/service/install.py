@@ -65,8 +65,8 @@ def install(
     ``config`` is the pool's configuration as the service will see it, read for the front's addresses; it is written,
     with ``pool.env``, only where there is none. ``program`` is the command line of gpuckpt, by default this one's.
     ``environment`` (GPUCKPT_… variables that ``settings`` came from) goes into the first ``pool.env``. ``enable``: at
-    every boot; ``now``: start it, or restart it if something has changed. ``force`` overwrites what was edited, and
-    keeps a copy.
+    every boot; ``now``: start it, or restart it if its units have changed (a larger store needs no restart). ``force``
+    overwrites what was edited, and keeps a copy.
 
     Can be repeated. Nothing is written if anything is wrong: BusyError for a file that somebody has edited, UsageError
     for the configuration, PreflightError where ``now`` is not possible; proc.CommandError if systemd refuses.
@@ -104,7 +104,8 @@ def install(
         )
     changes = [_put(_below(root, path), text, mode) for path, (text, mode) in first.items()]
     changes += [_put(_below(root, path), _signed(text), 0o644) for path, text in files.items()]
-    changed = any(one.what in ("written", "changed") for one in changes)
+    changed = {one.path.name for one in changes if one.what in ("written", "changed")}
+    mount = f"{units.escaped(settings.store.path)}.mount"
     commands = []
     if running:
         if units.SYSUSERS in files:
@@ -115,11 +116,13 @@ def install(
         notes.append("systemd does not run here; it reads the units when it starts")
     if enable:
         commands.append(_run("systemctl", *([] if here else [f"--root={root}"]), "enable", *_ENABLED))
+    # What runs goes on as it was, goldens in the store too: a remount only changes its limits.
+    stale = [["restart", *_ENABLED]] if running and changed & set(_ENABLED) and any(map(_active, _ENABLED)) else []
+    stale += [["reload", mount]] if running and mount in changed and _active(mount) else []
     if now:
-        # Not `restart` where nothing has changed: it would end requests for nothing.
-        commands.append(_run("systemctl", "restart" if changed else "start", *_ENABLED, timeout=600))
-    elif changed and running and _run_state(units.SERVICE) == "active":
-        notes.append(f"the pool runs with its former units; now: systemctl restart {' '.join(_ENABLED)}")
+        commands += [_run("systemctl", *words, timeout=600) for words in [*stale, ["start", *_ENABLED]]]
+    else:
+        notes += [f"not in use yet: systemctl {' '.join(words)}" for words in stale]
     return Outcome(tuple(changes), tuple(commands), tuple(notes))
 
 
@@ -226,5 +229,5 @@ def _run(*argv: str, timeout: float = 60) -> str:
     return proc.quoted(argv)
 
 
-def _run_state(unit: str) -> str:
-    return proc.run(["systemctl", "is-active", unit], check=False).stdout.strip()
+def _active(unit: str) -> bool:
+    return proc.run(["systemctl", "is-active", "--quiet", unit], check=False).code == 0

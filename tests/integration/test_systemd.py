@@ -24,7 +24,7 @@ from tests.integration.conftest import HERE, PREFIX
 ROOT = Path(os.environ.get("GPUCKPT_TEST_SYSTEMD_ROOT", "/"))
 CHECKOUT = HERE.parents[1]
 PYTHON = str(PREFIX / "venv" / "bin" / "python")
-DAEMON = [PYTHON, str(HERE / "programs" / "pool_stand_in.py")]
+DAEMON = [PYTHON, "-m", "gpuckpt"]
 SERVICE, SOCKET, MOUNT = "gpuckpt-pool.service", "gpuckpt-pool.socket", "run-gpuckpt-store.mount"
 CREDENTIAL = f"/run/credentials/{SERVICE}/api-keys"
 PORT = 8400
@@ -65,7 +65,7 @@ class Machine:
             *("run", "--detach", "--name", self.name, "--privileged", "--network=none", "--cgroupns=private"),
             # podman's own --systemd would mount this machine's whole cgroup tree.
             *("--systemd=false", "--env=container=podman", "--stop-signal=SIGRTMIN+3"),
-            *(f"--ulimit={str(one['Name']).lower()}={one['Soft']}:{one['Hard']}" for one in ulimits),
+            *(f"--ulimit={one['Name']}={one['Soft']}:{one['Hard']}" for one in ulimits),
             *(f"--tmpfs={folder}:notmpcopyup" for folder in folders),
             *(f"--mount=type=tmpfs,destination={folder},notmpcopyup" for folder in deep),
             *(f"--volume={folder}:{folder}:ro" for folder in seen),
@@ -259,8 +259,12 @@ def test_keys(machine: Machine) -> None:
     machine.sh(f"umask 077; echo secret > /etc/gpuckpt/api-keys; systemctl restart {SERVICE}")
     assert machine.sh(f"cat {CREDENTIAL}") == "secret\n"
     assert machine.ask() == 401 and machine.ask("secret") == 200
-    machine.sh(f": > /etc/gpuckpt/api-keys; systemctl restart {SERVICE}")
-    assert machine.ask() == 401 and machine.ask("none") == 401, "an emptied file lets nobody in"
+    # An emptied file lets nobody in: the service says so, and does not start.
+    machine.sh(f": > /etc/gpuckpt/api-keys; systemctl restart {SERVICE}", check=False)
+    machine.until(lambda: machine.state() == "failed")
+    assert "holds no API key" in machine.sh(f"journalctl -u {SERVICE} -n 20")
+    machine.sh(f"rm /etc/gpuckpt/api-keys; systemctl reset-failed {SERVICE}; systemctl restart {SOCKET} {SERVICE}")
+    assert machine.ask() == 200
 
 
 def test_the_store_is_mounted_first(machine: Machine) -> None:
@@ -276,6 +280,19 @@ def test_the_store_is_mounted_first(machine: Machine) -> None:
     assert machine.sh("stat -c %a:%u /run/gpuckpt /run/gpuckpt/store").split() == ["700:0", "700:0"]
     machine.sh(f"systemctl stop {SERVICE}")
     assert machine.state(MOUNT) == "active", "goldens outlive the service"
+
+
+def test_the_store_grows_with_what_is_in_it(machine: Machine) -> None:
+    machine.sh(f"systemctl start {SERVICE}; touch /run/gpuckpt/store/golden")
+    before = machine.main
+    larger = f"{INSTALL}settings = Settings(store=Store(size=96 << 20))\n"
+    said = machine.python(f"{larger}show(install(settings, program={DAEMON!r}))")
+    assert f"not in use yet: systemctl reload {MOUNT}" in said and "restart" not in said
+    machine.sh(f"systemctl reload {MOUNT}; rm /run/gpuckpt/store/golden")
+    assert "size=98304k" in machine.sh("grep gpuckpt-store /proc/mounts")
+    assert f"systemctl reload {MOUNT}" in machine.install(now=True).splitlines()
+    assert "size=65536k" in machine.sh("grep gpuckpt-store /proc/mounts")
+    assert machine.main == before
 
 
 def test_nothing_that_criu_cannot_bear_is_inherited(machine: Machine) -> None:
@@ -304,12 +321,13 @@ def test_containers_survive_the_daemon_and_its_children_do_not(machine: Machine)
         inner = int(machine.sh(f"podman inspect --format '{{{{.State.Pid}}}}' {name}"))
         conmon = int(machine.sh("pgrep -x conmon"))
         assert "machine.slice/libpod-" in machine.sh(f"cat /proc/{conmon}/cgroup")
-        service = int(machine.sh("cat /run/gpuckpt/podman-*/service.pid"))
-        assert SERVICE in machine.sh(f"cat /proc/{service}/cgroup")
+        services = machine.sh("cat /run/gpuckpt/podman-*/service.pid").split()
+        assert services and all(SERVICE in machine.sh(f"cat /proc/{one}/cgroup") for one in services)
         before = machine.main
         machine.sh(f"kill -KILL {before}")
         machine.until(lambda: machine.main not in (0, before) and machine.state() == "active")
-        assert machine.sh(f"kill -0 {service} || echo gone", check=False).strip() == "gone"
+        for one in services:
+            assert machine.sh(f"kill -0 {one} || echo gone", check=False).strip() == "gone"
         machine.sh(f"kill -0 {conmon} && kill -0 {inner}")
         machine.sh(f"systemctl stop {SERVICE}")
         machine.sh(f"kill -0 {conmon} && kill -0 {inner}")

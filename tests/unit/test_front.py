@@ -682,7 +682,7 @@ def test_a_full_queue() -> None:
             here.pool.refusal = RefusedError("256 requests wait", retry_after=1.0)
             got = await here.ask(ASK)
             assert (got.status, got.header("retry-after"), got.error["message"]) == (503, "1", "256 requests wait")
-            assert got.header("server-timing") and got.header("x-gpuckpt-tier") is None
+            assert got.header("server-timing") and got.header("x-gpuckpt-tier") == "hot"
             assert here.records[0].outcome == "refused"
 
     run(test())
