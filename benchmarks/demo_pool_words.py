@@ -44,7 +44,7 @@ def memory_table(found: Mapping[str, Any]) -> list[str]:
         f"  The machine's available memory fell by {size(taken)} with three goldens, three hot replicas, the service.",
     ]
     if all(value is not None for value in alone):
-        lines.append(f"  The three servers by themselves take {size(sum(value or 0 for value in alone))}.")
+        lines.append(f"  Servers by themselves, one of each, take {size(sum(value or 0 for value in alone))}.")
     return lines
 
 

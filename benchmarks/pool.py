@@ -24,7 +24,7 @@ from benchmarks.pool_client import ask
 from benchmarks.pool_memory import ColdWatch
 from benchmarks.pool_process import running
 from benchmarks.pool_results import summarise
-from benchmarks.pool_run import MODEL, OTHER, RULES, Pool, first_token, sample_of
+from benchmarks.pool_run import FRONT, MODEL, OTHER, RULES, Pool, first_token, sample_of
 from benchmarks.pool_scale import Burst, Many, ScaleOut
 from benchmarks.pool_setup import PROMPT, Served, config, vllm
 from benchmarks.stock import evict
@@ -72,7 +72,7 @@ class Tier:
             pool_states.release(process, MODEL)
             pool_states.until_in(process, MODEL, "tmpfs")  # one that was asked for on disk moves there
         if self.name.startswith("disk"):
-            pool.configure(max_replicas=CLONES, prepare=1, idle_disk="0s")
+            pool.configure(max_replicas=CLONES, prepare=1, idle_disk="0.1s")
             pool_states.until_in(process, MODEL, "disk")
             pool.configure(max_replicas=CLONES, prepare=1)
         if self.name in ("tmpfs", "disk", "disk_evicted"):
@@ -117,7 +117,7 @@ def cold_start(run: Run, served: Served, *, keep: bool) -> None:
     """A service that has no golden of the model is asked for it. Without ``keep`` the golden goes again."""
     run.say(f"cold start of {served.name}")
     with running(
-        run.space.folder, config([served], RULES | {"max_replicas": CLONES, "prepare": 0}), run.space.env
+        run.space.folder, config([served], RULES | {"max_replicas": CLONES, "prepare": 0}, FRONT), run.space.env
     ) as process:
         with ColdWatch(served.golden) as watch:
             reply = ask(process.port, served.name, PROMPT, 1, more={"temperature": 0})
@@ -141,7 +141,7 @@ def body(run: Run) -> None:
     parts = run.options.parts.split(",")
     prefix = environment.prefix()
     served = make_models(run, prefix)
-    goldens = COLD if "cold" in parts and not run.options.quick else 1
+    goldens = min(COLD, run.n)
     if "cold" in parts:
         for number in range(run.journal.count("cold"), goldens):
             if run.out_of_time():
@@ -149,7 +149,7 @@ def body(run: Run) -> None:
             cold_start(run, served[MODEL], keep=number == goldens - 1)
         if not run.journal.count(f"cold_{OTHER}"):
             cold_start(run, served[OTHER], keep=True)
-    toml = config(list(served.values()), RULES | {"max_replicas": CLONES, "prepare": 1})
+    toml = config(list(served.values()), RULES | {"max_replicas": CLONES, "prepare": 1}, FRONT)
     with running(run.space.folder, toml, run.space.env) as process:
         pool = Pool(process, run, served)
         for name in served:  # made now, where an earlier run has measured the cold starts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from gpuckpt.proc import processes_below
 from gpuckpt.service.view import ModelView
 
 _EVERY = 0.5  # seconds between two readings
+_RECENT = 20  # readings
 _LOOK = 1.0  # seconds between two looks for the container: each is a run of podman
 
 
@@ -34,10 +36,23 @@ class Reading(NamedTuple):
         return self.of["Pss_Anon"] + self.of["Pss_Shmem"] + self.of["Swap"]
 
 
+def read(processes: Sequence[dict[str, int]]) -> Reading:
+    """The sum of several processes' books; those that have ended, and are only not waited for yet, hold nothing."""
+    living = [each for each in processes if each["Rss"]]
+    return Reading(len(living), {key: sum(each[key] for each in living) for key in memory.rollup("")})
+
+
 def whole(readings: Sequence[Reading]) -> Reading | None:
-    """The last reading in which all of the server's processes were there: it is loaded, and not yet taken down."""
-    most = max((reading.processes for reading in readings), default=0)
-    return next((reading for reading in reversed(readings) if most and reading.processes == most), None)
+    """The last reading of the whole server: it has started, helpers of its start have gone, none of it has ended yet.
+
+    So with as many processes as most of the last readings have.
+    """
+    readings = [reading for reading in readings if reading.processes]
+    if not readings:
+        return None
+    counted = Counter(reading.processes for reading in readings[-_RECENT:])
+    usual = max(counted, key=lambda processes: (counted[processes], processes))
+    return next(reading for reading in reversed(readings) if reading.processes == usual)
 
 
 class ColdWatch:
@@ -81,8 +96,7 @@ class ColdWatch:
                 return
         # Only this process: the golden's trial restore comes later, under the same name.
         while Path(f"/proc/{pid}").exists():
-            pids = processes_below(pid)
-            self.readings.append(Reading(len(pids), memory.of_processes(pids)))
+            self.readings.append(read([memory.of_processes([each]) for each in processes_below(pid)]))
             if self._ended.wait(_EVERY):
                 return
 

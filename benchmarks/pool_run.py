@@ -15,6 +15,8 @@ from gpuckpt.workload.endpoint import Endpoint
 MODEL = "qwen"  # of the tiers and of scaling out
 OTHER = "gpt2"
 # Nothing sinks by itself: the methods say when.
+# And no head goes ahead of its answer, so that each says which replica it is from.
+FRONT = {"keep_alive": "10min"}
 RULES: dict[str, object] = {"concurrency": 1, "idle_freeze": "1h", "idle_release": "1h"}
 
 
@@ -32,7 +34,7 @@ class Pool:
     def configure(self, **rules: object) -> None:
         """Have it go by other rules for every model; None takes a rule away."""
         kept = {key: value for key, value in (RULES | rules).items() if value is not None}
-        self.process.config.write_text(config(list(self.served.values()), kept))
+        self.process.config.write_text(config(list(self.served.values()), kept, FRONT))
         self.process.client.reload()
 
     def ask(self, name: str = MODEL) -> Reply:

@@ -52,10 +52,13 @@ def bigrams(space: Workspace, name: str = "bigrams", pause: float = 0.0, **rules
     return Served(name, f"{space.word}-{name}", (*words, *server), "a bigram model of a text, plain HTTP", rules)
 
 
-def config(served: Sequence[Served], rules: Mapping[str, Any] | None = None) -> str:
-    """The whole file; ``rules`` go before each model's own."""
-    head = f"[front]\ndeadline = {_toml(DEADLINE)}"
-    return "\n\n".join([head, *(one.table(rules or {}) for one in served)]) + "\n"
+def config(
+    served: Sequence[Served], rules: Mapping[str, Any] | None = None, front: Mapping[str, Any] | None = None
+) -> str:
+    """The whole file; ``rules`` go before each model's own, ``front`` is added to its table."""
+    keys = {"deadline": DEADLINE} | dict(front or {})
+    head = ["[front]", *(f"{key} = {_toml(value)}" for key, value in keys.items())]
+    return "\n\n".join(["\n".join(head), *(one.table(rules or {}) for one in served)]) + "\n"
 
 
 def _toml(value: Any) -> str:
