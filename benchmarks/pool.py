@@ -123,13 +123,11 @@ def cold_start(run: Run, served: Served, *, keep: bool) -> None:
             reply = ask(process.port, served.name, PROMPT, 1, more={"temperature": 0})
         came = pool_states.brought_up(process.client.events(model=served.name))[0]
         image = process.model(served.name).golden.bytes
-    making = (came.seconds or 0.0) - sum(came.phases.values())
-    phases = [{"name": "gpuckpt create", "seconds": round(making, 6)}, *pool_states.phases_of(reply, came)]
     series = "cold" if served.name == MODEL else f"cold_{served.name}"
     run.journal.add(
         series,
         sample_of(reply)
-        | {"model": served.name, "phases": pool_states.adding_up(phases, reply.first_s), "golden_bytes": image}
+        | {"model": served.name, "phases": pool_states.phases_of(reply, came), "golden_bytes": image}
         | (watch.result or {}),
     )  # fmt: skip
     run.say(f"  {reply.first_s:.1f} s")

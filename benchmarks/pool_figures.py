@@ -35,8 +35,7 @@ TIERS = {
     "standby": "standby, frozen",
     "hot": "hot",
 }
-_COLOURS = {"cold": REST, "disk_evicted": COLOURS[3], "disk": COLOURS[6], "tmpfs": COLOURS[1], "standby": COLOURS[4],
-            "hot": COLOURS[0]}  # fmt: skip
+_OURS, _COLD = COLOURS[0], REST
 
 # Groups of phases by the begin of their names; the first that fits counts.
 _GROUPS = (
@@ -86,7 +85,7 @@ def _bars(
     low = min(min(samples) for _, samples in tiers.values()) / 100  # left of every scale
     for row, tier in enumerate(shown):
         middle, samples = tiers[tier]
-        axes.barh(row, middle - low, 0.62, left=low, color=_COLOURS[tier])
+        axes.barh(row, middle - low, 0.62, left=low, color=_COLD if tier == "cold" else _OURS)
         axes.plot(samples, [row] * len(samples), "o", color="black", markersize=2.5, alpha=0.35, zorder=3)
         text = (labels or {}).get(tier, short(middle))
         axes.text(max(samples) * 1.2, row, text, va="center", fontsize=8.5, color=INK)
@@ -100,6 +99,8 @@ def _scale(panels: Sequence[Axes], values: Sequence[float], *, room: float = 0.2
     low, high = min(values) / 2, max(values)
     for axes in panels:
         axes.set(xscale="log", xlim=(low, high * (high / low) ** room))
+        axes.set_xticks([10.0**power for power in range(-4, 5) if low <= 10.0**power <= high * 1.5])
+        axes.minorticks_off()
         axes.xaxis.set_major_formatter(lambda value, _: f"{value * 1000:g} ms" if value < 1 else f"{value:g} s")
         axes.tick_params(axis="x", labelsize=8.5, colors=QUIET)
     panels[len(panels) // 2].set_xlabel("first token after (bar: median; dots: every sample)")
@@ -119,7 +120,7 @@ def tiers(document: Document) -> Drawn:
     shown = [tier for tier in TIERS if tier in found]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1.9 + 0.42 * len(shown)), width_ratios=(1.25, 1))
     top, bottom = (1 - 1.0 / figure.get_figheight()), 0.95 / figure.get_figheight()
-    figure.subplots_adjust(left=0.18, right=0.985, top=top, bottom=bottom, wspace=0.06)
+    figure.subplots_adjust(left=0.18, right=0.972, top=top, bottom=bottom, wspace=0.06)
     _bars(left, {tier: (found[tier]["ttft_s"]["p50"], found[tier]["ttft_s"]["samples"]) for tier in shown},
           {tier: f"{short(found[tier]['ttft_s']['p50'])}   (p95 {short(found[tier]['ttft_s']['p95'])}, "
                  f"n {found[tier]['ttft_s']['n']})" for tier in shown})  # fmt: skip
@@ -167,7 +168,7 @@ def scale(document: Document) -> Drawn:
     axes.axvline(3, color=REST, linestyle=":", label="wanted: all within 3 s")
     axes.set(xlabel="seconds from the order, or from the burst", ylabel="replicas that have answered", xlim=(0, None),
              ylim=(0, most + 1))  # fmt: skip
-    axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+    axes.legend(frameon=False, fontsize=8.5, loc="upper left")
     axes.grid(axis="y", color="#EEEEEE")
     axes.spines[["top", "right"]].set_visible(False)
     title = "From one replica to eight"
@@ -188,7 +189,7 @@ def held(document: Document) -> Drawn:
                  for index, name in enumerate(names)]  # fmt: skip
         rows.append(("started separately", parts))
     parts = [(f"golden {name}", goldens[name], COLOURS[index]) for index, name in enumerate(names)]
-    rows.append(("in the pool", [*parts, ("all replicas", many["available_drop_bytes"], COLOURS[4])]))
+    rows.append(("in the pool", [*parts, (f"{many['replicas']} replicas", many["available_drop_bytes"], COLOURS[4])]))
     total = float(many["memory_total_bytes"])
     for row, (_, parts) in enumerate(reversed(rows)):
         begin = 0.0
@@ -198,7 +199,10 @@ def held(document: Document) -> Drawn:
                 axes.text((begin + taken / 2) / 1e9, row, f"{name}\n{size(taken)}", ha="center", va="center",
                           fontsize=8, color=ink_on(colour))  # fmt: skip
             begin += taken
-        axes.text(begin / 1e9 + 0.01 * total / 1e9, row, size(begin), va="center", fontweight="bold")
+        words = size(begin)
+        if row == 0:
+            words += f": {', '.join(f'{name} {size(taken)}' for name, taken, _ in parts)}"
+        axes.text((begin + 0.01 * total) / 1e9, row, words, va="center", fontweight="bold" if row else "normal")
     axes.axvline(total / 1e9, color=QUIET, linestyle=":")
     axes.annotate(f"the machine's {size(total)}", (total / 1e9, 1), xycoords=("data", "axes fraction"), fontsize=8,
                   color=QUIET, ha="center", va="bottom")  # fmt: skip
@@ -209,7 +213,10 @@ def held(document: Document) -> Drawn:
     axes.spines[["top", "right", "left"]].set_visible(False)
     note = "Replicas: the fall of MemAvailable, all hot, each asked once. Separately: anonymous and shared memory of "
     note += "the servers before they were frozen."
-    return figure, f"{many['replicas']} replicas of {len(names)} models at once", note
+    title = f"{many['replicas']} replicas of {len(names)} models at once"
+    if alone:
+        title += f": {size(sum(goldens.values()) + many['available_drop_bytes'])} instead of {size(alone['bytes'])}"
+    return figure, title, note
 
 
 FIGURES: dict[str, tuple[str, Callable[[Document], Drawn]]] = {

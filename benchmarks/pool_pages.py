@@ -99,12 +99,12 @@ def _tiers(document: Document, figures: Sequence[str]) -> Iterator[str]:
     yield from table(("what the request finds", "p50", "95 % interval of p50", "p95", "n"), rows)
     yield from ("", f"\\* fewer than {FEW} samples; p95 of fewer than 20 is the slowest one.")
     for name, words in (
-        ("standby_beyond_hot", "A standby takes {} longer than a hot replica"),
-        ("front_beyond_direct", "A request through the service takes {} longer than the replica asked directly"),
+        ("standby_beyond_hot", "A standby takes {} than a hot replica"),
+        ("front_beyond_direct", "A request through the service takes {} than one sent to the replica itself"),
     ):
         if each := document.get(name):
             low, high = (_milliseconds(value) for value in each["interval"])
-            said = words.format(_milliseconds(each["value"]))
+            said = words.format(f"{_milliseconds(abs(each['value']))} {'longer' if each['value'] >= 0 else 'less'}")
             yield from ("", f"{said} (medians; 95 % interval {low} to {high}, n = {each['n']}).")
     yield from _figure("pool_tiers", figures)
 
@@ -130,7 +130,7 @@ def _targets(document: Document) -> Iterator[str]:
 def _phases(document: Document) -> Iterator[str]:
     columns = {
         tier: document["tiers"][tier]["phases"]
-        for tier in ("standby", "tmpfs", "disk", "disk_evicted", "cold")
+        for tier in ("cold", "disk_evicted", "disk", "tmpfs", "standby")
         if document.get("tiers", {}).get(tier, {}).get("phases")
     }
     for name, words in (("scale_out", "slowest of 8"), ("burst", "slowest in a burst")):

@@ -14,9 +14,9 @@ from gpuckpt.workload.endpoint import Endpoint
 
 MODEL = "qwen"  # of the tiers and of scaling out
 OTHER = "gpt2"
-# Nothing sinks by itself: the methods say when.
-# And no head goes ahead of its answer, so that each says which replica it is from.
+# No head goes ahead of its answer, so that each says which replica it is from.
 FRONT = {"keep_alive": "10min"}
+# Nothing sinks by itself: the methods say when.
 RULES: dict[str, object] = {"concurrency": 1, "idle_freeze": "1h", "idle_release": "1h"}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import Phases, with_rest
 from benchmarks.pool_client import Reply
@@ -114,21 +115,23 @@ def brought_up(events: list[EventView]) -> list[EventView]:
 
 
 def phases_of(reply: Reply, event: EventView | None) -> Phases:
-    """Where the time until the first token went: the restore's own phases, the model, and what is not accounted for.
+    """Where the time until the first token went: the replica's coming up, the model, and what is not accounted for.
 
-    ``event`` tells how the replica came up that the request waited for; None where one was hot. What the service says
-    that the request waited beyond the replica's coming up (decisions, queues) is a phase of its own.
+    ``event`` tells how the replica came up that the request waited for; None where one was hot. A restore tells its own
+    phases; of a cold start what comes before its restore is one phase. What the service says that the request waited
+    beyond all that (decisions, queues) is another.
     """
     rows: Phases = []
     if event is not None:
-        told = event.phases or {event.kind: event.seconds or 0.0}
-        rows += [{"name": name, "seconds": round(seconds, 6)} for name, seconds in told.items() if name != UNACCOUNTED]
-        waited = reply.told.get("wait", 0.0) - sum(told.values())
-        rows.append({"name": "pool: decision, threads, accounts", "seconds": round(waited, 6)})
-    rows.append({"name": "model: first token", "seconds": round(reply.told.get("model", 0.0), 6)})
+        taken = event.seconds or sum(event.phases.values())
+        if event.kind == "started" or not event.phases:
+            name = "gpuckpt create" if event.kind == "started" else event.kind
+            rows.append(_row(name, taken - sum(event.phases.values())))
+        rows += [_row(name, seconds) for name, seconds in event.phases.items() if name != UNACCOUNTED]
+        rows.append(_row("pool: decision, threads, accounts", reply.told.get("wait", 0.0) - taken))
+    rows.append(_row("model: first token", reply.told.get("model", 0.0)))
     return with_rest(rows, reply.first_s)
 
 
-def adding_up(rows: Phases, total: float) -> Phases:
-    """The phases with another rest, so that they add up to ``total``."""
-    return with_rest([row for row in rows if row["name"] != UNACCOUNTED], total)
+def _row(name: str, seconds: float) -> dict[str, Any]:
+    return {"name": name, "seconds": round(seconds, 6)}

@@ -153,7 +153,10 @@ def test_phases_of_a_restore_add_up_to_the_client_s_time() -> None:
         "checks", "criu", "pool: decision, threads, accounts", "model: first token", "unaccounted",
     ]  # fmt: skip
     assert [row["seconds"] for row in rows] == pytest.approx([0.1, 0.5, 0.05, 0.25, 0.1])
-    assert sum(row["seconds"] for row in pool_states.adding_up(rows, 3.0)) == pytest.approx(3.0)
+    started = EventView(seq=1, time=0.0, kind="started", seconds=0.69, phases=came.phases)
+    rows = pool_states.phases_of(reply, started)
+    assert rows[0] == {"name": "gpuckpt create", "seconds": 0.04}
+    assert sum(row["seconds"] for row in rows) == pytest.approx(1.0)
     (hot, rest) = pool_states.phases_of(reply, None)
     assert (hot["name"], rest["name"], rest["seconds"]) == ("model: first token", "unaccounted", 0.75)
     thawed = pool_states.phases_of(reply, EventView(seq=1, time=0.0, kind="woken", seconds=0.5))
@@ -298,7 +301,7 @@ def test_the_demo_s_words(tmp_path: Path) -> None:
     table = result_table(result)
     assert table[1].split() == ["qwen", "50.0", "s", "0.50", "s", "0.12", "s", "0.10", "s", "100", "×"]
     assert table[2].split()[1] == "–" and table[2].endswith("–")
-    held_by = {
+    held_by: dict[str, Any] = {
         "models": {"qwen": held | {"cold": cold}},
         "available_before": 9 * 10**9,
         "available_with_all": 6 * 10**9,
