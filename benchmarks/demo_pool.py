@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 from benchmarks import environment, harness, models, pool_states
 from benchmarks.demo_pool_words import memory_table, result_table, times
 from benchmarks.harness import CommandFailed
-from benchmarks.pool_client import Reply, ask
+from benchmarks.pool_client import Reply, ask, threads
 from benchmarks.pool_memory import ColdWatch, machine, noted, of_replicas
 from benchmarks.pool_process import PoolProcess, running
 from benchmarks.pool_setup import PROMPT, Served, bigrams, config, vllm
@@ -42,7 +41,7 @@ TIERS = ("cold", "tmpfs", "standby", "hot")
 REPLICAS = 4  # of the model that meets a burst
 STREAMS = 8
 WORDS = 32  # of each answer in the burst
-LONG = 64  # of the answer in the middle of which a replica is killed
+LONG = 48  # of the answer in the middle of which a replica is killed
 SHORT_IDLE = {"idle_freeze": "2s", "idle_release": "3s"}
 _COLUMNS = "118"
 
@@ -143,8 +142,8 @@ class Demo:
 
     def _meanwhile(self, what: str, work: Callable[..., _Result], *args: Any) -> _Result:
         """Do ``work`` in a thread, and meanwhile show what goes on."""
-        with ThreadPoolExecutor(1) as pool, self.terminal.waiting(lambda: what) as tick:
-            doing = pool.submit(work, *args)
+        with threads(1) as worker, self.terminal.waiting(lambda: what) as tick:
+            doing = worker.submit(work, *args)
             while not doing.done():
                 tick()
                 time.sleep(0.2)
@@ -183,8 +182,8 @@ class Demo:
     def _kill(self, pool: PoolProcess) -> None:
         pool_states.make_hot(pool, "qwen")
         undisturbed = self._whole(pool)
-        with ThreadPoolExecutor(1) as threads:
-            asked = threads.submit(self._whole, pool)
+        with threads(1) as worker:
+            asked = worker.submit(self._whole, pool)
             victim = pool.until("qwen", lambda model: model.requests > 0).replicas[0]
             time.sleep(min(1.0, undisturbed.whole_s / 3))
             assert victim.pid is not None
@@ -252,9 +251,9 @@ class Demo:
         pool_states.until_prepared(self.space, golden, REPLICAS - 1)
         self.say(f"  max_replicas = {REPLICAS}, concurrency = {STREAMS // REPLICAS}; each stream has {WORDS} tokens")
         before, began = pool.client.events()[-1].seq, time.time()
-        with ThreadPoolExecutor(STREAMS) as threads, self.terminal.waiting(lambda: "they answer"):
+        with threads(STREAMS) as workers, self.terminal.waiting(lambda: "they answer"):
             more = {"temperature": 0, "ignore_eos": True}
-            replies = list(threads.map(lambda _: ask(pool.port, "gpt2", PROMPT, WORDS, more=more), range(STREAMS)))
+            replies = list(workers.map(lambda _: ask(pool.port, "gpt2", PROMPT, WORDS, more=more), range(STREAMS)))
         came = pool_states.brought_up(pool.client.events(after=before, model="gpt2"))
         first, last = (max(getattr(reply, key) for reply in replies) for key in ("first_s", "whole_s"))
         equal = len({reply.text for reply in replies}) == 1
@@ -262,14 +261,14 @@ class Demo:
             self.say(f"  {event.time - began:6.2f} s  {event.replica} {event.kind}")
         self.say(
             f"  every stream has its first token after {self.terminal.bold(f'{first:.2f} s')}, and all {WORDS} after "
-            f"{last:.2f} s; from {len({reply.replica for reply in replies})} replicas"
+            f"{last:.2f} s; from {1 + len(came)} replicas"
         )
         self.say("  " + (self.terminal.green("all say the same words") if equal else self.terminal.red("they differ")))
         self.result["burst"] = {
             "streams": STREAMS,
             "first_s": [round(reply.first_s, 6) for reply in replies],
             "whole_s": [round(reply.whole_s, 6) for reply in replies],
-            "replicas": len({reply.replica for reply in replies}),
+            "replicas": 1 + len(came),
             "came_s": [round(event.time - began, 6) for event in came],
             "own_bytes": [held["own_bytes"] for held in of_replicas(pool.model("gpt2"))],
             "same_text": equal,

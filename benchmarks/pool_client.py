@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +57,19 @@ def parse_timing(header: str) -> tuple[str, dict[str, float], int]:
     durations = {name: float(value) / 1e3 for name, value in re.findall(r"(\w+);dur=([0-9.]+)", header)}
     said = dict(re.findall(r'(\w+);desc="([^"]*)"', header))
     return said.get("tier", ""), durations, int(said.get("retries", 0))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for requests, which are not waited for when the body is left.
+
+    Whatever interrupts it: a request may hang until the service has ended, and it is behind us that this is seen to.
+    """
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def ask(

@@ -168,7 +168,7 @@ def scale(document: Document) -> Drawn:
     axes.axvline(3, color=REST, linestyle=":", label="wanted: all within 3 s")
     axes.set(xlabel="seconds from the order, or from the burst", ylabel="replicas that have answered", xlim=(0, None),
              ylim=(0, most + 1))  # fmt: skip
-    axes.legend(frameon=False, fontsize=8.5, loc="upper left")
+    axes.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=8.5, loc="upper left")
     axes.grid(axis="y", color="#EEEEEE")
     axes.spines[["top", "right"]].set_visible(False)
     title = "From one replica to eight"
@@ -202,7 +202,8 @@ def held(document: Document) -> Drawn:
         words = size(begin)
         if row == 0:
             words += f": {', '.join(f'{name} {size(taken)}' for name, taken, _ in parts)}"
-        axes.text((begin + 0.01 * total) / 1e9, row, words, va="center", fontweight="bold" if row else "normal")
+        axes.text((begin + 0.01 * total) / 1e9, row, words, va="center", fontweight="bold" if row else "normal",
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
     axes.axvline(total / 1e9, color=QUIET, linestyle=":")
     axes.annotate(f"the machine's {size(total)}", (total / 1e9, 1), xycoords=("data", "axes fraction"), fontsize=8,
                   color=QUIET, ha="center", va="bottom")  # fmt: skip

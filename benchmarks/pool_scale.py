@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from benchmarks.asking import until_answered
 from benchmarks.density import settled
 from benchmarks.driver import Gpuckpt
 from benchmarks.journal import Sample
-from benchmarks.pool_client import Reply, ask
+from benchmarks.pool_client import Reply, ask, threads
 from benchmarks.pool_memory import noted, of_replicas
 from benchmarks.pool_run import MODEL, Pool, first_token
 from benchmarks.pool_setup import PROMPT
@@ -68,10 +68,10 @@ class ScaleOut:
         answered: dict[str, Future[int]] = {}
         came: list[EventView] = []
         (first,) = process.model(MODEL).replicas
-        with ThreadPoolExecutor(self.clones) as threads:
+        with threads(self.clones) as workers:
             began = now_ns()
             process.client.scale(MODEL, self.clones)
-            answered[first.name] = threads.submit(self._answered, first.name)
+            answered[first.name] = workers.submit(self._answered, first.name)
             while len(came) < self.clones - 1:
                 if now_ns() - began > _MOST * 1e9:
                     raise DeadlineError(f"{len(came) + 1} of {self.clones} replicas were there after {_MOST:g} s")
@@ -79,7 +79,7 @@ class ScaleOut:
                 failures(news)
                 for event in pool_states.brought_up(news):
                     came.append(event)
-                    answered[event.replica] = threads.submit(self._answered, event.replica)
+                    answered[event.replica] = workers.submit(self._answered, event.replica)
                 known = news[-1].seq if news else known
                 time.sleep(_PAUSE)
             times = sorted((future.result() - began) / 1e9 for future in answered.values())
@@ -135,9 +135,9 @@ class Burst:
             return ask(process.port, MODEL, PROMPT, _LONG, first=begun, more=more)
 
         try:
-            with ThreadPoolExecutor(self.clones) as threads:
+            with threads(self.clones) as workers:
                 began = now_ns()
-                replies = list(threads.map(stream, range(self.clones)))
+                replies = list(workers.map(stream, range(self.clones)))
         except threading.BrokenBarrierError:
             raise DeadlineError(f"not all of {self.clones} streams had begun after {_MOST:g} s") from None
         news = process.client.events(after=known, model=MODEL)
@@ -217,8 +217,8 @@ class Many:
             for name in self.models
             for endpoint in pool_states.endpoints(self.pool.run.space, self.pool.golden(name))
         ]
-        with ThreadPoolExecutor(len(work)) as threads:
-            answers = list(threads.map(lambda one: until_answered(*one, timeout=_MOST), work))
+        with threads(len(work)) as workers:
+            answers = list(workers.map(lambda one: until_answered(*one, timeout=_MOST), work))
         return [answer.difference for answer in answers]
 
     def close(self) -> None:
