@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from gpuckpt.pool.config import Model, Pool, Window
     from gpuckpt.store.layout import Layout
 
-_MEMORY_SHARE = 0.6  # of all memory: what replicas may hold unless the file says otherwise
 _STORE_SHARE = 0.8  # of all memory: the tmpfs, where nothing is mounted yet and nothing is configured
 
 
@@ -92,6 +91,7 @@ def _budget(pool: Pool, settings: Settings) -> dict[str, tuple[int | None, str]]
     """The limit and where it comes from, for each budget."""
     from gpuckpt.cuda.checks import driver_version
     from gpuckpt.host import tmpfs
+    from gpuckpt.pool.config import MEMORY_SHARE
 
     total = tmpfs.memory_total()
     store = settings.store
@@ -103,7 +103,7 @@ def _budget(pool: Pool, settings: Settings) -> dict[str, tuple[int | None, str]]
     gpu = "no GPU" if driver_version() is None else "what the GPUs have"
     given = pool.budget
     return {
-        "memory": _told(given.memory, int(total * _MEMORY_SHARE), f"{_MEMORY_SHARE:.0%} of {size(total)}"),
+        "memory": _told(given.memory, int(total * MEMORY_SHARE), f"{MEMORY_SHARE:.0%} of {size(total)}"),
         "gpu": _told(given.gpu, None, gpu),
         "store": _told(given.store, room, why),
     }

@@ -99,6 +99,7 @@ class Of:
     requested: bool = False
     failures: int = 0
     retry_at: float = 0.0
+    make_at: float = 0.0
     move_at: float = 0.0
     trouble: str = ""
     warm: bool = False
@@ -164,6 +165,7 @@ class Of:
             waiting=len(self.waiters),
             asked=self.asked,
             retry_at=self.retry_at,
+            make_at=self.make_at,
             move_at=self.move_at,
             warm=self.warm,
             scale=self.scale,

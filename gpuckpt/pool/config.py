@@ -16,6 +16,7 @@ from gpuckpt import config, config_load
 from gpuckpt.errors import UsageError
 from gpuckpt.pool.state import Budget, Pin, Rules
 
+MEMORY_SHARE = 0.6  # of the machine's memory: what replicas may hold where nothing else is said
 DEFAULT_FILE = Path("/etc/gpuckpt/pool.toml")
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
@@ -142,7 +143,11 @@ class Health(Struct, frozen=True, kw_only=True):
         "a replica is replaced that has requests and sends nothing for so long, in seconds",
     ] = 120.0
     canary: Annotated[float, config.parse_duration, "between canaries of an idle hot replica, in seconds"] = 300.0
-    retry: Annotated[float, config.parse_duration, "pause after a failed start; doubles up to 32 times that"] = 2.0
+    retry: Annotated[
+        float,
+        config.parse_duration,
+        "pause after a failed start; doubles up to 32 times that, and further while nobody asks",
+    ] = 2.0
 
 
 class Model(Struct, frozen=True, kw_only=True):

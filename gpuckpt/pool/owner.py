@@ -40,6 +40,7 @@ from gpuckpt.pool.state import (
 _log = logging.getLogger("gpuckpt.pool")
 _GIVEN_UP = 3  # failures in a row after which those who wait are told
 _DOUBLINGS = 5
+_UNASKED_DOUBLINGS = 11  # of the pause where nobody waits: making a golden takes all cores
 _UNLIMITED = Budget()
 
 
@@ -438,8 +439,10 @@ class Owner:
         self._say("moved", model.name, reason=f"{to}: {reason}", seconds=self.clock() - began)
 
     async def _failed(self, model: Of, held: Held, error: GpuckptError, tier: str) -> None:
-        model.failures += 1
-        model.retry_at = self.clock() + self.retry * 2 ** min(model.failures - 1, _DOUBLINGS)
+        if not isinstance(error, BusyError):  # somebody else is at it, and will end: that says nothing of the model
+            model.failures += 1
+        model.retry_at = self.clock() + self.retry * 2 ** min(max(0, model.failures - 1), _DOUBLINGS)
+        model.make_at = self.clock() + self.retry * 2 ** min(max(0, model.failures - 1), _UNASKED_DOUBLINGS)
         model.trouble = _why(error)
         self._say("failed", model.name, held.name, _why(error), tier)
         if isinstance(error, VerificationError):

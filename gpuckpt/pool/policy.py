@@ -275,7 +275,8 @@ class _Plan:
         if any(isinstance(one, Start) for one in self.actions):
             return
         for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked, model.name)):
-            if not model.drained and self._may_start(model) and not self._free.short_of(_Room(model.memory, model.gpu)):
+            due = not model.drained and self._state.now >= model.make_at
+            if due and self._may_start(model) and not self._free.short_of(_Room(model.memory, model.gpu)):
                 self._order(Start(model.name))
                 return
 

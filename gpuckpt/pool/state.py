@@ -93,11 +93,12 @@ class Model:
     """One model: its rules, its golden, its replicas and who waits for them.
 
     ``memory`` and ``gpu`` are what one more replica is expected to hold while it is hot; a standby holds no GPU memory,
-    but ``gpu`` bytes of the host's. ``asked``: when the last request for it came. ``retry_at``: not before then is
-    another replica begun, because the last ones failed, and not before ``move_at`` is its golden moved. ``warm``: kept
-    ready now by its schedule. ``scale``: so many hot replicas are kept, as somebody has ordered; none at 0, whatever
-    the rules say. ``drained``: it gives its replicas up and gets no new ones. ``prepared``: containers that wait for a
-    restore, without a process; another one is made now if ``preparing``, and none before ``prepare_at``.
+    but ``gpu`` bytes of the host's. ``asked``: when the last request for it came. Because the last ones failed, no
+    replica is begun before ``retry_at``, its golden is not made unasked before ``make_at``, nor moved before
+    ``move_at``, and no container prepared before ``prepare_at``. ``warm``: kept ready now by its schedule. ``scale``:
+    so many hot replicas are kept, as somebody has ordered; none at 0, whatever the rules say. ``drained``: it gives its
+    replicas up and gets no new ones. ``prepared``: containers that wait for a restore, without a process; another one
+    is made now if ``preparing``.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Model:
     waiting: int = 0
     asked: float = 0.0
     retry_at: float = 0.0
+    make_at: float = 0.0
     move_at: float = 0.0
     warm: bool = False
     scale: int | None = None

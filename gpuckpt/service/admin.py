@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from gpuckpt.errors import GpuckptError
+from gpuckpt.errors import BusyError, DeadlineError, GpuckptError, NotFoundError, UsageError
 from gpuckpt.pool.book import RefusedError
 from gpuckpt.service.routing import RoutingError
 from gpuckpt.service.service import Service
+from gpuckpt.service.view import EventView
 
 _HEARTBEAT = 5.0
 _LONGEST_WAKE = 3600.0
@@ -76,7 +77,7 @@ class Admin:
                 return _json({"error": {"message": str(error)}}, error.status)
             except GpuckptError as error:
                 said = {"message": error.message, "cause": error.cause, "remedy": error.remedy}
-                return _json({"error": {k: v for k, v in said.items() if v}}, 400)
+                return _json({"error": {k: v for k, v in said.items() if v}}, _status(error))
 
         return answer
 
@@ -89,18 +90,22 @@ class Admin:
         model = request.query_params.get("model")
         if model is not None:
             model = self._service.find(model)
-        if request.query_params.get("follow") in ("1", "true"):
-            return StreamingResponse(self._follow(model), media_type="text/event-stream")
         after, limit = _number(request, "after", 0), _number(request, "limit", 1000)
+        if request.query_params.get("follow") in ("1", "true"):
+            past = self._service.history.last(limit, after=after, model=model) if after else []
+            return StreamingResponse(self._follow(past, model), media_type="text/event-stream")
         return _json({"events": self._service.history.last(limit, after=after, model=model)})
 
-    async def _follow(self, model: str | None) -> AsyncIterator[bytes]:
+    async def _follow(self, past: list[EventView], model: str | None) -> AsyncIterator[bytes]:
         yield b": following\n\n"
-        async for event in self._service.history.follow(_HEARTBEAT):
-            if event is None:
+        for event in past:
+            yield _event(event)
+        told = past[-1].seq if past else 0
+        async for found in self._service.history.follow(_HEARTBEAT):
+            if found is None:
                 yield b": nothing\n\n"
-            elif model in (None, event.model):
-                yield b"data: " + msgspec.json.encode(event) + b"\n\n"
+            elif model in (None, found.model) and found.seq > told:
+                yield _event(found)
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -150,6 +155,15 @@ class Admin:
         # After this answer is on its way.
         asyncio.get_running_loop().call_later(0.05, self._stop)
         return _json({}, 202)
+
+
+def _event(event: EventView) -> bytes:
+    return b"data: " + msgspec.json.encode(event) + b"\n\n"
+
+
+def _status(error: GpuckptError) -> int:
+    known = {UsageError: 400, NotFoundError: 404, BusyError: 409, DeadlineError: 504}
+    return next((status for kind, status in known.items() if isinstance(error, kind)), 500)
 
 
 def _json(value: Any, status: int = 200) -> Response:

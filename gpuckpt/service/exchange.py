@@ -127,8 +127,10 @@ class Exchange:
                     size += len(message["body"])
                     if size > limits.body:
                         raise _too_long(limits.body)
-                    limit.reschedule(begin + limits.request + size / _SLOWEST)
-                    self._read = not message.get("more_body")
+                    if message.get("more_body"):
+                        limit.reschedule(begin + limits.request + size / _SLOWEST)
+                    else:
+                        self._read = True
         except TimeoutError:
             took = time.monotonic() - self.began
             raise AnswerError(408, f"the request was not complete after {took:.0f} s", "too_slow") from None
@@ -180,8 +182,7 @@ class Exchange:
         if not self._ahead:
             self._ahead = True
             self.record.status = 200
-            head = [(b"content-type", EVENTS), (b"cache-control", b"no-cache"), (b"server-timing", self._timing())]
-            await self._start(200, head)
+            await self._start(200, [(b"content-type", EVENTS), (b"cache-control", b"no-cache"), *self._ours()])
         waited = time.monotonic() - self.began
         await self._body(f": waiting for the model, {waited:.0f} s\n\n".encode(), more=True)
 
@@ -254,21 +255,18 @@ class Exchange:
         record = self.record
         if not record.model:
             return []
-        if not record.tier:
-            return [(b"server-timing", self._timing())]
-        return [
-            (b"x-gpuckpt-tier", record.tier.encode()),
-            (b"x-gpuckpt-replica", record.replica.encode()),
-            (b"server-timing", self._timing()),
-        ]
+        ours = [(b"x-gpuckpt-tier", record.tier.encode()), (b"server-timing", self._timing())]
+        if record.replica:
+            ours.append((b"x-gpuckpt-replica", record.replica.encode()))
+        return ours
 
     def _timing(self) -> bytes:
         """Where the time went until now, in milliseconds (W3C Server Timing)."""
         record, now = self.record, time.monotonic() - self.began
-        if not record.tier:
-            return b"wait;dur=%.1f" % (now * 1e3)
-        text = f'tier;desc="{record.tier}", wait;dur={record.waited * 1e3:.1f}, '
-        text += f"model;dur={max(0.0, (record.first or now) - record.waited) * 1e3:.1f}, total;dur={now * 1e3:.1f}"
+        waited = record.waited if record.replica else now
+        model = max(0.0, (record.first or now) - waited)
+        text = f'tier;desc="{record.tier}", wait;dur={waited * 1e3:.1f}, model;dur={model * 1e3:.1f}, '
+        text += f"total;dur={now * 1e3:.1f}"
         if record.retries:
             text += f', retries;desc="{len(record.retries)}"'
         return text.encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
 
@@ -18,7 +19,7 @@ class History:
 
     def __init__(self) -> None:
         self._events: deque[EventView] = deque(maxlen=_KEPT)
-        self._followers: set[asyncio.Queue[EventView]] = set()
+        self._followers: set[asyncio.Queue[EventView | None]] = set()
         self._seq = 0
 
     def add(self, event: Event) -> EventView:
@@ -49,16 +50,27 @@ class History:
         return found[-limit:] if limit else []
 
     async def follow(self, heartbeat: float) -> AsyncIterator[EventView | None]:
-        """What happens from now on; None when nothing has for ``heartbeat`` seconds. Ends for one who is far behind."""
-        queue: asyncio.Queue[EventView] = asyncio.Queue(_BEHIND)
+        """What happens from now on; None when nothing has for ``heartbeat`` seconds. Ends for one who is far
+        behind, and when the history is closed."""
+        queue: asyncio.Queue[EventView | None] = asyncio.Queue(_BEHIND)
         self._followers.add(queue)
         try:
             while queue in self._followers or not queue.empty():
                 try:
                     async with asyncio.timeout(heartbeat):
-                        found: EventView | None = await queue.get()
+                        found = await queue.get()
                 except TimeoutError:
-                    found = None
+                    yield None
+                    continue
+                if found is None:
+                    return
                 yield found
         finally:
             self._followers.discard(queue)
+
+    def close(self) -> None:
+        """Nothing more will happen: those who follow have all of it."""
+        for follower in list(self._followers):
+            self._followers.discard(follower)
+            with contextlib.suppress(asyncio.QueueFull):
+                follower.put_nowait(None)

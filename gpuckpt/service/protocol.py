@@ -81,7 +81,8 @@ class Guarded(HttpToolsProtocol):
     _wire: asyncio.Transport  # the transport itself; uvicorn's ``transport`` is the door before it
     _door: _Door
     _in_head = False
-    _head_bytes = 0
+    _head_bytes = 0  # in whole headers
+    _fed = 0  # whole or not
     _deaf = False  # what still comes is let go
     _answering: RequestResponseCycle | None = None
     _head_timer: asyncio.TimerHandle | None = None
@@ -131,12 +132,21 @@ class Guarded(HttpToolsProtocol):
             self._decline(data[offer.args[0] :])
         except httptools.HttpParserError as error:
             self._no_http(error)
-        if self._in_head and self._head_timer is None and not self._deaf:
+        if self._in_head and not self._deaf:
+            self._unfinished(len(data))
+
+    def _unfinished(self, size: int) -> None:
+        """So many bytes have come, and the head is not complete; the parser may hold them all as one header."""
+        if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.guard.head_seconds, self._no_head)
+        self._fed += size
+        if self._fed > self.guard.head_bytes:
+            self._refuse_long()
 
     def on_message_begin(self) -> None:
         self._unset_keepalive_if_required()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head = True
+        self._head_bytes = self._fed = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -144,7 +154,7 @@ class Guarded(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
+        self._count(len(name) + len(value) + 4)
         super().on_header(name, value)
 
     def _count(self, size: int) -> None:
@@ -213,9 +223,12 @@ class Guarded(HttpToolsProtocol):
                 cycle.keep_alive = False  # nothing can be put into the answer that is under way: it is the last one
                 return
         if self._head_bytes > self.guard.head_bytes:
-            self._refuse(431, f"the head is longer than {self.guard.head_bytes} bytes", "head_too_long")
+            self._refuse_long()
         else:
             self._refuse(400, f"this is no HTTP: {error}", "invalid_http")
+
+    def _refuse_long(self) -> None:
+        self._refuse(431, f"the head is longer than {self.guard.head_bytes} bytes", "head_too_long")
 
     def _no_head(self) -> None:
         self._head_timer = None

@@ -17,7 +17,7 @@ from gpuckpt.config import Settings
 from gpuckpt.errors import UsageError
 from gpuckpt.host import tmpfs
 from gpuckpt.pool.book import Event, Held, RefusedError
-from gpuckpt.pool.config import Model, Pool
+from gpuckpt.pool.config import MEMORY_SHARE, Model, Pool
 from gpuckpt.pool.health import Health
 from gpuckpt.pool.owner import Lease, Owner
 from gpuckpt.pool.state import Budget, Golden, Phase
@@ -30,7 +30,6 @@ from gpuckpt.service.routing import Route, Routes
 from gpuckpt.service.upstream import Upstream
 from gpuckpt.service.view import GoldenView, ModelView, PoolView, ReplicaView, UseView
 
-_MEMORY_PART = 0.6  # of the machine's memory, for replicas, where the configuration does not say
 _TICK = 1.0
 
 
@@ -117,7 +116,7 @@ class Service:
 
     def _budget(self) -> Budget:
         room = self.config.room()
-        memory = room.memory if room.memory is not None else int(tmpfs.memory_total() * _MEMORY_PART)
+        memory = room.memory if room.memory is not None else int(tmpfs.memory_total() * MEMORY_SHARE)
         store = room.store if room.store is not None else self._workshop.store_size()
         return Budget(memory, room.gpu, store)
 
@@ -195,6 +194,8 @@ class Service:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._upstream.close()
         self._workshop.close()
+        self.history.close()
+        self.state = "closed"
 
     def _tell(self, event: Event) -> None:
         self.metrics.event(event)
@@ -271,7 +272,7 @@ class Service:
     async def views(self, refresh: float, quiet: float) -> AsyncIterator[PoolView]:
         """The view, again and again: every ``refresh`` seconds while something changes, else every ``quiet``."""
         told, last = 0.0, b""
-        while True:
+        while self.state != "closed":
             view = self.view()
             now = self.owner.clock()
             # Times pass and the machine's memory moves: that alone is no news.
@@ -308,7 +309,7 @@ class Service:
             asked=model.asked + offset if model.requested else None,
             trouble=model.trouble,
             retry_at=model.retry_at + offset if model.retry_at > self.owner.clock() else None,
-            warm=model.warm or bool(model.scale),
+            warm=model.warm,
             drained=model.drained,
             scale=model.scale,
             expected_memory=model.expected,

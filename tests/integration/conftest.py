@@ -45,6 +45,7 @@ class Bench:
 
     folder: Path
     word: str = field(default_factory=lambda: f"t{uuid.uuid4().hex[:6]}")
+    store_size: str = "6GiB"
 
     @property
     def env(self) -> dict[str, str]:
@@ -54,7 +55,7 @@ class Bench:
             "PYTHONPATH": str(HERE.parents[1]),
             "GPUCKPT_PREFIX": str(PREFIX),
             "GPUCKPT_STORE__PATH": str(self.store),
-            "GPUCKPT_STORE__SIZE": "6GiB",
+            "GPUCKPT_STORE__SIZE": self.store_size,
             "GPUCKPT_PATHS__STATE": str(self.folder / "state"),
             "GPUCKPT_PATHS__RUN": str(self.folder / "run"),
             "GPUCKPT_PATHS__HOOKS": str(self.folder / "hooks.d"),
