@@ -73,7 +73,7 @@ demo-pool: ## set up everything, then show the warm pool: three models behind on
 	@$(python) -m benchmarks.demo_pool
 
 # One after the other; a part that fails does not keep the others, an interruption ends them all.
-bench: ## measure everything: about 4 hours on 2 cores (BENCH=--quick: a trial); results in build/bench
+bench: ## measure everything: about 3.5 hours on 2 cores (BENCH=--quick: a trial); results in build/bench
 	@$(MAKE) setup-server
 	@failed=; for part in $(benchmarks); do \
 	  status=0; $(python) -m benchmarks.$$part $(BENCH) || status=$$?; \
@@ -83,7 +83,7 @@ bench: ## measure everything: about 4 hours on 2 cores (BENCH=--quick: a trial);
 	test ! -e build/bench/pool.json || $(python) -m benchmarks.report --pool --results build/results; \
 	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
-bench-pool: ## measure the warm pool: about 45 minutes on 2 cores (BENCH=--quick: a trial); build/bench/pool.json
+bench-pool: ## measure the warm pool: about 20 minutes on 2 cores (BENCH=--quick: a trial); build/bench/pool.json
 	@$(MAKE) setup-server
 	@$(python) -m benchmarks.pool $(BENCH)
 	@$(python) -m benchmarks.report --pool --results build/results

@@ -1,10 +1,11 @@
 """The warm pool: the first token by the tier that a request finds, scaling out, many replicas at once, cold starts.
 
-    python -m benchmarks.pool                     everything; about 45 minutes on 2 cores
+    python -m benchmarks.pool                     everything; about 20 minutes on 2 cores
     python -m benchmarks.pool --parts tiers,scale -n 3
 
 One service, two vLLM servers of different sizes behind its address; requests are streamed and ask for one token. Writes
-pool.json: every sample with its phases, the summaries, the targets.
+pool.json: every sample with its phases, the summaries, the targets. What the front alone adds is measured with scripted
+servers (see benchmarks.front).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import environment, models, pool_states, suite
+from benchmarks import environment, front, models, pool_states, suite
 from benchmarks.driver import Gpuckpt
 from benchmarks.journal import Sample
 from benchmarks.pool_client import ask
@@ -33,7 +34,7 @@ from gpuckpt.errors import GpuckptError, NotFoundError
 
 BUDGET = 3600.0
 COLD = 3
-PARTS = ("cold", "tiers", "scale", "many")
+PARTS = ("front", "cold", "tiers", "scale", "many")
 CLONES = 8
 _QUIET = 0.3  # seconds before a request, in which what the last one has caused comes to an end
 
@@ -137,8 +138,11 @@ def cold_start(run: Run, served: Served, *, keep: bool) -> None:
 
 def body(run: Run) -> None:
     parts = run.options.parts.split(",")
-    prefix = environment.prefix()
-    served = make_models(run, prefix)
+    if "front" in parts:
+        front.body(run)
+    if not {*parts} & {"cold", "tiers", "scale", "many"}:
+        return
+    served = make_models(run, environment.prefix())
     goldens = min(COLD, run.n)
     if "cold" in parts:
         for number in range(run.journal.count("cold"), goldens):

@@ -41,6 +41,7 @@ def page(document: Document, title: str, figures: Sequence[str]) -> str:
         list(_tiers(document, figures)),
         list(_targets(document)),
         list(_phases(document)),
+        list(_front(document)),
         list(_scale(document, figures)),
         list(_many(document, figures)),
         list(_method(document)),
@@ -157,6 +158,23 @@ def phase_rows(columns: Mapping[str, Mapping[str, float]]) -> list[tuple[str, li
         (name, [f"{each[name]:.3f}" if name in each else "–" for each in columns.values()])
         for name in [*(name for name in names if name not in last), *last]
     ]
+
+
+def _front(document: Document) -> Iterator[str]:
+    if not document.get("front"):
+        return
+    yield from ("## What the front adds", "")
+    rows = []
+    for name, each in document["front"].items():
+        for what in ("event", "first", "request"):
+            if middle := each.get(f"added_{what}_p50_ms"):
+                cells = [f"{held['p50']:.2f} ms" for held in (middle, each[f"added_{what}_p99_ms"])]
+                rows.append([f"{name}: {_ADDED_TO[what]}", *cells, str(each["pairs"])])
+    yield from table(("added to talking to a replica directly", "p50", "p99", "pairs of rounds"), rows)
+    yield from ("", "Scripted servers; the median over the pairs of the difference of the two percentiles.")
+
+
+_ADDED_TO = {"event": "each event", "first": "the first byte of a stream", "request": "a short request"}
 
 
 def _scale(document: Document, figures: Sequence[str]) -> Iterator[str]:

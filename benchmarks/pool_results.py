@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import front
 from benchmarks.journal import Document, Sample, summary
 from benchmarks.statistics import bootstrap_interval, median
 from benchmarks.targets import Target, targets
@@ -36,6 +37,22 @@ TARGETS = (
         at_most=True,
         unit="s",
     ),
+    Target(
+        "the front adds to each event of 64 streams, p50",
+        "front.64 streams.added_event_p50_ms.p50",
+        1,
+        ("front.64 streams.added_event_p50_ms",),
+        at_most=True,
+        unit="ms",
+    ),
+    Target(
+        "the front adds to each event of 64 streams, p99",
+        "front.64 streams.added_event_p99_ms.p50",
+        3,
+        ("front.64 streams.added_event_p99_ms",),
+        at_most=True,
+        unit="ms",
+    ),
     Target("twelve replicas of two models all answered", "many.all_answered", 1, (), unit="bool"),
     Target("twelve replicas answered as recorded", "many.canaries_equal", 1, (), unit="bool"),
 )
@@ -66,6 +83,9 @@ def summarise(document: Document) -> Document:
             }
     if runs.get("many"):
         found["many"] = many(runs)
+    pairs = {name: samples for name, samples in runs.items() if samples and any("added_" in key for key in samples[0])}
+    if pairs:
+        found |= front.summarise({"runs": pairs})
     found["targets"] = targets(found, TARGETS)
     return found
 
