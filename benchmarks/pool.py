@@ -63,15 +63,16 @@ class Tier:
 
     def _into(self) -> None:
         pool, process = self.pool, self.pool.process
+        # One that was asked for on disk moves into memory, which would be in another's numbers.
+        pool_states.make_hot(process, MODEL)
+        pool_states.until_in(process, MODEL, "tmpfs")
         if self.name in ("hot", "standby"):
-            pool_states.make_hot(process, MODEL)
             pool.ask()  # what a replica does only at its first request is in the other tiers' numbers
             pool_states.until_hot(process, MODEL)
         if self.name == "standby":
             pool_states.make_standby(process, MODEL)
         if self.name in ("tmpfs", "disk", "disk_evicted"):
             pool_states.release(process, MODEL)
-            pool_states.until_in(process, MODEL, "tmpfs")  # one that was asked for on disk moves there
         if self.name.startswith("disk"):
             pool.configure(max_replicas=CLONES, prepare=1, idle_disk="0.1s")
             pool_states.until_in(process, MODEL, "disk")
@@ -104,6 +105,7 @@ class Direct:
     def measure(self) -> Sample:
         process = self.pool.process
         pool_states.make_hot(process, MODEL)
+        pool_states.until_in(process, MODEL, "tmpfs")
         self.pool.ask()
         pool_states.until_hot(process, MODEL)
         time.sleep(_QUIET)
