@@ -58,12 +58,14 @@ def floor_of(model: Model) -> int:
     if model.drained:
         return 0
     if model.scale is not None:
-        return model.scale
+        return _scale(model)
     return max(model.rules.min_standby, int(model.rules.pin is not Pin.NO or model.warm))
 
 
 def wanted_hot(model: Model) -> int:
-    """How many hot replicas the requests at work and in the queue ask for."""
+    """How many hot replicas the requests at work and in the queue ask for, and its rules."""
+    if model.drained:
+        return 0
     demand = model.waiting + sum(replica.requests for replica in model.replicas)
     least = _kept_hot(model)
     return min(model.rules.max_replicas, max(least, -(-demand // model.rules.concurrency)))
@@ -75,9 +77,14 @@ def never_fits(state: State, model: Model) -> bool:
     return plan.room_for(model).short_of(_Room(model.memory, model.gpu))
 
 
+def _scale(model: Model) -> int:
+    # A reload may have brought the rules below what somebody had ordered.
+    return min(model.scale or 0, model.rules.max_replicas)
+
+
 def _kept_hot(model: Model) -> int:
     if model.scale is not None:
-        return model.scale
+        return _scale(model)
     return int(model.rules.pin is Pin.HOT)
 
 

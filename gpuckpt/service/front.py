@@ -97,9 +97,8 @@ class Front:
     async def _answer(self, exchange: Exchange) -> None:
         if not self.keys.allow(exchange.headers):
             raise AnswerError(401, "no valid API key: send it as “Authorization: Bearer KEY”", "invalid_api_key")
-        scope = exchange.scope
         body = await exchange.body(self.limits)
-        route = self._route(scope["path"], scope["query_string"], scope["raw_path"], exchange.headers, body)
+        route = self._routed(exchange, body)
         del body  # where the route has another one, this one is not needed any more
         exchange.record.model, exchange.record.tier = route.model, self._pool.tier_of(route.model)
         exchange.waits_for_events = route.stream
@@ -107,6 +106,10 @@ class Front:
         headers = exchange.passed_headers(_WITH_KEYS if self.keys else _NOT_PASSED_ON)
         async with exchange.attended(self.limits.keep_alive):
             await self._relay(exchange, route, headers)
+
+    def _routed(self, exchange: Exchange, body: bytes) -> Route:
+        scope = exchange.scope
+        return self._route(scope["path"], scope["query_string"], scope["raw_path"], exchange.headers, body)
 
     async def _relay(self, exchange: Exchange, route: Route, headers: Headers) -> None:
         record = exchange.record
@@ -116,6 +119,8 @@ class Front:
             record.tier = record.tier if record.retries else lease.tier
             record.replica, record.waited = held.name, record.waited + lease.waited
             try:
+                if route.unsettled and lease.waited:  # the model's first golden was made meanwhile
+                    route = self._routed(exchange, route.body)
                 await self._attempt(exchange, route, headers, held)
                 return
             except UpstreamError as error:

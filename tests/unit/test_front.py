@@ -657,6 +657,22 @@ def test_requests_are_held_until_a_replica_is_there() -> None:
     run(test())
 
 
+def test_what_a_server_calls_its_model_is_known_only_when_it_is_there() -> None:
+    async def test() -> None:
+        served = {"another": "a"}
+        async with world(answer(b"well"), served=served) as here:
+            here.pool.tier = "cold"
+            here.pool.gate.clear()
+            waiting = asyncio.create_task(here.ask(ASK))
+            await until(lambda: here.pool.waiting == 1)
+            served["m"] = "/models/m"  # its first golden has been made
+            here.pool.gate.set()
+            assert (await waiting).status == 200
+            assert json.loads(here.replica.asked[0].body) == ASK | {"model": "/models/m"}
+
+    run(test())
+
+
 def test_a_full_queue() -> None:
     async def test() -> None:
         async with world() as here:
