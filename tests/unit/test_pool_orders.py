@@ -451,12 +451,12 @@ def test_a_golden_found_damaged_while_it_moves_stays_put_aside() -> None:
         async with one(RULES, Golden.DISK) as world:
             world.hands.gates["move"] = asyncio.Event()
             await world.hot()
-            assert world.owner.models["a"].golden is Golden.MOVING
+            assert world.owner.view().models[0].golden is Golden.MOVING
             world.owner.quarantine("a", "differs")
             world.hands.gates["move"].set()
             await world.until(lambda: "move a tmpfs" in world.hands.done)
             await asyncio.sleep(0.02)
-            assert world.owner.models["a"].golden is Golden.QUARANTINED
+            assert world.owner.view().models[0].golden is Golden.QUARANTINED
 
     run(work())
 
