@@ -231,6 +231,7 @@ def _method(document: Document) -> Iterator[str]:
     yield "- One service with two vLLM models; tiers are measured in rounds, one of each, in an order shuffled anew."
     yield "- Containers are prepared before each request, as the pool does while nothing else is under way."
     yield "- A cold start is the pool's own: vLLM's start (eager, nothing compiled), warm-up, golden, trial, restore."
+    yield "- A golden that is asked for on disk is moved into memory while the first token is made, on the same cores."
     yield "- Hot replicas and standbys have answered a request before; the others' first request is measured."
 
 
