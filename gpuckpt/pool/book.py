@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,19 @@ _LONGEST_PREFIX = 34  # so that a number still fits into a replica's name
 
 
 class RefusedError(Exception):
-    """A request that gets no replica: ``status`` is the HTTP status that says so, ``retry_after`` in seconds."""
+    """A request that gets no replica: ``status`` is the HTTP status that says so, ``retry_after`` in seconds.
+
+    LateError: no replica was free within the request's deadline.
+    """
 
     def __init__(self, message: str, *, status: int = 503, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
+
+
+class LateError(RefusedError):
+    """See :class:`RefusedError`."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,10 @@ class Held:
 
     def seen(self) -> Replica:
         """As the policy sees it."""
-        return Replica(
-            self.name, self.phase, self.since, self.requests, self.memory, self.gpu, checking=self.checks > 0
-        )
+        # What it had on the GPU is the host's to hold while it is frozen.
+        frozen = self.phase is Phase.STANDBY
+        memory, gpu = (self.memory + self.gpu, 0) if frozen else (self.memory, self.gpu)
+        return Replica(self.name, self.phase, self.since, self.requests, memory, gpu, checking=self.checks > 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -77,8 +86,10 @@ class Of:
     """A model and what the loop keeps of it.
 
     ``served`` is what its own server calls it. ``estimate``: what a replica will hold, as long as none has shown it;
-    ``most``: the most that one has held. ``asked``: when the last request came, ``requested``: whether
-    one did, or it is only when we began. ``leaving``: it is no longer configured, and goes with its last replica.
+    ``most``: the most that one has held. ``preparing``: the container that is being made, or removed, right now.
+    ``asked``: when the last request came, ``requested``: whether one did, or it is only when we began. ``damaged``: how
+    many of its goldens were put aside since one was right. ``leaving``: it is no longer configured, and goes with its
+    last replica.
     """
 
     name: str
@@ -98,6 +109,7 @@ class Of:
     asked: float = 0.0
     requested: bool = False
     failures: int = 0
+    damaged: int = 0
     retry_at: float = 0.0
     make_at: float = 0.0
     move_at: float = 0.0
@@ -110,22 +122,22 @@ class Of:
     def found(self, seen: Found) -> None:
         """Its golden is as it was just seen."""
         self.golden, self.golden_bytes, self.served = seen.golden, seen.golden_bytes, seen.served
-        self.estimate = seen.memory
+        self.estimate = seen.memory or self.estimate
 
     def next_name(self) -> str:
-        """A name for another replica."""
-        prefix = self.prefix[:_LONGEST_PREFIX]
-        numbers = range(1, len(self.replicas) + len(self.prepared) + 3)
-        names = [f"{prefix}.{number}" for number in numbers]
-        free = [name for name in names if name not in self.replicas and name != self.preparing]
-        return next((name for name in free if name in self.prepared), free[0])
+        """A name for another replica: one that is prepared, if there is any."""
+        if self.prepared:
+            return min(self.prepared, key=lambda name: (len(name), name))
+        return self._free_name()
 
     def name_to_prepare(self) -> str:
         """A name for a container that is to be prepared."""
-        prefix = self.prefix[:_LONGEST_PREFIX]
-        numbers = range(1, len(self.replicas) + len(self.prepared) + 2)
-        taken = self.replicas.keys() | self.prepared
-        return next(name for number in numbers if (name := f"{prefix}.{number}") not in taken)
+        return self._free_name()
+
+    def _free_name(self) -> str:
+        taken = self.replicas.keys() | self.prepared | {self.preparing}
+        names = (f"{self.prefix[:_LONGEST_PREFIX]}.{number}" for number in itertools.count(1))
+        return next(name for name in names if name not in taken)
 
     @property
     def expected(self) -> int:
@@ -161,6 +173,7 @@ class Of:
             golden_bytes=self.golden_bytes,
             memory=self.expected,
             gpu=self.gpu,
+            cold=self.estimate,
             replicas=tuple(one.seen() for one in self.replicas.values()),
             waiting=len(self.waiters),
             asked=self.asked,

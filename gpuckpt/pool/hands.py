@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,6 +40,14 @@ class Found:
     served: str | None = None
     replicas: tuple[tuple[Made, Phase], ...] = ()
     prepared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: its golden, and what follows ``gpuckpt create NAME`` if there is none."""
+
+    golden: str
+    create: tuple[str, ...] = ()
 
 
 class Hands(Protocol):
@@ -84,4 +93,28 @@ class Hands(Protocol):
 
     async def memory(self, model: str, replica: str) -> int:
         """Bytes that are its own now."""
+        ...
+
+
+class Workplace(Hands, Protocol):
+    """Hands with a life of their own, as the service has them: models come and go, and it ends."""
+
+    async def open(self) -> None:
+        """Make ready to work. Raises GpuckptError if that is not possible here."""
+        ...
+
+    def set_sources(self, sources: Mapping[str, Source], leaving: Iterable[str]) -> None:
+        """Other models from now on; what is ``leaving`` is still to be looked after and stopped."""
+        ...
+
+    def store_size(self) -> int:
+        """Bytes that the store has room for."""
+        ...
+
+    def interrupt(self) -> None:
+        """Have goldens that are being made given up, and make no more: who waits for them is told that they failed."""
+        ...
+
+    def close(self) -> None:
+        """Work no more; what is being done is waited for."""
         ...

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gpuckpt.errors import GpuckptError
 from gpuckpt.pool.book import Held
 from gpuckpt.pool.state import Phase
+from gpuckpt.pool.steady import again_and_again
 
 if TYPE_CHECKING:
     from gpuckpt.pool.config import Health as Rules
@@ -41,17 +42,19 @@ class Health:
         self._next: dict[Held, float] = {}
         self._failures: dict[Held, int] = {}
         self._proved: set[str] = set()  # models whose golden's canary has held in this service's life
+        self._suspected: dict[Held, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Look, until cancelled."""
         try:
-            while True:
-                self._look()
-                await asyncio.sleep(_TICK)
+            await again_and_again(self._look, _TICK)
         finally:
-            for held in list(self._processes):
+            for held in self._known():
                 self._forget(held)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def forget(self, model: str) -> None:
         """The model has another golden: its next replica's canary is replayed soon."""
@@ -59,8 +62,9 @@ class Health:
 
     def _look(self) -> None:
         alive = {held for model in self._owner.models.values() for held in model.replicas.values()}
-        for held in [one for one in self._processes if one not in alive or one.phase is Phase.STOPPING]:
-            self._forget(held)
+        for held in self._known():
+            if held not in alive or held.phase is Phase.STOPPING:
+                self._forget(held)
         now = self._owner.clock()
         for held in alive:
             if held.pid is not None and held not in self._processes and held.phase is not Phase.STOPPING:
@@ -70,11 +74,17 @@ class Health:
             self._next[held] = now + self.rules.interval
             self._begin(held, self._check if held.phase is Phase.HOT else self._check_frozen)
 
+    def _known(self) -> set[Held]:
+        return self._processes.keys() | self._next.keys() | self._failures.keys()
+
     def _watch(self, held: Held, pid: int) -> None:
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             self._owner.lost(held, "dead")
+            return
+        except OSError as error:  # no descriptor is free: the next look may get one, and its health is asked anyway
+            _log.debug("the end of %s cannot be watched for: %s", held.name, error)
             return
         self._processes[held] = pidfd
         asyncio.get_running_loop().add_reader(pidfd, self._died, held)
@@ -90,26 +100,31 @@ class Health:
         self._next.pop(held, None)
         self._failures.pop(held, None)
 
-    def _begin(self, held: Held, look: Callable[[Held], Coroutine[Any, Any, None]]) -> None:
+    def _begin(self, held: Held, look: Callable[[Held], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(look(held))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _check(self, held: Held) -> None:
         try:
             with _checking(held):
-                if not await self.answers(held):
-                    return
-                with contextlib.suppress(GpuckptError):
-                    self._owner.note_memory(held, await self._hands.memory(held.model, held.name))
-                if held.requests:
-                    await self._stalled(held)
-                else:
-                    await self._canary(held)
+                if held.phase is Phase.HOT and await self._answers(held):
+                    await self._look_closer(held)
         except Exception:  # a fault of ours: the next look may do better, and the log has it
             _log.exception("a look at the health of %s failed unexpectedly", held.name)
         # What could not be done while it was looked at.
         self._owner.settle()
+
+    async def _look_closer(self, held: Held) -> None:
+        with contextlib.suppress(GpuckptError):
+            self._owner.note_memory(held, await self._hands.memory(held.model, held.name))
+        if held.phase is not Phase.HOT:  # it has died meanwhile
+            return
+        if held.requests:
+            await self._stalled(held)
+        else:
+            await self._canary(held)
 
     async def _check_frozen(self, held: Held) -> None:
         try:
@@ -120,9 +135,12 @@ class Health:
         except Exception:
             _log.exception("a look at the health of %s failed unexpectedly", held.name)
 
-    async def answers(self, held: Held, *, at_once: bool = False) -> bool:
+    async def _answers(self, held: Held, *, at_once: bool = False) -> bool:
         """Ask for its health. A replica that has failed too often in a row, or once with ``at_once``, is given up."""
-        well = await self._hands.healthy(held.model, held.name, self.rules.timeout)
+        try:
+            well = await self._hands.healthy(held.model, held.name, self.rules.timeout)
+        except GpuckptError:
+            well = False
         if held.phase is not Phase.HOT:
             return False
         failures = self._failures[held] = 0 if well else self._failures.get(held, 0) + 1
@@ -132,9 +150,22 @@ class Health:
 
     async def suspect(self, held: Held) -> None:
         """A request to it has failed: look now. Returns when it is known to be well, or given up."""
-        with _checking(held):
-            if held.phase is Phase.HOT:
-                await self.answers(held, at_once=True)
+        if held.phase is not Phase.HOT:
+            return
+        # All its requests fail at once; one look is enough, and goes on for the others if one of them goes.
+        if (look := self._suspected.get(held)) is None:
+            look = self._suspected[held] = self._begin(held, self._check_suspected)
+        await asyncio.shield(look)
+
+    async def _check_suspected(self, held: Held) -> None:
+        try:
+            with _checking(held):
+                if held.phase is Phase.HOT:
+                    await self._answers(held, at_once=True)
+        except Exception:
+            _log.exception("a look at the health of %s failed unexpectedly", held.name)
+        finally:
+            self._suspected.pop(held, None)
 
     async def _stalled(self, held: Held) -> None:
         """It is at work: does anything come of it?"""
@@ -171,13 +202,13 @@ class Health:
         if held.served != served:
             return  # beside other requests its sums may be made in another order: that proves nothing
         if not differences:
-            held.proved = self._owner.clock()
+            self._owner.proved(held)
             self._proved.add(held.model)
             self._tell(held.model, "ok")
             return
         self._tell(held.model, "differs")
         self._owner.lost(held, "canary")
-        if not known:
+        if held.model not in self._proved:
             # No replica of it was ever right here: it is the golden.
             self._owner.quarantine(held.model, f"the canary's answer differs: {differences[0]}")
 

@@ -12,13 +12,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, VerificationError
 from gpuckpt.pool import policy
-from gpuckpt.pool.book import Event, Held, Of, RefusedError
+from gpuckpt.pool.book import Event, Held, LateError, Of, RefusedError
 from gpuckpt.pool.hands import Hands, Made
 from gpuckpt.pool.state import (
     Action,
@@ -36,7 +36,9 @@ from gpuckpt.pool.state import (
     Stop,
     Wake,
 )
+from gpuckpt.pool.steady import again_and_again
 
+_Result = TypeVar("_Result")
 _log = logging.getLogger("gpuckpt.pool")
 _GIVEN_UP = 3  # failures in a row after which those who wait are told
 _DOUBLINGS = 5
@@ -46,6 +48,17 @@ _UNLIMITED = Budget()
 
 def _why(error: GpuckptError) -> str:
     return f"{error.message}: {error.cause}" if error.cause else error.message
+
+
+async def _done(work: Awaitable[_Result]) -> _Result:
+    """What the hands do. A fault in it that nobody has foreseen is a failure like the others, and the log has it."""
+    try:
+        return await work
+    except GpuckptError:
+        raise
+    except Exception as error:
+        _log.exception("an operation of the pool failed unexpectedly")
+        raise GpuckptError("a fault in gpuckpt", cause=f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -93,8 +106,7 @@ class Owner:
             model.prepared.update(seen.prepared)
             for made, phase in seen.replicas:
                 held = model.replicas[made.name] = Held(made.name, name, phase, now)
-                held.made(made)
-                self._note_memory(model, held, made.memory)
+                self._answers(model, held, made)
                 self._say("adopted", name, made.name, str(phase))
         self.settle()
 
@@ -133,8 +145,6 @@ class Owner:
             raise RefusedError("the service is going down", retry_after=5)
         if model is None or model.drained:
             raise RefusedError(f"{name} is drained: it takes no requests until it is woken", retry_after=30)
-        if len(model.waiters) >= self.queue:
-            raise RefusedError(f"{len(model.waiters)} requests wait for {name} already", retry_after=1)
         began = model.asked = self.clock()
         model.requested = True
         tier = model.tier()
@@ -142,15 +152,18 @@ class Owner:
         held: Held | None = None
         model.waiters.append(waiter)
         self._hand_out(model)
-        self._settle_soon()
-        if waiter.done():
+        if waiter.done():  # nothing is to be done for it, and deciding costs more than relaying a request
             return Lease(waiter.result(), tier, 0.0)
+        if len(model.waiters) > self.queue:
+            model.waiters.remove(waiter)
+            raise RefusedError(f"{len(model.waiters)} requests wait for {name} already", retry_after=1)
+        self._settle_soon()
         try:
             async with asyncio.timeout(deadline):
                 held = await waiter
         except TimeoutError:
             why = f": {model.trouble}" if model.trouble else ""
-            raise RefusedError(f"no replica of {name} was free within {deadline:g} s{why}", retry_after=5) from None
+            raise LateError(f"no replica of {name} was free within {deadline:g} s{why}", retry_after=5) from None
         finally:
             with contextlib.suppress(ValueError):
                 model.waiters.remove(waiter)
@@ -164,7 +177,9 @@ class Owner:
         held.since = self.clock()
         if model := self.models.get(held.model):
             self._hand_out(model)
-        self._settle_soon()
+        # What follows from idleness alone has time until the next look.
+        if held.phase is not Phase.HOT or any(one.waiters for one in self.models.values()):
+            self._settle_soon()
 
     def lost(self, held: Held, reason: str) -> None:
         """The replica is dead, or hangs: it gets no more requests, and another one takes its place."""
@@ -177,9 +192,22 @@ class Owner:
     def quarantine(self, name: str, reason: str) -> None:
         """The model's golden is damaged: it is not used any more, the model starts cold, and makes another."""
         model = self.models[name]
-        model.golden, model.retry_at = Golden.QUARANTINED, 0.0
+        if model.golden is Golden.QUARANTINED:
+            return  # another replica of it has said so already
+        model.golden = Golden.QUARANTINED
+        # Another is made at once; but if that is no better, it is the model, or the machine.
+        before = model.damaged
+        model.damaged += 1
+        model.retry_at = self.clock() + (self.retry * 2 ** min(before - 1, _DOUBLINGS) if before else 0.0)
+        model.make_at = self.clock() + (self.retry * 2 ** min(before - 1, _UNASKED_DOUBLINGS) if before else 0.0)
         self._say("quarantined", name, reason=reason)
         self.settle()
+
+    def proved(self, held: Held) -> None:
+        """The replica has answered its golden's canary as it was recorded."""
+        held.proved = self.clock()
+        if model := self.models.get(held.model):
+            model.damaged = 0
 
     # ------------------------------------------------------------------ orders
 
@@ -229,9 +257,7 @@ class Owner:
 
     async def watch(self, interval: float = 0.25) -> None:
         """Settle again and again, for what only time changes: idle times, pauses after failures."""
-        while True:
-            await asyncio.sleep(interval)
-            self.settle()
+        await again_and_again(self.settle, interval)
 
     def _settle_soon(self) -> None:
         # A burst of requests is decided upon once.
@@ -244,16 +270,22 @@ class Owner:
         self._settling = False
         for model in list(self.models.values()):
             self._hand_out(model)
-            if model.leaving and not (model.replicas or model.preparing):
-                del self.models[model.name]
-                for name in model.prepared:
-                    self._run(self._discard(model, name))
+            if model.leaving and not (model.replicas or model.preparing or model.golden is Golden.MOVING):
+                self._clear_up(model)
         state = self.view()
         for action in policy.decide(state):
             self._begin(action)
         for seen in state.models:
             if seen.waiting and not seen.replicas and policy.never_fits(state, seen):
                 self._refuse_for_ever(self.models[seen.name])
+
+    def _clear_up(self, model: Of) -> None:
+        """Forget it, with its last container: if it is configured again, what it left must not go then."""
+        if model.prepared:
+            model.preparing = model.prepared.pop()
+            self._run(self._discard(model, model.preparing))
+        else:
+            del self.models[model.name]
 
     def _refuse_for_ever(self, model: Of) -> None:
         needs = [
@@ -264,6 +296,7 @@ class Owner:
         model.refuse(
             RefusedError(f"{model.name} needs {' and '.join(needs)}, more than the budget leaves it", retry_after=60)
         )
+        model.most = 0  # to what one has grown in a long life is no reason against another for ever
 
     def _hand_out(self, model: Of) -> None:
         while model.waiters:
@@ -321,13 +354,14 @@ class Owner:
     async def _start(self, model: Of, held: Held, *, replace: bool) -> None:
         began = self.clock()
         try:
-            await self._hands.make(model.name, replace=replace)
+            await _done(self._hands.make(model.name, replace=replace))
+            seen = await _done(self._hands.look(model.name))
         except GpuckptError as error:
             del model.replicas[held.name]
             await self._failed(model, held, error, "cold")
             return
         model.prepared.clear()
-        model.found(await self._hands.look(model.name))
+        model.found(seen)
         self._say("made", model.name, seconds=self.clock() - began)
         # A replica of it is restored like any other: it takes a moment more, and one kind of replica is enough.
         held.phase = Phase.RESTORING
@@ -351,14 +385,12 @@ class Owner:
     ) -> None:
         began = self.clock() if began is None else began
         try:
-            made = await work
+            made = await _done(work)
         except GpuckptError as error:
             del model.replicas[held.name]
             await self._failed(model, held, error, tier)
             return
-        held.made(made)
-        self._note_memory(model, held, made.memory)
-        model.gpu = max(model.gpu, made.gpu)
+        self._answers(model, held, made)
         held.phase, held.since = Phase.HOT, self.clock()
         model.failures, model.retry_at, model.trouble = 0, 0.0, ""
         self._say(kind, model.name, held.name, tier=tier, seconds=self.clock() - began, phases=made.phases)
@@ -366,9 +398,14 @@ class Owner:
             held.phase = Phase.FREEZING
             await self._change(model, held, self._hands.freeze, Phase.STANDBY, "frozen")
 
+    def _answers(self, model: Of, held: Held, made: Made) -> None:
+        held.made(made)
+        self._note_memory(model, held, made.memory)
+        model.gpu = max(model.gpu, made.gpu)
+
     async def _prepare(self, model: Of, name: str) -> None:
         try:
-            await self._hands.prepare(model.name, name)
+            await _done(self._hands.prepare(model.name, name))
             model.prepared.add(name)
         except GpuckptError as error:
             # Nobody waits for it, and a restore makes its container itself.
@@ -383,7 +420,7 @@ class Owner:
         began = self.clock()
         tier = "standby" if phase is Phase.HOT else ""
         try:
-            await work(model.name, held.name)
+            await _done(work(model.name, held.name))
         except GpuckptError as error:
             self._say("failed", model.name, held.name, _why(error), tier)
             if held.phase is not Phase.STOPPING:
@@ -403,29 +440,34 @@ class Owner:
         held.memory = memory
         model.most = max(model.most, memory)
 
-    def _begin_stop(self, held: Held, reason: str) -> None:
+    def _begin_stop(self, held: Held, reason: str, failures: int = 0) -> None:
         held.phase = Phase.STOPPING
-        self._run(self._stop(self.models[held.model], held, reason))
+        self._run(self._stop(self.models[held.model], held, reason, failures))
 
-    async def _stop(self, model: Of, held: Held, reason: str) -> None:
+    async def _stop(self, model: Of, held: Held, reason: str, failures: int) -> None:
         began = self.clock()
         try:
-            await self._hands.stop(model.name, held.name)
+            await _done(self._hands.stop(model.name, held.name))
         except GpuckptError as error:
             # It stays in the account until it is really gone: its memory is not free.
             self._say("failed", model.name, held.name, _why(error))
-            await asyncio.sleep(self.retry)
-            self._begin_stop(held, reason)
+            pause = self.retry * 2 ** min(failures, _DOUBLINGS)
+            asyncio.get_running_loop().call_later(pause, self._stop_again, held, reason, failures + 1)
             return
         del model.replicas[held.name]
         self._say("stopped", model.name, held.name, reason, seconds=self.clock() - began)
 
+    def _stop_again(self, held: Held, reason: str, failures: int) -> None:
+        if not self.draining:  # the end has a try of its own, and what it leaves, the next service finds
+            self._begin_stop(held, reason, failures)
+
     async def _move(self, model: Of, before: Golden, to: Golden, reason: str) -> None:
         began = self.clock()
         try:
-            await self._hands.move(model.name, to)
+            await _done(self._hands.move(model.name, to))
         except GpuckptError as error:
-            model.golden = before
+            if model.golden is Golden.MOVING:
+                model.golden = before
             if isinstance(error, VerificationError):
                 self.quarantine(model.name, _why(error))
             else:
@@ -434,7 +476,8 @@ class Owner:
                 model.move_at = self.clock() + pause
                 self._say("failed", model.name, reason=f"move to {to}: {_why(error)}")
             return
-        model.golden = to
+        if model.golden is Golden.MOVING:  # else a replica has shown meanwhile that it is damaged
+            model.golden = to
         model.prepared.clear()  # they were for where it lay before
         self._say("moved", model.name, reason=f"{to}: {reason}", seconds=self.clock() - began)
 
@@ -448,14 +491,18 @@ class Owner:
         if isinstance(error, VerificationError):
             # From now on it starts cold, at once: what failed will not fail again.
             self.quarantine(model.name, _why(error))
-        elif model.failures >= _GIVEN_UP and not model.has(Phase.HOT):
+        if model.failures >= _GIVEN_UP and not model.has(Phase.HOT):
             model.refuse(RefusedError(f"{model.name} cannot be brought up: {_why(error)}", retry_after=30))
-        if isinstance(error, NotFoundError) and model.golden in (Golden.TMPFS, Golden.DISK):
-            model.found(await self._hands.look(model.name))  # somebody has removed it
+        if isinstance(error, NotFoundError):  # somebody may have removed it
+            with contextlib.suppress(GpuckptError):
+                seen = await _done(self._hands.look(model.name))
+                if model.golden in (Golden.TMPFS, Golden.DISK):
+                    model.found(seen)
 
     async def _discard(self, model: Of, name: str) -> None:
         with contextlib.suppress(GpuckptError):  # the next service finds it, and uses or removes it
-            await self._hands.stop(model.name, name)
+            await _done(self._hands.stop(model.name, name))
+        model.preparing = None
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         async def whole() -> None:

@@ -58,12 +58,14 @@ def floor_of(model: Model) -> int:
     if model.drained:
         return 0
     if model.scale is not None:
-        return model.scale
+        return _scale(model)
     return max(model.rules.min_standby, int(model.rules.pin is not Pin.NO or model.warm))
 
 
 def wanted_hot(model: Model) -> int:
-    """How many hot replicas the requests at work and in the queue ask for."""
+    """How many hot replicas the requests at work and in the queue ask for, and its rules."""
+    if model.drained:
+        return 0
     demand = model.waiting + sum(replica.requests for replica in model.replicas)
     least = _kept_hot(model)
     return min(model.rules.max_replicas, max(least, -(-demand // model.rules.concurrency)))
@@ -71,13 +73,18 @@ def wanted_hot(model: Model) -> int:
 
 def never_fits(state: State, model: Model) -> bool:
     """Whether a replica of it has no room even when all that would go for it has gone."""
-    plan = _Plan(state)
-    return plan.room_for(model).short_of(_Room(model.memory, model.gpu))
+    need = _Room(model.memory, model.gpu) if model.golden in (Golden.TMPFS, Golden.DISK) else _cold(model)
+    return _Plan(state).room_for(model).short_of(need)
+
+
+def _scale(model: Model) -> int:
+    # A reload may have brought the rules below what somebody had ordered.
+    return min(model.scale or 0, model.rules.max_replicas)
 
 
 def _kept_hot(model: Model) -> int:
     if model.scale is not None:
-        return model.scale
+        return _scale(model)
     return int(model.rules.pin is Pin.HOT)
 
 
@@ -104,9 +111,16 @@ class _Room:
 
 def _held(model: Model, replica: Replica) -> _Room:
     """What a replica holds, or will hold when it has come."""
+    if replica.phase is Phase.STARTING:
+        return _cold(model)
     if replica.phase in COMING:
         return _Room(max(replica.memory, model.memory), max(replica.gpu, model.gpu))
     return _Room(replica.memory, replica.gpu)
+
+
+def _cold(model: Model) -> _Room:
+    """What its server holds while the golden is made."""
+    return _Room(max(model.memory, model.cold), model.gpu)
 
 
 class _Plan:
@@ -150,7 +164,7 @@ class _Plan:
         if model.golden in (Golden.TMPFS, Golden.DISK):
             return self._with_room(model, need, Restore(model.name))
         # Cold, one at a time: the next ones are restored from the golden that is made of it.
-        return self._may_start(model) and self._with_room(model, need, Start(model.name))
+        return self._may_start(model) and self._with_room(model, _cold(model), Start(model.name))
 
     def _may_start(self, model: Model) -> bool:
         alive = any(one.phase not in GOING for one in model.replicas)
@@ -276,7 +290,7 @@ class _Plan:
             return
         for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked, model.name)):
             due = not model.drained and self._state.now >= model.make_at
-            if due and self._may_start(model) and not self._free.short_of(_Room(model.memory, model.gpu)):
+            if due and self._may_start(model) and not self._free.short_of(_cold(model)):
                 self._order(Start(model.name))
                 return
 

@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.restore import RestoreRequest, restore
 from gpuckpt.golden.tools import Tools, open_store, tools
 from gpuckpt.manifest import Manifest
-from gpuckpt.pool.hands import Found, Made
+from gpuckpt.pool.hands import Found, Made, Source
 from gpuckpt.pool.state import Golden, Phase
 from gpuckpt.timing import PhaseTable
 from gpuckpt.workload import adapter
@@ -42,16 +43,8 @@ _WORKERS = 32  # restores, stops and checks at once
 _DUMP_SECONDS = 600  # the most that warming up and dumping may take
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from: its golden, and what follows ``gpuckpt create NAME`` if there is none."""
-
-    golden: str
-    create: tuple[str, ...] = ()
-
-
 class Workshop:
-    """See :class:`gpuckpt.pool.hands.Hands`."""
+    """See :class:`gpuckpt.pool.hands.Workplace`."""
 
     def __init__(self, settings: Settings, sources: Mapping[str, Source]) -> None:
         self._settings = settings
@@ -63,23 +56,22 @@ class Workshop:
         self._endpoints: dict[str, Endpoint] = {}
         self._records: dict[str, Manifest] = {}  # of the goldens that replicas were restored from
         self._creating: set[proc.Child] = set()
+        self._interrupted = False
+        self._births = threading.Lock()  # between a child's start and its entry in the list it cannot be interrupted
 
     def set_sources(self, sources: Mapping[str, Source], leaving: Iterable[str]) -> None:
-        """Other models from now on; what is ``leaving`` is still to be stopped."""
         self._sources = {name: self._sources[name] for name in leaving} | dict(sources)
 
     def store_size(self) -> int:
-        """Bytes that the store has room for."""
         state = os.statvfs(self._tools.layout.store)
         return state.f_blocks * state.f_frsize
 
     async def open(self) -> None:
-        """Mount the store, find CRIU, connect to podman. Raises what these raise."""
+        # The store is mounted, CRIU found, podman connected to.
         await self._in_thread(open_store, self._settings)
         self._tools: Tools = await self._in_thread(tools, self._settings)
 
     def close(self) -> None:
-        """End the threads; what they are doing is waited for."""
         self._pool.shutdown(cancel_futures=True)
 
     async def _in_thread(self, work: Callable[..., _Result], *args: Any) -> _Result:
@@ -140,6 +132,11 @@ class Workshop:
             known = self._known[name] = self._tools.containers.inspect(container_name(name))
         return known
 
+    def _endpoint(self, name: str) -> Endpoint:
+        if (known := self._endpoints.get(name)) is None:
+            raise NotFoundError(f"replica {name} is gone")  # removed while somebody looked at it
+        return known
+
     def _made(self, replica: Replica, phases: PhaseTable | None = None) -> Made:
         container = self._container(replica.name)
         self._endpoints[replica.name] = replica.endpoint
@@ -178,8 +175,11 @@ class Workshop:
     def _make(self, source: Source) -> None:
         words = [sys.executable, "-m", "gpuckpt", "create", source.golden, "--replace", *source.create]
         longest = self._settings.create.start_timeout + _DUMP_SECONDS
-        child = proc.Child(words, env=self._environment)
-        self._creating.add(child)
+        with self._births:
+            if self._interrupted:
+                raise CheckpointError(f"golden {source.golden} is not made", cause="the service goes down")
+            child = proc.Child(words, env=self._environment)
+            self._creating.add(child)
         try:
             result = child.wait(longest)
         finally:
@@ -198,9 +198,10 @@ class Workshop:
         self._records.pop(source.golden, None)
 
     def interrupt(self) -> None:
-        """Have goldens that are being made given up: whoever waits for them is told that they failed."""
-        for child in list(self._creating):
-            child.interrupt()
+        with self._births:
+            self._interrupted = True
+            for child in list(self._creating):
+                child.interrupt()
 
     async def wake(self, model: str, replica: str) -> None:
         await self._in_thread(self._thaw, replica)
@@ -233,7 +234,7 @@ class Workshop:
         return await self._in_thread(self._healthy, self._sources[model].golden, replica, timeout)
 
     def _healthy(self, golden: str, name: str, timeout: float) -> bool:
-        return adapter(self._record(golden).workload).healthy(self._endpoints[name], timeout=timeout)
+        return adapter(self._record(golden).workload).healthy(self._endpoint(name), timeout=timeout)
 
     async def doomed(self, model: str, replica: str) -> bool:
         return await self._in_thread(self._doomed, replica)
@@ -249,9 +250,9 @@ class Workshop:
         record = self._record(golden)
         serving = adapter(record.workload)
         if record.canary is None:
-            serving.first_token(self._endpoints[name])
+            serving.first_token(self._endpoint(name))
             return ()
-        return serving.replay(self._endpoints[name], record.canary).differences
+        return serving.replay(self._endpoint(name), record.canary).differences
 
     async def memory(self, model: str, replica: str) -> int:
         return await self._in_thread(lambda: _private(self._container(replica).pid))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from gpuckpt.errors import BusyError, DeadlineError, GpuckptError, NotFoundError, UsageError
-from gpuckpt.pool.book import RefusedError
+from gpuckpt.pool.book import LateError, RefusedError
 from gpuckpt.service.routing import RoutingError
 from gpuckpt.service.service import Service
 from gpuckpt.service.view import EventView
 
+_log = logging.getLogger("gpuckpt.pool")
 _HEARTBEAT = 5.0
 _LONGEST_WAKE = 3600.0
 
@@ -63,7 +67,7 @@ class Admin:
             Route("/v1/drain", self._answered(self._drain), methods=["POST"]),
             Route("/metrics", self._answered(self._metrics), methods=["GET"]),
         ]
-        return Starlette(routes=routes)
+        return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_request})
 
     def _answered(self, work: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
@@ -78,6 +82,9 @@ class Admin:
             except GpuckptError as error:
                 said = {"message": error.message, "cause": error.cause, "remedy": error.remedy}
                 return _json({"error": {k: v for k, v in said.items() if v}}, _status(error))
+            except Exception:  # a fault of ours: whoever asked is told, the log has it
+                _log.exception("%s %s could not be answered", request.method, request.url.path)
+                return _json({"error": {"message": "the service has failed on this request; its log says more"}}, 500)
 
         return answer
 
@@ -91,21 +98,12 @@ class Admin:
         if model is not None:
             model = self._service.find(model)
         after, limit = _number(request, "after", 0), _number(request, "limit", 1000)
+        history = self._service.history
         if request.query_params.get("follow") in ("1", "true"):
-            past = self._service.history.last(limit, after=after, model=model) if after else []
-            return StreamingResponse(self._follow(past, model), media_type="text/event-stream")
-        return _json({"events": self._service.history.last(limit, after=after, model=model)})
-
-    async def _follow(self, past: list[EventView], model: str | None) -> AsyncIterator[bytes]:
-        yield b": following\n\n"
-        for event in past:
-            yield _event(event)
-        told = past[-1].seq if past else 0
-        async for found in self._service.history.follow(_HEARTBEAT):
-            if found is None:
-                yield b": nothing\n\n"
-            elif model in (None, found.model) and found.seq > told:
-                yield _event(found)
+            told = after if request.query_params.get("after") else None
+            found = history.follow(_HEARTBEAT, after=told, limit=limit, model=model)
+            return StreamingResponse(_lines(found), media_type="text/event-stream")
+        return _json({"events": history.last(limit, after=after, model=model)})
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -113,26 +111,24 @@ class Admin:
     # ------------------------------------------------------------------ orders
 
     async def _wake(self, request: Request) -> Response:
-        name = self._service.find(request.path_params["name"])
+        name = self._named(request)
         asked = await _body(request, _Wake, _Wake())
         if not 0 < asked.deadline <= _LONGEST_WAKE:
             raise _RefusedHere(400, f"deadline must be between 0 and {_LONGEST_WAKE:g} seconds")
-        began = self._service.owner.clock()
         try:
             lease = await self._service.owner.wake(name, asked.deadline)
-        except RefusedError as error:
-            late = self._service.owner.clock() - began >= asked.deadline
-            raise _RefusedHere(504 if late else error.status, str(error)) from None
+        except LateError as error:
+            raise _RefusedHere(504, str(error)) from None
         return _json({"model": name, "replica": lease.replica.name, "tier": lease.tier, "seconds": lease.waited})
 
     async def _sleep(self, request: Request) -> Response:
-        name = self._service.find(request.path_params["name"])
+        name = self._named(request)
         asked = await _body(request, _Sleep, _Sleep())
         names = self._service.owner.sleep(name, release=asked.release)
         return _json({"model": name, "stopped" if asked.release else "frozen": names})
 
     async def _scale(self, request: Request) -> Response:
-        name = self._service.find(request.path_params["name"])
+        name = self._named(request)
         wanted = (await _body(request, _Scale, None)).replicas
         most = self._service.owner.models[name].rules.max_replicas
         if wanted is not None and not 0 <= wanted <= most:
@@ -145,7 +141,7 @@ class Admin:
         return _json({"model": name, "replicas": wanted})
 
     async def _drain_model(self, request: Request) -> Response:
-        name = self._service.find(request.path_params["name"])
+        name = self._named(request)
         return _json({"model": name, "stopped": self._service.owner.drain_model(name)})
 
     async def _reload_now(self, request: Request) -> Response:
@@ -156,9 +152,23 @@ class Admin:
         asyncio.get_running_loop().call_later(0.05, self._stop)
         return _json({}, 202)
 
+    def _named(self, request: Request) -> str:
+        name = self._service.find(request.path_params["name"])
+        if name not in self._service.owner.models:
+            raise BusyError("the service is starting", remedy="try again in a moment")
+        return name
 
-def _event(event: EventView) -> bytes:
-    return b"data: " + msgspec.json.encode(event) + b"\n\n"
+
+async def _lines(found: AsyncGenerator[EventView | None, None]) -> AsyncIterator[bytes]:
+    async with contextlib.aclosing(found):
+        async for event in found:
+            yield b": nothing\n\n" if event is None else b"data: " + msgspec.json.encode(event) + b"\n\n"
+
+
+async def _no_such_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _json({"error": {"message": message}}, error.status_code)
 
 
 def _status(error: GpuckptError) -> int:
@@ -185,5 +195,5 @@ async def _body(request: Request, kind: type[Any], default: Any) -> Any:
         return default
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _RefusedHere(400, f"the body cannot be used: {error}") from None

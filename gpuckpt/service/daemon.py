@@ -53,19 +53,22 @@ class _Daemon:
         self._layout = Layout.of(settings)
         self._stop = asyncio.Event()
         self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[None]] = set()
         self._guard = Guard()
 
     async def run(self) -> None:
         config = configuration.load(self._file)
-        with _alone(self._layout):
+        with _alone(self._layout), contextlib.ExitStack() as sockets:
             credential = activation.credential()
             service = self._service = Service(self._settings, config, keys=credential)
             front_sockets = self._front_sockets(config.front.listen)
+            for one in front_sockets:
+                sockets.callback(one.close)
             self._follow(config)
             refuse_untrusted(self._admin.parent, what="the admin socket's folder")
             self._admin.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             admin = Admin(service, reload=self._reload, stop=self._stop.set).app()
-            admin_server = HttpServer(admin, [_private_socket(self._admin)], guard=Guard())
+            admin_server = HttpServer(admin, [self._admin_socket()], guard=Guard())
             front_server = HttpServer(Site(service), front_sockets, guard=self._guard)
             service.connections = lambda: front_server.connections
             loop = asyncio.get_running_loop()
@@ -87,8 +90,9 @@ class _Daemon:
             finally:
                 self._notifier.stopping("finishing what is at work")
                 patience = service.config.front.drain
-                if service.state == "ready":
-                    await service.close(patience)
+                async with self._reloading:  # what one is looking at would be left behind
+                    if service.state == "ready":
+                        await service.close(patience)
                 await front_server.close(1)
                 await admin_server.close(1)
                 ping.cancel()
@@ -106,15 +110,17 @@ class _Daemon:
         for address in addresses:
             try:
                 made.append(listen(address))
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 for one in made:
                     one.close()
-                raise PreflightError(
-                    f"the pool cannot listen at {address}",
-                    cause=error.strerror or str(error),
-                    remedy=f"end what listens there, or change front.listen in {self._file}",
-                ) from error
+                raise _cannot_listen(address, error, f"change front.listen in {self._file}") from error
         return made
+
+    def _admin_socket(self) -> socket.socket:
+        try:
+            return _private_socket(self._admin)
+        except OSError as error:
+            raise _cannot_listen(f"unix:{self._admin}", error, "name another socket with --socket") from error
 
     def _sweep(self) -> None:
         for sentence in sweep(self._settings, lambda: tools(self._settings)):
@@ -157,21 +163,29 @@ class _Daemon:
         return f"{len(models)} models, {counts}; {working} requests at work, {waiting} waiting"
 
     def _reload_soon(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._reload_by_signal())
+        task = asyncio.get_running_loop().create_task(self._reload_by_signal())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
 
     async def _reload_by_signal(self) -> None:
-        self._notifier.reloading()
+        if self._service.state != "ready":  # to say now that it is would be wrong
+            _log.error("the configuration was not reloaded: the service is %s", self._service.state)
+            return
         try:
+            self._notifier.reloading()
             await self._reload()
             self._notifier.ready(self._status())
         except GpuckptError as error:
             _log.error("the configuration was not reloaded: %s", " — ".join(filter(None, (error.message, error.cause))))
             self._notifier.ready(f"the configuration was not reloaded: {error.message}")
+        except Exception:
+            _log.exception("the configuration was not reloaded")
+            self._notifier.ready("the configuration was not reloaded")
 
     async def _reload(self) -> Changes:
-        if self._service.state != "ready":
-            raise BusyError(f"the service is {self._service.state}")
         async with self._reloading:
+            if self._service.state != "ready":
+                raise BusyError(f"the service is {self._service.state}")
             config = await asyncio.to_thread(configuration.load, self._file)
             changes = await self._service.reload(config)
             self._follow(config)
@@ -189,6 +203,12 @@ def _alone(layout: Layout) -> Iterator[None]:
             yield
     except BusyError as error:
         raise BusyError("a pool runs already", cause=error.cause, remedy="systemctl stop gpuckpt-pool") from error
+
+
+def _cannot_listen(address: str, error: OSError | UnicodeError, otherwise: str) -> PreflightError:
+    cause = getattr(error, "strerror", None) or str(error)
+    remedy = f"end what listens there, or {otherwise}"
+    return PreflightError(f"the pool cannot listen at {address}", cause=cause, remedy=remedy)
 
 
 def _private_socket(path: Path) -> socket.socket:

@@ -16,6 +16,7 @@ from gpuckpt.pool.book import Held, RefusedError
 from gpuckpt.pool.owner import Lease
 from gpuckpt.pool.state import Phase
 from gpuckpt.service.exchange import (
+    HOP_BY_HOP,
     AnswerError,
     BrokenOffError,
     ClientGone,
@@ -35,8 +36,8 @@ __all__ = ["Front", "Limits", "Pool", "Record"]
 
 _log = logging.getLogger("gpuckpt.pool")
 _ATTEMPTS = 4  # replicas that a request is given to, one after the other, before it is given up
-_NOT_PASSED_ON = (b"content-length", b"expect", b"x-gpuckpt-model")  # the length is counted anew
-_KEYS = (b"authorization", b"x-api-key")
+_NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"expect", b"x-gpuckpt-model"}  # the length is counted anew
+_WITH_KEYS = _NOT_PASSED_ON | {b"authorization", b"x-api-key"}
 
 
 class Pool(Protocol):
@@ -102,7 +103,7 @@ class Front:
         exchange.record.model, exchange.record.tier = route.model, self._pool.tier_of(route.model)
         exchange.waits_for_events = route.stream
         # The keys are ours, and nobody else's to know.
-        headers = exchange.passed_headers(_NOT_PASSED_ON + _KEYS if self.keys else _NOT_PASSED_ON)
+        headers = exchange.passed_headers(_WITH_KEYS if self.keys else _NOT_PASSED_ON)
         async with exchange.attended(self.limits.keep_alive):
             await self._relay(exchange, route, headers)
 
@@ -153,14 +154,20 @@ class Front:
         return held.phase is not Phase.HOT
 
     async def _pass_on(self, exchange: Exchange, connection: Connection, held: Held, first: bytes) -> None:
-        clock, read, pass_on = time.monotonic, connection.read, exchange.piece
+        clock, write = time.monotonic, exchange.write
+
+        def pour(data: bytes) -> bool:
+            held.heard = clock()
+            return write(data)
+
         last = connection.ended
         await exchange.head(connection.status, connection.headers, first, last=last)
+        connection.pour(pour)
         while not last:
-            piece = await read()
+            piece = await connection.read()
             held.heard = clock()
             last = connection.ended
-            await pass_on(piece, last=last)
+            await exchange.piece(piece, last=last)
         exchange.record.outcome = "ok" if connection.status < 400 else "error"
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:

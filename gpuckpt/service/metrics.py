@@ -57,7 +57,7 @@ class Metrics:
             case "failed" if event.tier:
                 self._wakes.labels(event.model, event.tier, "failed").inc()
             case "stopped":
-                self._evictions.labels(event.model, event.reason).inc()
+                self._evictions.labels(event.model, event.reason.partition(":")[0]).inc()
             case "lost":
                 self._lost.labels(event.model, event.reason.partition(":")[0]).inc()
             case "moved":

@@ -14,14 +14,16 @@ import msgspec
 
 from gpuckpt import __version__
 from gpuckpt.config import Settings
-from gpuckpt.errors import UsageError
+from gpuckpt.errors import BusyError, UsageError
 from gpuckpt.host import tmpfs
 from gpuckpt.pool.book import Event, Held, RefusedError
 from gpuckpt.pool.config import MEMORY_SHARE, Model, Pool
+from gpuckpt.pool.hands import Source, Workplace
 from gpuckpt.pool.health import Health
 from gpuckpt.pool.owner import Lease, Owner
 from gpuckpt.pool.state import Budget, Golden, Phase
-from gpuckpt.pool.workshop import Source, Workshop
+from gpuckpt.pool.steady import again_and_again
+from gpuckpt.pool.workshop import Workshop
 from gpuckpt.service.front import Front, Limits
 from gpuckpt.service.history import History
 from gpuckpt.service.keys import Keys
@@ -48,7 +50,10 @@ _BAD = frozenset(("failed", "lost", "quarantined"))
 
 
 class Service:
-    """Everything but sockets and signals. ``keys``: a file of API keys that systemd has handed over."""
+    """Everything but sockets and signals. ``keys``: a file of API keys that systemd has handed over.
+
+    ``hands``: what does the work, by default a :class:`Workshop`.
+    """
 
     def __init__(
         self,
@@ -56,8 +61,8 @@ class Service:
         config: Pool,
         *,
         keys: Path | None = None,
+        hands: Workplace | None = None,
     ) -> None:
-        self._settings = settings
         self.config = config
         self._credential = keys
         self.started = time.time()
@@ -66,7 +71,7 @@ class Service:
         self.listening: list[str] = []
         self.connections: Callable[[], int] = lambda: 0
         self.history = History()
-        self._workshop = Workshop(settings, _sources(config))
+        self._workshop: Workplace = hands or Workshop(settings, _sources(config))
         self.owner = Owner(self._workshop, budget=config.room(), tell=self._tell)
         self.metrics = Metrics(self.owner.view, self._connected)
         self.health = Health(self.owner, self._workshop, config.health, self.metrics.canary)
@@ -124,27 +129,29 @@ class Service:
         self._to_prewarm |= {name for name, model in models.items() if model.prewarm}
 
     async def _tick(self) -> None:
-        while True:
-            now = time.localtime()
-            minute = now.tm_hour * 60 + now.tm_min
-            scheduled = {
-                name
-                for name, model in self.config.models.items()
-                if any(window.holds(now.tm_wday, minute) for window in model.schedule)
-            }
-            # One that has come is kept no longer than any other.
-            self._to_prewarm -= {
-                name
-                for name in self._to_prewarm
-                if (model := self.owner.models.get(name)) is None or model.has(Phase.HOT, Phase.STANDBY)
-            }
-            self.owner.set_warm(scheduled | self._to_prewarm)
-            await asyncio.sleep(_TICK)
+        await again_and_again(self._keep_warm, _TICK)
+
+    def _keep_warm(self) -> None:
+        now = time.localtime()
+        minute = now.tm_hour * 60 + now.tm_min
+        scheduled = {
+            name
+            for name, model in self.config.models.items()
+            if any(window.holds(now.tm_wday, minute) for window in model.schedule)
+        }
+        # One that has come is kept no longer than any other.
+        self._to_prewarm -= {
+            name
+            for name in self._to_prewarm
+            if (model := self.owner.models.get(name)) is None or model.has(Phase.HOT, Phase.STANDBY)
+        }
+        self.owner.set_warm(scheduled | self._to_prewarm)
 
     async def reload(self, config: Pool) -> Changes:
         """Go by another configuration from now on; requests under way are not disturbed.
 
-        Raises UsageError or NotFoundError if it cannot be used: then nothing has changed.
+        Raises UsageError, NotFoundError or BusyError if it cannot be used (now), and what looking at new models'
+        goldens raises: then nothing has changed. For one caller at a time.
         """
         keys = self._read_keys(config)
         before = self.config
@@ -157,22 +164,29 @@ class Service:
                     f"model {name} cannot get another golden while it is served",
                     remedy="give it another name, or restart the service",
                 )
-        leaving = [name for name in config.models if (one := self.owner.models.get(name)) and one.leaving]
-        if leaving:
-            raise UsageError(f"{', '.join(leaving)} is still going, as it was asked to", remedy="try again in a moment")
+        going = [name for name, one in self.owner.models.items() if one.leaving]
+        if back := [name for name in config.models if name in going]:
+            raise BusyError(f"{', '.join(back)} is still going, as it was asked to", remedy="try again in a moment")
         removed = [name for name in before.models if name not in config.models]
         added = [name for name in config.models if name not in before.models]
         changed = [
             name for name in config.models if name in before.models and config.models[name] != before.models[name]
         ]
-        self._workshop.set_sources(_sources(config), removed)
+        # What is new is looked at first: that may fail, and requests for it are to find it there.
+        self._workshop.set_sources(_sources(config), [*going, *removed])
+        try:
+            await self.owner.adopt({name: config.models[name].rules() for name in added})
+        except BaseException:
+            self._workshop.set_sources(_sources(before), going)
+            raise
         self._apply(config)
         self.front.keys = keys
         self.owner.budget = self._budget()
         for name in removed:
             self.owner.remove(name)
         self.owner.set_rules({name: config.models[name].rules() for name in changed})
-        await self.owner.adopt({name: config.models[name].rules() for name in added})
+        for name in added:
+            self.health.forget(name)  # one that was called so before may have had another golden
         self._prewarm({name: config.models[name] for name in added})
         changes = Changes(added, removed, changed, notes)
         said = [

@@ -9,9 +9,10 @@ from typing import Any
 
 from gpuckpt.config_load import load
 from gpuckpt.pool.book import Event
+from gpuckpt.pool.hands import Source
 from gpuckpt.pool.owner import Owner
 from gpuckpt.pool.state import Golden, Phase, Rules
-from gpuckpt.pool.workshop import Source, Workshop
+from gpuckpt.pool.workshop import Workshop
 from tests.integration.conftest import HERE, SERVER, Bench
 
 RULES = Rules(max_replicas=4, concurrency=1, idle_freeze=1000, idle_release=1000)

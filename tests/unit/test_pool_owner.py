@@ -3,122 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from gpuckpt.errors import GpuckptError, RestoreError, VerificationError
-from gpuckpt.pool.book import Event, RefusedError
+from gpuckpt.pool.book import RefusedError
 from gpuckpt.pool.hands import Found, Made
-from gpuckpt.pool.owner import Owner
-from gpuckpt.pool.state import Golden, Phase, Rules
-
-RULES = Rules(max_replicas=3, concurrency=2, idle_freeze=1000.0, idle_release=1000.0, prepare=0)
-
-
-class FakeHands:
-    """Does nothing, after a short while; what it was asked is in ``done``, and what fails is said beforehand."""
-
-    def __init__(self, **models: Found) -> None:
-        self.models = models
-        self.done: list[str] = []
-        self.fails: dict[str, list[GpuckptError]] = {}
-        self.gate: asyncio.Event | None = None
-        self.prepared: list[str] = []
-
-    async def _do(self, what: str, *names: str) -> None:
-        await asyncio.sleep(0.005)
-        if self.gate:
-            await self.gate.wait()
-        self.done.append(" ".join((what, *names)))
-        if self.fails.get(what):
-            raise self.fails[what].pop(0)
-
-    async def look(self, model: str) -> Found:
-        return replace(self.models[model], replicas=())
-
-    async def adopt(self, model: str) -> Found:
-        return self.models[model]
-
-    async def restore(self, model: str, replica: str) -> Made:
-        await self._do("restore", replica)
-        return Made(replica, f"at {replica}", memory=1)
-
-    async def make(self, model: str, *, replace: bool) -> None:
-        await self._do("make anew" if replace else "make", model)
-        self.models[model] = Found(model, Golden.TMPFS, golden_bytes=4)
-
-    async def prepare(self, model: str, replica: str) -> None:
-        await asyncio.sleep(0.001)
-        self.prepared.append(replica)
-
-    async def wake(self, model: str, replica: str) -> None:
-        await self._do("wake", replica)
-
-    async def freeze(self, model: str, replica: str) -> None:
-        await self._do("freeze", replica)
-
-    async def stop(self, model: str, replica: str) -> None:
-        await self._do("stop", replica)
-
-    async def move(self, model: str, to: Golden) -> None:
-        await self._do("move", model, str(to))
-
-    async def healthy(self, model: str, replica: str, timeout: float) -> bool:
-        return True
-
-    async def doomed(self, model: str, replica: str) -> bool:
-        return False
-
-    async def canary(self, model: str, replica: str) -> tuple[str, ...]:
-        return ()
-
-    async def memory(self, model: str, replica: str) -> int:
-        return 1
-
-
-class World:
-    """An owner, its hands, and what it told."""
-
-    def __init__(self, rules: dict[str, Rules], hands: FakeHands, **options: Any) -> None:
-        self.hands = hands
-        self.events: list[Event] = []
-        self.owner = Owner(hands, tell=self.events.append, retry=0.01, **options)
-        self._rules = rules
-
-    async def __aenter__(self) -> World:
-        await self.owner.adopt(self._rules)
-        self._watch = asyncio.ensure_future(self.owner.watch(0.005))
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._watch.cancel()
-        if self.hands.gate:
-            self.hands.gate.set()
-        await self.owner.drain(0.1)
-        assert not self.phases("a")
-
-    def phases(self, model: str) -> list[Phase]:
-        found = next(one for one in self.owner.view().models if one.name == model)
-        return [one.phase for one in found.replicas]
-
-    async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
-            while not holds():
-                await asyncio.sleep(0.002)
-
-    def kinds(self) -> list[str]:
-        return [event.kind for event in self.events]
-
-
-def one(rules: Rules = RULES, golden: Golden = Golden.TMPFS, **options: Any) -> World:
-    return World({"a": rules}, FakeHands(a=Found("a", golden, 4, 1)), **options)
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 20))
+from gpuckpt.pool.state import Golden, Phase
+from tests.pool_world import RULES, FakeHands, World, one, run
 
 
 def test_requests_that_come_at_once_share_one_wake() -> None:

@@ -255,6 +255,17 @@ def test_containers_are_prepared_one_at_a_time_while_nothing_comes() -> None:
     assert ordered(model(max_replicas=4, prepare=1, prepared=1)) == []
 
 
+def test_a_cold_start_needs_room_for_all_that_its_replicas_share() -> None:
+    bad = replace(model(), golden=Golden.QUARANTINED, cold=4 * GB, waiting=1)
+    assert ordered(bad, memory=4 * GB) == [Start("a")]
+    idle = model("b", replica("y"))
+    assert ordered(bad, idle, memory=4 * GB) == [Stop("b", "y", "room")]
+    assert ordered(replace(bad, waiting=0), idle, memory=4 * GB) == []
+    # While it is at work nobody else gets that room.
+    started = replace(bad, waiting=0, replicas=(replica("x", Phase.STARTING, memory=0),))
+    assert ordered(started, model("b", waiting=1), memory=4 * GB) == []
+
+
 def test_what_never_fits_is_known() -> None:
     small, large = model(memory=GB), model("b", memory=5 * GB)
     state = State(NOW, (small, large), Budget(memory=4 * GB))

@@ -157,6 +157,47 @@ def test_what_nobody_reads_is_not_taken() -> None:
     run(test())
 
 
+@given(st.data())
+def test_what_is_poured_keeps_its_order(data: st.DataObject) -> None:
+    """Some pieces the sink takes, some wait for the reader, which takes its time."""
+    bodies = [bytes((number,)) * 3 for number in range(data.draw(st.integers(1, 30)))]
+    takes = data.draw(st.lists(st.booleans(), min_size=30, max_size=30))
+    rests = data.draw(st.lists(st.integers(0, 3), min_size=30, max_size=30))
+    got = b""
+
+    def sink(piece: bytes) -> bool:
+        nonlocal got
+        if takes.pop():
+            got += piece
+            return True
+        return False
+
+    async def test() -> None:
+        nonlocal got
+        connection, _ = connected()
+        asking = asyncio.create_task(connection.exchange("GET", b"/", [], b""))
+        await asyncio.sleep(0)
+
+        async def feed() -> None:
+            connection.data_received(OK + CHUNKED)
+            for body in bodies:
+                connection.data_received(chunk(body))
+                await turns(rests.pop())
+            connection.data_received(chunk(b""))
+
+        feeding = asyncio.create_task(feed())
+        await asking
+        connection.pour(sink)
+        while piece := await connection.read():
+            await asyncio.sleep(0)  # as a client that must be waited for
+            got += piece
+        await feeding
+        assert connection.finish()
+
+    run(test())
+    assert got == b"".join(bodies)
+
+
 def test_a_request_as_it_is_written() -> None:
     async def test() -> None:
         connection, wire = connected()
