@@ -21,7 +21,7 @@ from gpuckpt.service.view import ModelView
 
 _EVERY = 0.5  # seconds between two readings
 _RECENT = 20  # readings
-_LOOK = 1.0  # seconds between two looks for the container: each is a run of podman
+_LOOK = 0.2  # seconds between two looks for the container: each is a run of podman
 
 
 class Reading(NamedTuple):

@@ -48,9 +48,16 @@ def golden_only(model: ModelView) -> bool:
 
 
 def make_hot(pool: PoolProcess, name: str) -> None:
-    """See to it that one replica is hot and idle."""
-    pool.client.wake(name)
-    pool.until(name, hot, _MOST)
+    """See to it that one replica is hot and idle, and no other is there."""
+    until = time.monotonic() + _MOST
+    while True:
+        pool.client.wake(name)
+        found = pool.until(name, lambda model: not model.requests and {*phases(model)} <= {"hot", "standby"}, _MOST)
+        if hot(found):
+            return
+        if time.monotonic() > until:
+            raise DeadlineError(f"{name} did not come to have one hot replica within {_MOST:g} s", cause=str(found))
+        release(pool, name)
 
 
 def until_hot(pool: PoolProcess, name: str, count: int = 1) -> None:

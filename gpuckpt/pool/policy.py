@@ -148,7 +148,8 @@ class _Plan:
 
     def serve(self, model: Model) -> None:
         """Begin what its requests need."""
-        have = sum(one.phase is Phase.HOT or one.phase in COMING for one in model.replicas)
+        # One that freezes is woken in a moment, which is sooner than another could come.
+        have = sum(one.phase in (Phase.HOT, Phase.FREEZING) or one.phase in COMING for one in model.replicas)
         for _ in range(wanted_hot(model) - have):
             if not self._one_more(model):
                 return

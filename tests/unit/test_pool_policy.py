@@ -85,6 +85,12 @@ def test_wakes_coalesce(phase: Phase) -> None:
     assert ordered(model("a", replica("x", phase), waiting=5)) == []
 
 
+def test_one_that_freezes_is_woken_and_not_joined_by_another() -> None:
+    assert ordered(model("a", replica("x", Phase.FREEZING), waiting=1)) == []
+    assert ordered(model("a", replica("x", Phase.FREEZING), waiting=9, max_replicas=2)) == [Restore("a")]
+    assert ordered(model("a", replica("x", Phase.STANDBY), waiting=1)) == [Wake("a", "x")]  # a moment later
+
+
 def test_a_queue_scales_out_as_far_as_the_rules_let_it() -> None:
     busy = replica("x", requests=2)
     assert wanted_hot(model("a", busy, waiting=9, concurrency=2, max_replicas=8)) == 6
