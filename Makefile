@@ -16,13 +16,13 @@ typed := gpuckpt hooks tests $(foreach folder,scripts seccomp benchmarks,$(if $(
 fast := $(wildcard tests/unit)
 # Their thousands of small files are in memory, where programs may be started from there: a third of a disk's time.
 in_memory = $(shell findmnt -no OPTIONS /dev/shm 2>/dev/null | tail -1 | grep -qvw noexec && echo TMPDIR=/dev/shm)
-benchmarks := restore density sweep steady create archive ignore_flags criu_binaries cold
+benchmarks := restore density sweep steady create archive ignore_flags criu_binaries cold pool
 all := $(wildcard tests/unit tests/property tests/contract tests/integration tests/browser)
 # The guest server's own tests run where it runs: in the server's environment, with torch.
 guest := $(wildcard tests/guest tests/guest_api)
 server := $(PREFIX)/server/bin/python
 
-.PHONY: help setup setup-server setup-tests check lint types imports unit test-guest test demo bench bench-sessions format clean
+.PHONY: help setup setup-server setup-tests check lint types imports unit test-guest test demo demo-pool bench bench-pool bench-sessions format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,15 +68,25 @@ demo: ## set up everything, then show what gpuckpt does, step by step (as root)
 	@$(MAKE) setup-server
 	@$(python) -m benchmarks.demo
 
+demo-pool: ## set up everything, then show the warm pool: three models behind one address (as root)
+	@$(MAKE) setup-server
+	@$(python) -m benchmarks.demo_pool
+
 # One after the other; a part that fails does not keep the others, an interruption ends them all.
-bench: ## measure everything: about 3 hours on 2 cores (BENCH=--quick: a trial); results in build/bench
+bench: ## measure everything: about 3.5 hours on 2 cores (BENCH=--quick: a trial); results in build/bench
 	@$(MAKE) setup-server
 	@failed=; for part in $(benchmarks); do \
 	  status=0; $(python) -m benchmarks.$$part $(BENCH) || status=$$?; \
 	  case $$status in 0) ;; 130) exit 130;; *) failed="$$failed $$part";; esac; \
 	done; \
 	$(python) -m benchmarks.report --results build/results; \
+	test ! -e build/bench/pool.json || $(python) -m benchmarks.report --pool --results build/results; \
 	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+
+bench-pool: ## measure the warm pool: about 20 minutes on 2 cores (BENCH=--quick: a trial); build/bench/pool.json
+	@$(MAKE) setup-server
+	@$(python) -m benchmarks.pool $(BENCH)
+	@$(python) -m benchmarks.report --pool --results build/results
 
 bench-sessions: ## measure the session engine: about 35 minutes on 2 cores (BENCH=--quick: a trial); build/bench/sessions.json
 	@$(MAKE) setup-server

@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment, harness
+from benchmarks import environment, harness, models
 from benchmarks.harness import CommandFailed, Outcome
 from benchmarks.statistics import Summary
 from benchmarks.terminal import Terminal
@@ -37,9 +35,6 @@ from gpuckpt.host.tmpfs import available_memory
 
 JSON_VERSION = 1
 LEAST_RESTORES = 5
-MODEL_NAME = "qwen2-0.5b-random"
-MODEL = "Qwen2 of the 0.5B shape, random weights"
-MODEL_BYTES = 990_000_000  # for the progress line only
 # A small KV cache, and every core: vLLM sets one aside by default, which of two would be half.
 SERVER_ENVIRONMENT = ("VLLM_CPU_KVCACHE_SPACE=1", "VLLM_CPU_NUM_OF_RESERVED_CPU=0")
 # In the environment of every server of the demo: the mark by which a golden is known as one that it may remove.
@@ -58,7 +53,7 @@ class Demo:
         self.output = output
         self.terminal = terminal
         self.prefix = environment.prefix()
-        self.model = self.prefix / "models" / MODEL_NAME
+        self.model = self.prefix / "models" / models.QWEN.folder
         self.load = os.getloadavg()  # other work on the machine at the begin is in every number
         self.ours: list[str] = []  # names of the goldens that are ours to remove
 
@@ -105,43 +100,16 @@ class Demo:
 
     def _make_model(self) -> None:
         say = self.terminal.say
-        if (self.model / "made.json").exists():
+        if models.made(self.prefix, models.QWEN):
             say(f"  {self.model} is there already")
         else:
             say("  No download: the 0.5B shape of Qwen2 with seeded random weights. It loads and computes like the")
             say("  published model and repeats itself exactly; what it says makes no sense.")
-        self.model.parent.mkdir(parents=True, exist_ok=True)
         # Makes nothing if the folder holds this very model; that is its decision, not ours.
-        argv = [self.prefix / "server" / "bin" / "python", harness.ROOT / "scripts" / "make_model.py", self.model]
-        with self.terminal.waiting(self._model_progress) as tick:
-            process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            try:
-                while True:
-                    try:
-                        printed, _ = process.communicate(timeout=0.2)
-                        break
-                    except subprocess.TimeoutExpired:
-                        tick()
-            except BaseException:
-                process.kill()
-                process.communicate()
-                raise
-            finally:
-                for staging in self.model.parent.glob(f".{self.model.name}.*"):
-                    shutil.rmtree(staging, ignore_errors=True)
-        if process.returncode != 0:
-            log = tuple(printed.decode(errors="replace").splitlines()[-20:])
-            raise GpuckptError("the model could not be made", log=log, remedy="is there 1 GB of space left?")
+        with self.terminal.waiting(lambda: models.progress(self.prefix, models.QWEN)) as tick:
+            models.make(self.prefix, models.QWEN, tick)
         size = (self.model / "model.safetensors").stat().st_size
         say(f"  {size / 1e9:.2f} GB of weights in {self.model}")
-
-    def _model_progress(self) -> str:
-        written = sum(
-            path.stat().st_size for path in self.model.parent.glob(f".{self.model.name}.*/*") if path.is_file()
-        )
-        return f"making the model: {written / 1e9:.2f} of {MODEL_BYTES / 1e9:.2f} GB written"
 
     @property
     def copied(self) -> str:
@@ -256,7 +224,7 @@ class Demo:
         return {
             "version": JSON_VERSION,
             "clock": "from just before the command is spawned to the first streamed token, CLOCK_MONOTONIC",
-            "model": MODEL,
+            "model": models.QWEN.about,
             # Of the start that the phases below belong to: the faster one, so that no ratio is flattered.
             "cold_ttft_s": round(usual.ttft_s, 6),
             "cold_ttft_s_each": [round(each.ttft_s, 6) for each in cold],

@@ -82,7 +82,7 @@ def models(space: Workspace, prefix: Path, *, quick: bool) -> list[Served]:
 def configuration(space: Workspace, served: Sequence[Served], *, quick: bool) -> str:
     """The pool's TOML: idle times of seconds, a budget that not everything fits into."""
     parts = [
-        "[health]\ninterval = '1s'\ntimeout = '3s'\nfailures = 3\nstalled = '20s'\ncanary = '20s'\nretry = '0.5s'",
+        "[health]\ninterval = '1s'\ntimeout = '3s'\nfailures = 3\nstalled = '60s'\ncanary = '20s'\nretry = '0.5s'",
         "[front]\ndeadline = '4min'\nkeep_alive = '2s'\ndrain = '20s'",
         f"[budget]\nmemory = '{'200M' if quick else '1500M'}'",
     ]

@@ -3,6 +3,7 @@
     python -m benchmarks.report                      build/bench → results/DATE-MACHINE/, results/README.md
     python -m benchmarks.report --results /tmp/out   the same elsewhere
     python -m benchmarks.report --sessions           the session engine's → results/DATE-MACHINE-sessions/
+    python -m benchmarks.report --pool               the warm pool's → results/DATE-MACHINE-pool/
     python -m benchmarks.report --index              only the index anew
 
 Everything in the pages is computed from the JSON files; nothing in them is written by hand.
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, merge, pages, session_pages
+from benchmarks import harness, merge, pages, pool_pages, session_pages
 
 Document = dict[str, Any]
 _WORDS = ("xeon", "epyc", "ryzen", "core", "neoverse", "graviton", "ampere", "arm")
@@ -76,17 +77,34 @@ def make_sessions(source: Path, results: Path) -> Path:
     return target
 
 
+def make_pool(source: Path, results: Path) -> Path:
+    """The same for the warm pool's pool.json."""
+    document: Document = json.loads((source / "pool.json").read_text())
+    target = results / f"{folder_name(document)}-pool"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("pool.json", "pool.csv"):
+        shutil.copyfile(source / name, target / name)
+    from benchmarks import pool_figures
+
+    drawn = pool_figures.draw(document, target)
+    (target / "README.md").write_text(pool_pages.page(document, target.name, drawn))
+    index(results)
+    return target
+
+
 def index(results: Path) -> Path:
     """Write README.md of all results: one row for each folder, the newest first."""
-    found, sessions = [], []
+    found, sessions, pools = [], [], []
     for folder in sorted(results.iterdir(), reverse=True):
         for name in ("restore.json", "demo.json"):
             if (file := folder / name).is_file():
                 found.append((folder.name, name, json.loads(file.read_text())))
         if (file := folder / "sessions.json").is_file():
             sessions.append((folder.name, json.loads(file.read_text())))
+        if (file := folder / "pool.json").is_file():
+            pools.append((folder.name, json.loads(file.read_text())))
     page = results / "README.md"
-    page.write_text(pages.index(found, session_pages.index(sessions)))
+    page.write_text(pages.index(found, [*pool_pages.index(pools), *session_pages.index(sessions)]))
     return page
 
 
@@ -97,13 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--out", type=Path, default=harness.ROOT / "build" / "bench", help="what was measured")
     made.add_argument("--results", type=Path, default=harness.ROOT / "results", help="where pages go")
     made.add_argument("--sessions", action="store_true", help="the session engine's results")
+    made.add_argument("--pool", action="store_true", help="the warm pool's results")
     made.add_argument("--index", action="store_true", help="only write the index anew")
     options = made.parse_args(argv)
     try:
         if options.index:
             written = index(options.results)
         else:
-            written = (make_sessions if options.sessions else make)(options.out, options.results)
+            work = make_sessions if options.sessions else make_pool if options.pool else make
+            written = work(options.out, options.results)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

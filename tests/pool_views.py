@@ -48,6 +48,8 @@ def a_model(name: str, tier: str = "tmpfs", *, golden: str | None = None, **othe
         "trouble": "",
         "retry_at": None,
         "warm": False,
+        "drained": False,
+        "scale": None,
         "expected_memory": 420 * MIB,
         **other,
     }

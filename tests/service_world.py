@@ -53,6 +53,12 @@ async def until(happened: Callable[[], object], seconds: float = 5.0) -> None:
             await asyncio.sleep(0.002)
 
 
+async def turns(count: int = 5) -> None:
+    """Let the loop do what it has to do after something was closed."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 def chunk(data: bytes) -> bytes:
     """A chunk of a body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
@@ -136,9 +142,7 @@ class Replica:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for writer in list(self.open):
-            writer.transport.abort()
-        await asyncio.sleep(0)
+        await turns()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

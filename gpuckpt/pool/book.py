@@ -122,7 +122,7 @@ class Of:
     def found(self, seen: Found) -> None:
         """Its golden is as it was just seen."""
         self.golden, self.golden_bytes, self.served = seen.golden, seen.golden_bytes, seen.served
-        self.estimate = seen.memory
+        self.estimate = seen.memory or self.estimate
 
     def next_name(self) -> str:
         """A name for another replica: one that is prepared, if there is any."""
@@ -173,6 +173,7 @@ class Of:
             golden_bytes=self.golden_bytes,
             memory=self.expected,
             gpu=self.gpu,
+            cold=self.estimate,
             replicas=tuple(one.seen() for one in self.replicas.values()),
             waiting=len(self.waiters),
             asked=self.asked,

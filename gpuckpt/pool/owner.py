@@ -152,12 +152,12 @@ class Owner:
         held: Held | None = None
         model.waiters.append(waiter)
         self._hand_out(model)
-        self._settle_soon()
-        if waiter.done():
+        if waiter.done():  # nothing is to be done for it, and deciding costs more than relaying a request
             return Lease(waiter.result(), tier, 0.0)
         if len(model.waiters) > self.queue:
             model.waiters.remove(waiter)
             raise RefusedError(f"{len(model.waiters)} requests wait for {name} already", retry_after=1)
+        self._settle_soon()
         try:
             async with asyncio.timeout(deadline):
                 held = await waiter
@@ -177,7 +177,9 @@ class Owner:
         held.since = self.clock()
         if model := self.models.get(held.model):
             self._hand_out(model)
-        self._settle_soon()
+        # What follows from idleness alone has time until the next look.
+        if held.phase is not Phase.HOT or any(one.waiters for one in self.models.values()):
+            self._settle_soon()
 
     def lost(self, held: Held, reason: str) -> None:
         """The replica is dead, or hangs: it gets no more requests, and another one takes its place."""
@@ -481,9 +483,10 @@ class Owner:
         self._say("moved", model.name, reason=f"{to}: {reason}", seconds=self.clock() - began)
 
     async def _failed(self, model: Of, held: Held, error: GpuckptError, tier: str) -> None:
-        model.failures += 1
-        model.retry_at = self.clock() + self.retry * 2 ** min(model.failures - 1, _DOUBLINGS)
-        model.make_at = self.clock() + self.retry * 2 ** min(model.failures - 1, _UNASKED_DOUBLINGS)
+        if not isinstance(error, BusyError):  # somebody else is at it, and will end: that says nothing of the model
+            model.failures += 1
+        model.retry_at = self.clock() + self.retry * 2 ** min(max(0, model.failures - 1), _DOUBLINGS)
+        model.make_at = self.clock() + self.retry * 2 ** min(max(0, model.failures - 1), _UNASKED_DOUBLINGS)
         model.trouble = _why(error)
         self._say("failed", model.name, held.name, _why(error), tier)
         if isinstance(error, VerificationError):

@@ -73,8 +73,8 @@ def wanted_hot(model: Model) -> int:
 
 def never_fits(state: State, model: Model) -> bool:
     """Whether a replica of it has no room even when all that would go for it has gone."""
-    plan = _Plan(state)
-    return plan.room_for(model).short_of(_Room(model.memory, model.gpu))
+    need = _Room(model.memory, model.gpu) if model.golden in (Golden.TMPFS, Golden.DISK) else _cold(model)
+    return _Plan(state).room_for(model).short_of(need)
 
 
 def _scale(model: Model) -> int:
@@ -111,9 +111,16 @@ class _Room:
 
 def _held(model: Model, replica: Replica) -> _Room:
     """What a replica holds, or will hold when it has come."""
+    if replica.phase is Phase.STARTING:
+        return _cold(model)
     if replica.phase in COMING:
         return _Room(max(replica.memory, model.memory), max(replica.gpu, model.gpu))
     return _Room(replica.memory, replica.gpu)
+
+
+def _cold(model: Model) -> _Room:
+    """What its server holds while the golden is made."""
+    return _Room(max(model.memory, model.cold), model.gpu)
 
 
 class _Plan:
@@ -141,7 +148,8 @@ class _Plan:
 
     def serve(self, model: Model) -> None:
         """Begin what its requests need."""
-        have = sum(one.phase is Phase.HOT or one.phase in COMING for one in model.replicas)
+        # One that freezes is woken in a moment, which is sooner than another could come.
+        have = sum(one.phase in (Phase.HOT, Phase.FREEZING) or one.phase in COMING for one in model.replicas)
         for _ in range(wanted_hot(model) - have):
             if not self._one_more(model):
                 return
@@ -157,7 +165,7 @@ class _Plan:
         if model.golden in (Golden.TMPFS, Golden.DISK):
             return self._with_room(model, need, Restore(model.name))
         # Cold, one at a time: the next ones are restored from the golden that is made of it.
-        return self._may_start(model) and self._with_room(model, need, Start(model.name))
+        return self._may_start(model) and self._with_room(model, _cold(model), Start(model.name))
 
     def _may_start(self, model: Model) -> bool:
         alive = any(one.phase not in GOING for one in model.replicas)
@@ -283,7 +291,7 @@ class _Plan:
             return
         for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked, model.name)):
             due = not model.drained and self._state.now >= model.make_at
-            if due and self._may_start(model) and not self._free.short_of(_Room(model.memory, model.gpu)):
+            if due and self._may_start(model) and not self._free.short_of(_cold(model)):
                 self._order(Start(model.name))
                 return
 

@@ -93,7 +93,8 @@ class Model:
     """One model: its rules, its golden, its replicas and who waits for them.
 
     ``memory`` and ``gpu`` are what one more replica is expected to hold while it is hot; a standby holds no GPU memory,
-    but ``gpu`` bytes of the host's. ``asked``: when the last request for it came. Because the last ones failed, no
+    but ``gpu`` bytes of the host's; ``cold`` is what a server holds that is started cold, which shares nothing with
+    anybody. ``asked``: when the last request for it came. Because the last ones failed, no
     replica is begun before ``retry_at``, its golden is not made unasked before ``make_at``, nor moved before
     ``move_at``, and no container prepared before ``prepare_at``. ``warm``: kept ready now by its schedule. ``scale``:
     so many hot replicas are kept, as somebody has ordered; none at 0, whatever the rules say. ``drained``: it gives its
@@ -107,6 +108,7 @@ class Model:
     golden_bytes: int = 0
     memory: int = 0
     gpu: int = 0
+    cold: int = 0
     replicas: tuple[Replica, ...] = ()
     waiting: int = 0
     asked: float = 0.0

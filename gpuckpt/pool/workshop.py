@@ -24,7 +24,7 @@ from gpuckpt.config import Settings
 from gpuckpt.config_load import as_environment
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container, container_name
-from gpuckpt.errors import CheckpointError, GpuckptError, NotFoundError, NothingToDo, RestoreError
+from gpuckpt.errors import BusyError, CheckpointError, GpuckptError, NotFoundError, NothingToDo, RestoreError
 from gpuckpt.golden import prepare, tiers
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.prepare import Options
@@ -184,6 +184,8 @@ class Workshop:
             result = child.wait(longest)
         finally:
             self._creating.discard(child)
+        if result.code == BusyError.exit_code:
+            raise BusyError(f"golden {source.golden} is being made by another command")
         if result.code != 0:
             said = proc.tail(result.stderr)
             why = next((line for line in said if line.startswith("error: ")), said[-1] if said else "it gave no reason")

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,11 @@ Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 EVENTS = b"text/event-stream"
+WRITE = "gpuckpt.write"
+"""An extension of ASGI: a function that writes a piece of an answer that has begun, unless that has to wait."""
 _SLOWEST = 16 << 10  # bytes a second that a body must come at on average
 # They are about one connection, not about the message (RFC 9110, 7.6.1).
-_HOP_BY_HOP = frozenset(
+HOP_BY_HOP = frozenset(
     (
         b"connection",
         b"keep-alive",
@@ -38,6 +40,8 @@ _HOP_BY_HOP = frozenset(
     )
 )
 _BODILESS = (204, 304)
+# There is no body that a length could be of, and the server would miss it.
+_BODILESS_DROPPED = HOP_BY_HOP | {b"content-length"}
 _ENDS_OF_EVENTS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
@@ -98,6 +102,7 @@ class Exchange:
         self.waits_for_events = False  # it asked for a stream of events, and may get comments to wait by
         self.begun = False  # bytes of an answer have been sent
         self._receive = receive
+        self._write: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE)
         self._send = send
         self._read = not (b"content-length" in self.headers or b"transfer-encoding" in self.headers)  # all has come
         self._ahead = False  # a head has been sent, before there was an answer
@@ -127,15 +132,17 @@ class Exchange:
                     size += len(message["body"])
                     if size > limits.body:
                         raise _too_long(limits.body)
-                    limit.reschedule(begin + limits.request + size / _SLOWEST)
-                    self._read = not message.get("more_body")
+                    if message.get("more_body"):
+                        limit.reschedule(begin + limits.request + size / _SLOWEST)
+                    else:
+                        self._read = True
         except TimeoutError:
             took = time.monotonic() - self.began
             raise AnswerError(408, f"the request was not complete after {took:.0f} s", "too_slow") from None
         return b"".join(pieces)
 
-    def passed_headers(self, dropped: Iterable[bytes]) -> Headers:
-        """What the replica is told, without ``dropped`` and what is about the client's connection."""
+    def passed_headers(self, dropped: frozenset[bytes]) -> Headers:
+        """What the replica is told: neither ``dropped`` nor what ``Connection`` names."""
         return _kept(self.scope["headers"], dropped)
 
     @contextlib.asynccontextmanager
@@ -180,8 +187,7 @@ class Exchange:
         if not self._ahead:
             self._ahead = True
             self.record.status = 200
-            head = [(b"content-type", EVENTS), (b"cache-control", b"no-cache"), (b"server-timing", self._timing())]
-            await self._start(200, head)
+            await self._start(200, [(b"content-type", EVENTS), (b"cache-control", b"no-cache"), *self._ours()])
         waited = time.monotonic() - self.began
         await self._body(f": waiting for the model, {waited:.0f} s\n\n".encode(), more=True)
 
@@ -201,9 +207,8 @@ class Exchange:
         self._events = any(name == b"content-type" and value.startswith(EVENTS) for name, value in headers)
         if not self._ahead:
             self.record.status = status
-            # There is no body that a length could be of, and the server would miss it.
-            kept = _kept(headers, (b"content-length",) if status in _BODILESS else ())
-            await self._start(status, kept + self._ours())
+            dropped = _BODILESS_DROPPED if status in _BODILESS else HOP_BY_HOP
+            await self._start(status, _kept(headers, dropped) + self._ours())
         elif self._events and status == 200:
             await self._body(b": " + self._timing() + b"\n\n", more=True)
         else:
@@ -219,6 +224,13 @@ class Exchange:
         if data:
             self._tail = data if len(data) > 3 else self._tail[-3:] + data
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    def write(self, data: bytes) -> bool:
+        """Send the next bytes of the answer without waiting; False if that cannot be: then they are not sent."""
+        if self._as_event or self._write is None or not self._write(data):
+            return False
+        self._tail = data if len(data) > 3 else self._tail[-3:] + data
+        return True
 
     async def break_off(self, message: str) -> None:
         """The answer has begun and cannot go on. Raises BrokenOffError, at which the server cuts the connection: the
@@ -254,21 +266,18 @@ class Exchange:
         record = self.record
         if not record.model:
             return []
-        if not record.tier:
-            return [(b"server-timing", self._timing())]
-        return [
-            (b"x-gpuckpt-tier", record.tier.encode()),
-            (b"x-gpuckpt-replica", record.replica.encode()),
-            (b"server-timing", self._timing()),
-        ]
+        ours = [(b"x-gpuckpt-tier", record.tier.encode()), (b"server-timing", self._timing())]
+        if record.replica:
+            ours.append((b"x-gpuckpt-replica", record.replica.encode()))
+        return ours
 
     def _timing(self) -> bytes:
         """Where the time went until now, in milliseconds (W3C Server Timing)."""
         record, now = self.record, time.monotonic() - self.began
-        if not record.tier:
-            return b"wait;dur=%.1f" % (now * 1e3)
-        text = f'tier;desc="{record.tier}", wait;dur={record.waited * 1e3:.1f}, '
-        text += f"model;dur={max(0.0, (record.first or now) - record.waited) * 1e3:.1f}, total;dur={now * 1e3:.1f}"
+        waited = record.waited if record.replica else now
+        model = max(0.0, (record.first or now) - waited)
+        text = f'tier;desc="{record.tier}", wait;dur={waited * 1e3:.1f}, model;dur={model * 1e3:.1f}, '
+        text += f"total;dur={now * 1e3:.1f}"
         if record.retries:
             text += f', retries;desc="{len(record.retries)}"'
         return text.encode()
@@ -280,11 +289,12 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
-def _kept(headers: Headers, dropped: Iterable[bytes]) -> Headers:
-    """Without what is about one connection: by name, or because ``Connection`` names it. Names are in lower case."""
-    named = [value for name, value in headers if name == b"connection"]
-    gone = _HOP_BY_HOP.union(dropped, *({word.strip().lower() for word in value.split(b",")} for value in named))
-    return [pair for pair in headers if pair[0] not in gone]
+def _kept(headers: Headers, dropped: frozenset[bytes]) -> Headers:
+    """Without ``dropped``, and what is about one connection because ``Connection`` says so. Names are in lower case."""
+    for name, value in headers:
+        if name == b"connection":
+            dropped |= {word.strip().lower() for word in value.split(b",")}
+    return [pair for pair in headers if pair[0] not in dropped]
 
 
 def _too_long(limit: int) -> AnswerError:

@@ -16,6 +16,7 @@ from gpuckpt.pool.book import Held, RefusedError
 from gpuckpt.pool.owner import Lease
 from gpuckpt.pool.state import Phase
 from gpuckpt.service.exchange import (
+    HOP_BY_HOP,
     AnswerError,
     BrokenOffError,
     ClientGone,
@@ -35,8 +36,8 @@ __all__ = ["Front", "Limits", "Pool", "Record"]
 
 _log = logging.getLogger("gpuckpt.pool")
 _ATTEMPTS = 4  # replicas that a request is given to, one after the other, before it is given up
-_NOT_PASSED_ON = (b"content-length", b"expect", b"x-gpuckpt-model")  # the length is counted anew
-_KEYS = (b"authorization", b"x-api-key")
+_NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"expect", b"x-gpuckpt-model"}  # the length is counted anew
+_WITH_KEYS = _NOT_PASSED_ON | {b"authorization", b"x-api-key"}
 
 
 class Pool(Protocol):
@@ -96,16 +97,19 @@ class Front:
     async def _answer(self, exchange: Exchange) -> None:
         if not self.keys.allow(exchange.headers):
             raise AnswerError(401, "no valid API key: send it as “Authorization: Bearer KEY”", "invalid_api_key")
-        scope = exchange.scope
         body = await exchange.body(self.limits)
-        route = self._route(scope["path"], scope["query_string"], scope["raw_path"], exchange.headers, body)
+        route = self._routed(exchange, body)
         del body  # where the route has another one, this one is not needed any more
         exchange.record.model, exchange.record.tier = route.model, self._pool.tier_of(route.model)
         exchange.waits_for_events = route.stream
         # The keys are ours, and nobody else's to know.
-        headers = exchange.passed_headers(_NOT_PASSED_ON + _KEYS if self.keys else _NOT_PASSED_ON)
+        headers = exchange.passed_headers(_WITH_KEYS if self.keys else _NOT_PASSED_ON)
         async with exchange.attended(self.limits.keep_alive):
             await self._relay(exchange, route, headers)
+
+    def _routed(self, exchange: Exchange, body: bytes) -> Route:
+        scope = exchange.scope
+        return self._route(scope["path"], scope["query_string"], scope["raw_path"], exchange.headers, body)
 
     async def _relay(self, exchange: Exchange, route: Route, headers: Headers) -> None:
         record = exchange.record
@@ -115,6 +119,8 @@ class Front:
             record.tier = record.tier if record.retries else lease.tier
             record.replica, record.waited = held.name, record.waited + lease.waited
             try:
+                if route.unsettled and lease.waited:  # the model's first golden was made meanwhile
+                    route = self._routed(exchange, route.body)
                 await self._attempt(exchange, route, headers, held)
                 return
             except UpstreamError as error:
@@ -148,14 +154,20 @@ class Front:
         return held.phase is not Phase.HOT
 
     async def _pass_on(self, exchange: Exchange, connection: Connection, held: Held, first: bytes) -> None:
-        clock, read, pass_on = time.monotonic, connection.read, exchange.piece
+        clock, write = time.monotonic, exchange.write
+
+        def pour(data: bytes) -> bool:
+            held.heard = clock()
+            return write(data)
+
         last = connection.ended
         await exchange.head(connection.status, connection.headers, first, last=last)
+        connection.pour(pour)
         while not last:
-            piece = await read()
+            piece = await connection.read()
             held.heard = clock()
             last = connection.ended
-            await pass_on(piece, last=last)
+            await exchange.piece(piece, last=last)
         exchange.record.outcome = "ok" if connection.status < 400 else "error"
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:

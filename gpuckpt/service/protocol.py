@@ -19,7 +19,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from gpuckpt.service.exchange import error_body
+from gpuckpt.service.exchange import WRITE, error_body
 
 _PIPELINED = 8  # requests that may wait behind one before no more is read; until then a client's end is noticed
 
@@ -80,8 +80,10 @@ class Guarded(HttpToolsProtocol):
     guard: Guard
     _wire: asyncio.Transport  # the transport itself; uvicorn's ``transport`` is the door before it
     _door: _Door
+    _extensions: dict[str, Any]
     _in_head = False
-    _head_bytes = 0
+    _head_bytes = 0  # in whole headers
+    _fed = 0  # whole or not
     _deaf = False  # what still comes is let go
     _answering: RequestResponseCycle | None = None
     _head_timer: asyncio.TimerHandle | None = None
@@ -93,6 +95,7 @@ class Guarded(HttpToolsProtocol):
         self._wire = transport
         self._door = _Door(transport, self._end)
         super().connection_made(self._door)  # type: ignore[arg-type]
+        self._extensions = {WRITE: self._write}
         self._head_timer = self.loop.call_later(self.guard.head_seconds, self._no_head)
         if len(self.connections) > self.guard.connections:
             self._refuse(503, "there are too many connections", "too_many_connections", "retry-after: 1\r\n")
@@ -131,12 +134,21 @@ class Guarded(HttpToolsProtocol):
             self._decline(data[offer.args[0] :])
         except httptools.HttpParserError as error:
             self._no_http(error)
-        if self._in_head and self._head_timer is None and not self._deaf:
+        if self._in_head and not self._deaf:
+            self._unfinished(len(data))
+
+    def _unfinished(self, size: int) -> None:
+        """So many bytes have come, and the head is not complete; the parser may hold them all as one header."""
+        if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.guard.head_seconds, self._no_head)
+        self._fed += size
+        if self._fed > self.guard.head_bytes:
+            self._refuse_long()
 
     def on_message_begin(self) -> None:
         self._unset_keepalive_if_required()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head = True
+        self._head_bytes = self._fed = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -144,7 +156,7 @@ class Guarded(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
+        self._count(len(name) + len(value) + 4)
         super().on_header(name, value)
 
     def _count(self, size: int) -> None:
@@ -187,7 +199,16 @@ class Guarded(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
+        cycle.scope["extensions"] = self._extensions
         super()._start_asgi_task(cycle, _until_the_end(cycle, app) if cycle.scope["http_version"] == "1.0" else app)
+
+    def _write(self, data: bytes) -> bool:
+        """Write a chunk at once: what uvicorn does with a piece of an answer, without its coroutine (see WRITE)."""
+        cycle = self._answering
+        if self.flow.write_paused or cycle is None or cycle.disconnected or not cycle.chunked_encoding:
+            return False
+        self._wire.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def on_response_complete(self) -> None:
         if self.cycle.more_body and self.cycle is self._answering and not self.transport.is_closing():
@@ -205,17 +226,13 @@ class Guarded(HttpToolsProtocol):
     # ------------------------------------------------------------------ what is refused
 
     def _no_http(self, error: Exception) -> None:
-        cycle = self.cycle
-        self._deaf = True
-        if cycle is not None and not cycle.response_complete:
-            expected = cycle is self._answering and cycle.more_body and not cycle.response_started
-            if not expected:
-                cycle.keep_alive = False  # nothing can be put into the answer that is under way: it is the last one
-                return
         if self._head_bytes > self.guard.head_bytes:
-            self._refuse(431, f"the head is longer than {self.guard.head_bytes} bytes", "head_too_long")
+            self._refuse_long()
         else:
             self._refuse(400, f"this is no HTTP: {error}", "invalid_http")
+
+    def _refuse_long(self) -> None:
+        self._refuse(431, f"the head is longer than {self.guard.head_bytes} bytes", "head_too_long")
 
     def _no_head(self) -> None:
         self._head_timer = None
@@ -225,14 +242,19 @@ class Guarded(HttpToolsProtocol):
             self._wire.close()
 
     def _refuse(self, status: int, message: str, code: str, header: str = "") -> None:
+        self._deaf = True
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if cycle is not self._answering or cycle.response_started or not cycle.more_body:
+                cycle.keep_alive = False  # nothing can be put into an answer that is under way: it is the last one
+                return
+            _leave(cycle)
         body = json.dumps(error_body(message, code, status))
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
         head += f"content-length: {len(body)}\r\n{header}connection: close\r\n\r\n"
         self._wire.write(f"{head}{body}".encode())
         self._in_head = True  # whatever else comes
         self._door.close()
-        if self._answering is not None:
-            _leave(self._answering)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:

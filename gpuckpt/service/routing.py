@@ -39,13 +39,15 @@ class _Asked(Struct):
 class Route(Struct, frozen=True):
     """Where a request goes: the model's configured name, the target and body for its replica.
 
-    ``stream``: whether a stream of server-sent events is asked for.
+    ``stream``: whether a stream of server-sent events is asked for. ``unsettled``: what the model's server calls it was
+    not known, so the body says what the client said; once the server is there, the request is to be routed again.
     """
 
     model: str
     target: bytes
     body: bytes
     stream: bool
+    unsettled: bool = False
 
 
 class Routes:
@@ -65,7 +67,7 @@ class Routes:
         """Route a request; raises RoutingError."""
         target = raw_path + (b"?" + query if query else b"")
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        asked, trouble = _Asked(), None
+        asked, trouble, unsettled = _Asked(), None, False
         if body and (kind.endswith(b"json") or (not kind and body[:1] == b"{")):
             try:
                 asked = _read(body)
@@ -80,12 +82,13 @@ class Routes:
             raise trouble
         elif asked.model is not None:
             model = self.find(asked.model)
+            unsettled = self._served(model) is None
             body = self._as_served(model, asked.model, body)
         else:
             model = self._named_elsewhere(kind, headers, query, body)
         # Other interfaces stream too, but not all of them events.
         events = target.startswith(b"/v1/") or b"text/event-stream" in headers.get(b"accept", b"")
-        return Route(model, target, body, events and bytes(asked.stream) == b"true")
+        return Route(model, target, body, events and bytes(asked.stream) == b"true", unsettled)
 
     def _named_elsewhere(self, kind: bytes, headers: Mapping[bytes, bytes], query: bytes, body: bytes) -> str:
         name = None

@@ -323,7 +323,7 @@ class Service:
             asked=model.asked + offset if model.requested else None,
             trouble=model.trouble,
             retry_at=model.retry_at + offset if model.retry_at > self.owner.clock() else None,
-            warm=model.warm or bool(model.scale),
+            warm=model.warm,
             drained=model.drained,
             scale=model.scale,
             expected_memory=model.expected,

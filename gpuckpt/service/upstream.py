@@ -2,13 +2,13 @@
 
 A general client's machinery costs more than everything else a relayed token needs (measured at 64 streams: about half
 of the processor time a token). Here llhttp's parser (httptools) calls the connection, which keeps the bytes until the
-reader takes them; nothing in between.
+reader takes them, or hands them on itself; nothing in between.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import httptools
 from gpuckpt.workload.endpoint import Endpoint
 
 Headers = Sequence[tuple[bytes, bytes]]
+Sink = Callable[[bytes], bool]
 _MOST_BUFFERED = 256 << 10  # bytes; beyond, the replica is not read from until the client has caught up
 _MOST_HEADERS = 256 << 10  # bytes
 _COPIED = 64 << 10  # bytes of a body that go out in one write with the head
@@ -39,6 +40,7 @@ class Connection(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._buffered = 0
         self._paused = False
+        self._sink: Sink | None = None
         self._lost = False
         self._trouble: str | None = None
         self._busy = False
@@ -114,6 +116,9 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         if self._bodiless:
             return
+        # Only while the reader waits: else this would overtake what it has in its hands.
+        if self._sink is not None and self._waiter is not None and not self._pieces and self._sink(body):
+            return
         self._pieces.append(body)
         self._buffered += len(body)
         if self._buffered > _MOST_BUFFERED and not self._paused and self._transport is not None:
@@ -161,6 +166,13 @@ class Connection(asyncio.Protocol):
         while not self._has_head:
             await self._news()
 
+    def pour(self, sink: Sink) -> None:
+        """From now on what comes while :meth:`read` waits goes into ``sink`` at once; read gets what it does not take.
+
+        So a token costs neither a task's turn nor a future.
+        """
+        self._sink = sink
+
     async def read(self) -> bytes:
         """What has come of the body since the last call; empty at its end. Raises UpstreamError if it breaks off."""
         while not self._pieces:
@@ -196,6 +208,7 @@ class Connection(asyncio.Protocol):
             and self._kept
         )
         self._busy = False
+        self._sink = None
         if not again:
             self.abort()
         return again

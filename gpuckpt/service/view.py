@@ -46,7 +46,7 @@ class ModelView(Struct, frozen=True, kw_only=True):
     asked: float | None  # when the last request came
     trouble: str  # why its last start failed; empty if it did not
     retry_at: float | None  # no start before then
-    warm: bool  # kept ready now, by its schedule or because it was asked for
+    warm: bool  # kept ready now, by its schedule or for the start
     drained: bool  # takes no requests until it is woken
     scale: int | None  # hot replicas that were asked to be kept
     expected_memory: int  # what one more replica is expected to hold

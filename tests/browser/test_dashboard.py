@@ -249,6 +249,7 @@ def test_the_countdown_agrees_with_the_policy(pool: FakePool, look: Open) -> Non
             idle_release=float(chance.randrange(10, 60)),
             idle_disk=chance.choice([None, float(chance.randrange(10, 90))]),
             pin=chance.choice(list(Pin)),
+            prepare=0,
         )
         phases = chance.choices(list(Phase), k=chance.randrange(5))
         replicas = tuple(
@@ -269,6 +270,7 @@ def test_the_countdown_agrees_with_the_policy(pool: FakePool, look: Open) -> Non
             asked=1000.0 - chance.randrange(60),
             retry_at=9999.0,
             warm=chance.random() < 0.2,
+            scale=chance.choice([None, None, None, 1, 2]),
         )
         # Where there is something to do at once it is not for long that way.
         if not policy.decide(State(940.0, (one,))):
@@ -316,6 +318,7 @@ def as_view(model: Model) -> ModelView:
         rules={**rules, "pin": str(model.rules.pin)},
         asked=model.asked,
         warm=model.warm,
+        scale=model.scale,
     )
 
 

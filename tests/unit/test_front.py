@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,7 +168,7 @@ def test_what_is_about_one_connection_stays_there() -> None:
             got = await here.ask(ASK, head=head + "x-gpuckpt-model: m\r\nauthorization: Bearer theirs\r\n")
             names = {name for name, _ in got.headers}
             assert names == {"content-length", "x-kept", "x-gpuckpt-tier", "x-gpuckpt-replica", "server-timing"}
-            asked = {name: value for name, value in here.replica.asked[0].headers}
+            asked = dict(here.replica.asked[0].headers)
             assert set(asked) == {"host", "content-type", "x-kept", "authorization", "content-length"}
             assert asked["authorization"] == "Bearer theirs"  # no keys of ours: it is for the model's server
 
@@ -608,19 +609,16 @@ def test_a_server_error_is_the_replica_s_answer_as_long_as_it_lives() -> None:
 def test_a_stream_that_breaks_off_says_so(sent: bytes) -> None:
     async def test() -> None:
         first = b"data: 1\r\n\r\n"
-        async with world(raw(OK, STREAM, chunk(first), pause=0.01, close=True), answer(b"other")) as here:
-            script = here.replica.script
 
-            async def both(asked: Asked) -> None:
-                await asked.send(OK, STREAM, chunk(first))
+        async def script(asked: Asked) -> None:
+            await asked.send(OK, STREAM, chunk(first))
+            await asyncio.sleep(0.01)
+            if sent:
+                await asked.send(chunk(sent))
                 await asyncio.sleep(0.01)
-                if sent:
-                    await asked.send(chunk(sent))
-                    await asyncio.sleep(0.01)
-                asked.cut()
+            asked.cut()
 
-            here.replica.script = both
-            assert script is not both
+        async with world(script, answer(b"other")) as here:
             got = await here.ask(STREAMED)
             assert not got.whole
             rest = got.body.removeprefix(first + sent)
@@ -656,6 +654,22 @@ def test_requests_are_held_until_a_replica_is_there() -> None:
             await until(lambda: here.pool.waiting == 20)
             here.pool.gate.set()
             assert {(one.status, one.body) for one in await asyncio.gather(*waiting)} == {(200, b"well")}
+
+    run(test())
+
+
+def test_what_a_server_calls_its_model_is_known_only_when_it_is_there() -> None:
+    async def test() -> None:
+        served = {"another": "a"}
+        async with world(answer(b"well"), served=served) as here:
+            here.pool.tier = "cold"
+            here.pool.gate.clear()
+            waiting = asyncio.create_task(here.ask(ASK))
+            await until(lambda: here.pool.waiting == 1)
+            served["m"] = "/models/m"  # its first golden has been made
+            here.pool.gate.set()
+            assert (await waiting).status == 200
+            assert json.loads(here.replica.asked[0].body) == ASK | {"model": "/models/m"}
 
     run(test())
 
@@ -737,7 +751,8 @@ def test_who_gets_comments(ask: dict[str, Any], target: str, head: str, told: bo
             here.pool.gate.set()
             got = await client.answer()
             assert got.body.startswith(b": waiting") == told and got.body.endswith(EVENT)
-            assert (got.header("x-gpuckpt-tier") is None) == told
+            assert got.header("x-gpuckpt-tier") == "hot"
+            assert (got.header("x-gpuckpt-replica") is None) == told  # not known when the head was sent
 
     run(test())
 
@@ -911,7 +926,10 @@ async def _curl(here: World, *words: str, target: str = "/v1/completions") -> tu
     return await asyncio.to_thread(curl, here.port, *words, f"http://127.0.0.1:{here.port}{target}")
 
 
-def test_curl() -> None:
+def test_curl(tmp_path: Path) -> None:
+    long = tmp_path / "long"
+    long.write_bytes(b"x" * 6_000_000)
+
     async def test() -> None:
         async with world(
             raw(OK, STREAM, chunk(EVENT), chunk(EVENT), chunk(b"")), limits=Limits(body=5_000_000)
@@ -925,7 +943,8 @@ def test_curl() -> None:
             assert (await _curl(here, "--http1.0", "-d", "{}"))[1] == "200 1"
             assert (await _curl(here, "-F", "file=@/dev/null", "-F", "model=m"))[1] == "200 1"
             assert (await _curl(here, "-F", "file=@/dev/null", "-F", "model=n"))[1] == "404 1"
-            body, status = await _curl(here, "--data-binary", "@/proc/self/exe", "-H", "expect: 100-continue")
-            assert status in ("200 1", "413 1") or json.loads(body)
+            for expect in ("expect: 100-continue", "expect:"):  # asked for first, and sent at once
+                body, status = await _curl(here, "--data-binary", f"@{long}", "-H", expect)
+                assert status == "413 1" and json.loads(body)["error"]["code"] == "body_too_long"
 
     run(test())

@@ -85,6 +85,12 @@ def test_wakes_coalesce(phase: Phase) -> None:
     assert ordered(model("a", replica("x", phase), waiting=5)) == []
 
 
+def test_one_that_freezes_is_woken_and_not_joined_by_another() -> None:
+    assert ordered(model("a", replica("x", Phase.FREEZING), waiting=1)) == []
+    assert ordered(model("a", replica("x", Phase.FREEZING), waiting=9, max_replicas=2)) == [Restore("a")]
+    assert ordered(model("a", replica("x", Phase.STANDBY), waiting=1)) == [Wake("a", "x")]  # a moment later
+
+
 def test_a_queue_scales_out_as_far_as_the_rules_let_it() -> None:
     busy = replica("x", requests=2)
     assert wanted_hot(model("a", busy, waiting=9, concurrency=2, max_replicas=8)) == 6
@@ -253,6 +259,17 @@ def test_containers_are_prepared_one_at_a_time_while_nothing_comes() -> None:
     assert ordered(model("a", replica("x", Phase.RESTORING), prepare=None, max_replicas=2)) == []
     assert ordered(replace(a, prepare_at=NOW + 1)) == []
     assert ordered(model(max_replicas=4, prepare=1, prepared=1)) == []
+
+
+def test_a_cold_start_needs_room_for_all_that_its_replicas_share() -> None:
+    bad = replace(model(), golden=Golden.QUARANTINED, cold=4 * GB, waiting=1)
+    assert ordered(bad, memory=4 * GB) == [Start("a")]
+    idle = model("b", replica("y"))
+    assert ordered(bad, idle, memory=4 * GB) == [Stop("b", "y", "room")]
+    assert ordered(replace(bad, waiting=0), idle, memory=4 * GB) == []
+    # While it is at work nobody else gets that room.
+    started = replace(bad, waiting=0, replicas=(replica("x", Phase.STARTING, memory=0),))
+    assert ordered(started, model("b", waiting=1), memory=4 * GB) == []
 
 
 def test_what_never_fits_is_known() -> None:

@@ -46,6 +46,8 @@ function names(pool, model) {
   const {pin} = model.rules, tags = [];
   if (typeof pin === "string" && pin !== "no") tags.push(`pinned ${pin}`);
   if (model.warm) tags.push("kept warm");
+  if (model.scale != null) tags.push(`scaled to ${model.scale}`);
+  if (model.drained) tags.push("drained: takes no requests");
   return [
     make("div", {class: "name"}, make("i", {class: `swatch c${pool.colour(model.name)}`}), make("span", {text: model.name})),
     model.aliases.length > 0 && make("div", {class: "aliases", "data-key": "\0aliases", text: `also ${model.aliases.join(", ")}`}),

@@ -76,6 +76,7 @@ export function phases(view) {
 
 /** What becomes of a replica, by the model's rules, if nobody asks for it: {what, at}, or null. */
 export function fate(model, replica) {
+  if (model.drained || model.scale === 0) return null; // goes as soon as it is idle
   const {idle_freeze: freeze, idle_release: release, min_standby: least, pin} = model.rules;
   if (model.waiting || replica.requests) return null;
   const oldest = (phase, spared) => {
@@ -85,10 +86,10 @@ export function fate(model, replica) {
   const pinned = typeof pin === "string" && pin !== "no";
   if (replica.phase === "hot" && typeof freeze === "number") {
     const hot = model.replicas.filter((one) => one.phase === "hot").length;
-    return oldest("hot", hot - (pin === "hot" ? 1 : 0)) ? {what: "freezes", at: replica.since + freeze} : null;
+    return oldest("hot", hot - (model.scale ?? (pin === "hot" ? 1 : 0))) ? {what: "freezes", at: replica.since + freeze} : null;
   }
   if (replica.phase === "standby" && typeof release === "number") {
-    const floor = Math.max(Number(least) || 0, pinned || model.warm ? 1 : 0);
+    const floor = model.scale ?? Math.max(Number(least) || 0, pinned || model.warm ? 1 : 0);
     const staying = model.replicas.filter((one) => kindOf(one.phase) !== "going").length;
     return oldest("standby", staying - floor) ? {what: "is removed", at: replica.since + release} : null;
   }
@@ -98,7 +99,8 @@ export function fate(model, replica) {
 /** When an unused golden goes to disk by its rules; null if it does not. */
 export function sinks(model) {
   const {idle_disk: idle, min_standby: least, pin} = model.rules;
-  const kept = Number(least) > 0 || (typeof pin === "string" && pin !== "no") || model.warm;
+  const ruled = Number(least) > 0 || (typeof pin === "string" && pin !== "no") || model.warm;
+  const kept = model.drained ? false : model.scale == null ? ruled : model.scale > 0;
   if (model.golden.tier !== "tmpfs" || typeof idle !== "number" || kept || model.asked === null) return null;
   return model.replicas.length || model.waiting ? null : model.asked + idle;
 }

@@ -1,0 +1,427 @@
+"""Connections to replicas: whatever the bytes of an answer come in, and whenever a connection ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpuckpt.service.upstream import Connection, Upstream, UpstreamError
+from gpuckpt.workload.endpoint import Endpoint
+from tests.service_world import Asked, Replica, Script, answer, chunk, raw, run, turns, until
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
+
+
+class Wire:
+    """A transport that only writes down what happens."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.reading = True
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def abort(self) -> None:
+        self.closed = True
+
+
+def connected() -> tuple[Connection, Wire]:
+    connection, wire = Connection([]), Wire()
+    connection.connection_made(cast("asyncio.BaseTransport", wire))
+    return connection, wire
+
+
+async def exchanged(pieces: list[bytes], method: str = "POST", *, lost: bool = False) -> tuple[Connection, bytes]:
+    """Feed these pieces as the answer, read in between as a front would; the whole body."""
+    connection, _ = connected()
+    asking = asyncio.create_task(connection.exchange(method, b"/", [], b""))
+    body = b""
+    await asyncio.sleep(0)
+    for piece in pieces:
+        connection.data_received(piece)
+        await asyncio.sleep(0)
+    if lost:
+        connection.connection_lost(None)
+    await asking
+    while piece := await connection.read():
+        body += piece
+    return connection, body
+
+
+def cut(wire: bytes, data: st.DataObject) -> list[bytes]:
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(wire) - 1)), max_size=10)))
+    return [wire[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(wire)], strict=True)]
+
+
+@given(st.data())
+def test_how_the_bytes_come_does_not_matter(data: st.DataObject) -> None:
+    bodies = data.draw(st.lists(st.binary(min_size=1, max_size=40), max_size=6))
+    framing = data.draw(st.sampled_from(("length", "chunks", "end")))
+    interim = data.draw(st.sampled_from((b"", b"HTTP/1.1 103 Early\r\nx: 0\r\n\r\n")))
+    whole = b"".join(bodies)
+    head = interim + OK + b"x: y\r\n"
+    if framing == "length":
+        wire = head + b"content-length: %d\r\n\r\n" % len(whole) + whole
+    elif framing == "chunks":
+        wire = head + CHUNKED + b"".join(map(chunk, bodies)) + b"0\r\nx: trailer\r\n\r\n"
+    else:
+        wire = head + b"\r\n" + whole
+
+    connection, body = run(exchanged(cut(wire, data), lost=framing == "end"))
+    assert (connection.status, body) == (200, whole)
+    assert [value for name, value in connection.headers if name == b"x"] == [b"y"]
+    assert connection.finish() is (framing != "end")
+
+
+@given(st.data())
+def test_an_answer_that_ends_early_is_never_whole(data: st.DataObject) -> None:
+    wire = OK + CHUNKED + chunk(b"hello") + chunk(b"world") + chunk(b"")
+    short = wire[: data.draw(st.integers(0, len(wire) - 1))]
+    with pytest.raises(UpstreamError):
+        run(exchanged(cut(short, data) if short else [], lost=True))
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused_or_understood(garbage: bytes) -> None:
+    with contextlib.suppress(UpstreamError):
+        run(exchanged([OK, garbage], lost=True))
+
+
+@pytest.mark.parametrize("more", [b"HTTP/1.1 500 Oops\r\ncontent-length: 5\r\n\r\nwrong", b"x", b"\x00"])
+@pytest.mark.parametrize("split", [True, False])
+def test_what_follows_an_answer_is_not_part_of_it(more: bytes, split: bool) -> None:
+    first = OK + b"content-length: 2\r\n\r\nok"
+    connection, body = run(exchanged([first, more] if split else [first + more]))
+    assert (connection.status, body) == (200, b"ok")
+    assert connection.headers == [(b"content-length", b"2")]
+    assert not connection.finish()
+
+
+@pytest.mark.parametrize(
+    ("answer", "method", "kept"),
+    [
+        (OK + b"content-length: 0\r\n\r\n", "GET", True),
+        (OK + b"content-length: 0\r\nconnection: close\r\n\r\n", "GET", False),
+        (b"HTTP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n", "GET", False),
+        (b"HTTP/1.0 200 OK\r\ncontent-length: 0\r\nconnection: keep-alive\r\n\r\n", "GET", True),
+        (b"HTTP/1.1 204 No\r\n\r\n", "GET", True),
+        (b"HTTP/1.1 304 No\r\ncontent-length: 9\r\n\r\n", "GET", True),
+        (OK + b"content-length: 9\r\n\r\n", "HEAD", False),  # the parser still waits for the body
+    ],
+)
+def test_which_connections_are_kept(answer: bytes, method: str, kept: bool) -> None:
+    connection, body = run(exchanged([answer], method))
+    assert body == b""
+    assert connection.finish() is kept
+
+
+def test_what_nobody_reads_is_not_taken() -> None:
+    async def test() -> None:
+        connection, wire = connected()
+        asking = asyncio.create_task(connection.exchange("GET", b"/", [], b""))
+        await asyncio.sleep(0)
+        connection.data_received(OK + CHUNKED)
+        await asking
+        taken = 0
+        while wire.reading:
+            connection.data_received(chunk(b"x" * 10_000))
+            taken += 10_000
+        assert taken < 300_000
+        assert len(await connection.read()) == taken
+        assert wire.reading
+        connection.abort()
+
+    run(test())
+
+
+@given(st.data())
+def test_what_is_poured_keeps_its_order(data: st.DataObject) -> None:
+    """Some pieces the sink takes, some wait for the reader, which takes its time."""
+    bodies = [bytes((number,)) * 3 for number in range(data.draw(st.integers(1, 30)))]
+    takes = data.draw(st.lists(st.booleans(), min_size=30, max_size=30))
+    rests = data.draw(st.lists(st.integers(0, 3), min_size=30, max_size=30))
+    got = b""
+
+    def sink(piece: bytes) -> bool:
+        nonlocal got
+        if takes.pop():
+            got += piece
+            return True
+        return False
+
+    async def test() -> None:
+        nonlocal got
+        connection, _ = connected()
+        asking = asyncio.create_task(connection.exchange("GET", b"/", [], b""))
+        await asyncio.sleep(0)
+
+        async def feed() -> None:
+            connection.data_received(OK + CHUNKED)
+            for body in bodies:
+                connection.data_received(chunk(body))
+                await turns(rests.pop())
+            connection.data_received(chunk(b""))
+
+        feeding = asyncio.create_task(feed())
+        await asking
+        connection.pour(sink)
+        while piece := await connection.read():
+            await asyncio.sleep(0)  # as a client that must be waited for
+            got += piece
+        await feeding
+        assert connection.finish()
+
+    run(test())
+    assert got == b"".join(bodies)
+
+
+def test_a_request_as_it_is_written() -> None:
+    async def test() -> None:
+        connection, wire = connected()
+        asking = asyncio.create_task(connection.exchange("POST", b"/a?b", [(b"x", b"y")], b"body"))
+        await asyncio.sleep(0)
+        assert wire.written == b"POST /a?b HTTP/1.1\r\nx: y\r\nhost: localhost\r\ncontent-length: 4\r\n\r\nbody"
+        asking.cancel()
+        connection, wire = connected()
+        again = asyncio.create_task(connection.exchange("GET", b"/", [(b"host", b"h")], b""))
+        await asyncio.sleep(0)
+        assert wire.written == b"GET / HTTP/1.1\r\nhost: h\r\n\r\n"
+        again.cancel()
+
+    run(test())
+
+
+# ---------------------------------------------------------------------- with sockets
+
+
+@contextlib.asynccontextmanager
+async def replica(script: Script) -> AsyncIterator[tuple[Upstream, Replica, Endpoint]]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Replica(Path(folder, "s"), script)
+        await made.start()
+        upstream = Upstream()
+        try:
+            yield upstream, made, Endpoint(socket=made.path)
+        finally:
+            upstream.close()
+            await made.close()
+
+
+async def ask(
+    upstream: Upstream, endpoint: Endpoint, body: bytes = b"", *, done: bool = True
+) -> tuple[Connection, bytes]:
+    connection = await upstream.send("r", endpoint, "POST", b"/", [], body)
+    got = b""
+    try:
+        while piece := await connection.read():
+            got += piece
+    finally:
+        if done:
+            upstream.done("r", connection)
+    return connection, got
+
+
+def test_connections_are_used_again() -> None:
+    async def test() -> None:
+        async with replica(answer(b"ok")) as (upstream, server, endpoint):
+            first, _ = await ask(upstream, endpoint)
+            second, got = await ask(upstream, endpoint)
+            assert first is second and got == b"ok" and server.connections == 1
+            assert {got for _, got in await asyncio.gather(*(ask(upstream, endpoint) for _ in range(8)))} == {b"ok"}
+            assert server.connections == 8
+
+    run(test())
+
+
+def test_a_connection_that_is_closed_while_idle() -> None:
+    """Known to us or not: the server may close it while the request is on its way."""
+
+    async def test() -> None:
+        async def script(asked: Asked) -> None:
+            await answer(b"ok")(asked)
+            asked.writer.close()
+
+        async with replica(script) as (upstream, server, endpoint):
+            for _ in range(20):
+                assert (await ask(upstream, endpoint))[1] == b"ok"
+            await until(lambda: not server.open)
+            assert (await ask(upstream, endpoint))[1] == b"ok"
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["eof", "reset"])
+def test_a_kept_connection_that_ends_as_it_is_used(how: str) -> None:
+    async def test() -> None:
+        async def script(asked: Asked) -> None:
+            if len(server.asked) == 2:  # the second request comes on the first's connection, and is its end
+                if how == "eof":
+                    asked.writer.close()
+                else:
+                    asked.cut()
+                return
+            await answer(b"ok")(asked)
+
+        async with replica(script) as (upstream, server, endpoint):
+            assert (await ask(upstream, endpoint))[1] == b"ok"
+            assert (await ask(upstream, endpoint, b"again"))[1] == b"ok"
+            assert [asked.body for asked in server.asked] == [b"", b"again", b"again"]
+            assert server.connections == 2
+
+    run(test())
+
+
+def test_a_request_that_kills_is_not_sent_on_every_connection() -> None:
+    async def test() -> None:
+        async with replica(answer(b"ok")) as (upstream, server, endpoint):
+            await asyncio.gather(*(ask(upstream, endpoint) for _ in range(8)))
+            server.script = raw(close=True)
+            before = len(server.asked)
+            with pytest.raises(UpstreamError):
+                await ask(upstream, endpoint)
+            assert len(server.asked) == before + 2
+
+    run(test())
+
+
+def test_an_answer_that_has_begun_on_a_kept_connection_is_not_asked_for_again() -> None:
+    async def test() -> None:
+        async with replica(answer(b"ok")) as (upstream, server, endpoint):
+            await ask(upstream, endpoint)
+            server.script = raw(OK + b"content-length: 10\r\n\r\nhalf", close=True)
+            with pytest.raises(UpstreamError):
+                await ask(upstream, endpoint)
+            assert len(server.asked) == 2
+
+    run(test())
+
+
+def test_an_answer_that_comes_before_all_of_the_request_is_sent() -> None:
+    async def test() -> None:
+        async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 413 Too Long\r\ncontent-length: 2\r\n\r\nno")
+            await over.wait()
+            writer.transport.abort()
+
+        over = asyncio.Event()
+        async with replica(answer()) as (upstream, server, endpoint):
+            endpoint = Endpoint(socket=server.path.with_name("early"))
+            other = await asyncio.start_unix_server(early, str(endpoint.socket))
+            connection, got = await ask(upstream, endpoint, b"x" * 10_000_000)
+            assert (connection.status, got) == (413, b"no")
+            assert not connection.usable
+            over.set()
+            other.close()
+            await turns()
+
+    run(test())
+
+
+def test_what_is_forgotten_is_not_kept() -> None:
+    """The next replica may have the name."""
+
+    async def test() -> None:
+        async with replica(answer(b"ok")) as (upstream, server, endpoint):
+            await ask(upstream, endpoint)
+            connection, _ = await ask(upstream, endpoint, done=False)
+            upstream.forget("r")
+            await ask(upstream, endpoint)
+            upstream.done("r", connection)
+            assert not connection.usable
+            await ask(upstream, endpoint)
+            assert server.connections == 2
+            upstream.forget("r")
+            await until(lambda: not server.open)
+
+    run(test())
+
+
+def test_who_waits_for_an_answer_can_be_cancelled() -> None:
+    async def test() -> None:
+        async def hang(asked: Asked) -> None:
+            await asked.listen()
+
+        async with replica(hang) as (upstream, server, endpoint):
+            task = asyncio.create_task(ask(upstream, endpoint))
+            await until(lambda: server.asked)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until(server.asked[0].gone.is_set)
+
+    run(test())
+
+
+def test_a_queue_that_is_full_is_waited_for(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import socket
+
+    path = tmp_path_factory.mktemp("q") / "s"
+
+    async def test() -> None:
+        with socket.socket(socket.AF_UNIX) as busy, contextlib.ExitStack() as stack:
+            busy.bind(str(path))
+            busy.listen(0)
+            clients = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                    client.setblocking(False)
+                    client.connect(str(path))
+                    clients.append(client)
+            upstream = Upstream()
+            task = asyncio.create_task(ask(upstream, Endpoint(socket=path)))
+            await asyncio.sleep(0.05)
+            assert not task.done()
+            for _ in clients:
+                stack.enter_context(busy.accept()[0])
+            await asyncio.sleep(0.05)
+            accepted = stack.enter_context(busy.accept()[0])
+            accepted.sendall(OK + b"content-length: 2\r\n\r\nok")
+            assert (await task)[1] == b"ok"
+            upstream.close()
+
+    run(test())
+
+
+def test_tcp_and_nobody() -> None:
+    async def test() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(OK + b"content-length: 2\r\n\r\nok")
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        upstream = Upstream()
+        assert (await ask(upstream, Endpoint(port=port)))[1] == b"ok"
+        server.close()
+        upstream.close()
+        for endpoint in (Endpoint(port=port), Endpoint(socket=Path("/nowhere/at/all"))):
+            with pytest.raises(UpstreamError, match="no connection"):
+                await ask(upstream, endpoint)
+
+    run(test())
