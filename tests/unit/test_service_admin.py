@@ -10,7 +10,7 @@ from urllib.parse import quote
 import msgspec
 import pytest
 
-from gpuckpt.errors import BusyError, NotFoundError, UsageError
+from gpuckpt.errors import BusyError, NotFoundError, RestoreError, UsageError
 from gpuckpt.pool.config import Model
 from gpuckpt.pool.state import Golden
 from gpuckpt.service import admin as module
@@ -261,7 +261,7 @@ def test_a_wake_that_is_late_and_one_that_cannot_be() -> None:
             made.hands.gates["restore"] = asyncio.Event()
             late = await made.admin("POST", "/v1/models/a/wake", {"deadline": 0.02})
             assert late.status == 504 and "within 0.02 s" in error(late)["message"]
-            made.hands.fails["restore"] = [BusyError("held", cause="by somebody")] * 3
+            made.hands.fails["restore"] = [RestoreError("held", cause="by somebody")] * 3
             made.hands.gates["restore"].set()
             refused = await made.admin("POST", "/v1/models/a/wake", {"deadline": 10})
             assert refused.status == 503 and "held: by somebody" in error(refused)["message"]
