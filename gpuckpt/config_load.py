@@ -199,13 +199,23 @@ def at(file: Path, text: str, key: str) -> str:
 def as_environment(settings: Settings) -> dict[str, str]:
     """The variables that give a child process these settings, wherever ours came from."""
     made = {}
-    for key, setting in FIELDS.items():
+    for key in FIELDS:
         table, _, name = key.partition(".")
         value = getattr(getattr(settings, table), name)
         if value is not None:
-            text = json.dumps(value) if get_origin(setting.type) is tuple else str(value)
-            made[f"GPUCKPT_{key.upper().replace('.', '__')}"] = text
+            made[f"GPUCKPT_{key.upper().replace('.', '__')}"] = _encoded(value)
     return made
+
+
+def _encoded(value: object) -> str:
+    """What :func:`_decoded` and the setting's own parser make this value of again."""
+    if isinstance(value, tuple):
+        return json.dumps(value)
+    if isinstance(value, float) and "e" in repr(value):
+        from decimal import Decimal
+
+        return f"{Decimal(repr(value)):f}"  # durations are written without an exponent
+    return str(value)
 
 
 def _check_variables(environ: Mapping[str, str]) -> list[tuple[str, str]]:

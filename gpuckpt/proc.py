@@ -109,7 +109,7 @@ def run(
 class Child:
     """A program that may be told to stop, and is told so by the kernel if we die: it must not outlive us.
 
-    Its output is kept for :meth:`wait`. Raises NotFoundError if it does not exist.
+    Its output is kept for :meth:`wait`, which is called once. A program that does not exist ends with status 127.
     """
 
     def __init__(self, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> None:
@@ -127,8 +127,11 @@ class Child:
                 env=environment(env),
                 start_new_session=True,  # a Ctrl-C on our terminal is ours to pass on
             )
-        except FileNotFoundError as error:
-            raise NotFoundError("cannot run setpriv: no such program", remedy="install util-linux") from error
+        except BaseException as error:
+            self._close()
+            if isinstance(error, FileNotFoundError):
+                raise NotFoundError("cannot run setpriv: no such program", remedy="install util-linux") from error
+            raise
 
     def interrupt(self) -> None:
         """Ask it to undo what it has begun, and end."""
@@ -146,10 +149,14 @@ class Child:
                 cause=f"the command was: {quoted(self._words[3:])}",
                 log=tail(self._read(self._err)),
             ) from error
-        result = Result(self._words, code, self._read(self._out), self._read(self._err))
+        else:
+            return Result(self._words[3:], code, self._read(self._out), self._read(self._err))
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         self._out.close()
         self._err.close()
-        return result
 
     @staticmethod
     def _read(file: IO[bytes]) -> str:

@@ -285,13 +285,20 @@ def _table(file: Path, text: str, name: str, kind: type[Struct], content: dict[s
 
 
 def _check_names(file: Path, text: str, pool: Pool) -> None:
-    """Each name that a request can use is one model's."""
+    """Each name that a request can use is one model's, and so is each golden: replicas are called after it."""
     seen: dict[str, str] = {}
+    goldens: dict[str, str] = {}
     for name, model in pool.models.items():
         where = config_load.at(file, text, f"models.{name}")
         for alias in (name, *model.aliases):
             if (other := seen.setdefault(alias, name)) != name:
                 raise UsageError(f"“{alias}” names two models, {other} and {name} ({where})")
+        golden = model.golden or name
+        if (other := goldens.setdefault(golden, name)) != name:
+            raise UsageError(
+                f"{other} and {name} are of the same golden, {golden} ({where})",
+                remedy=f"make {name} an alias of {other}, or give it a golden of its own",
+            )
         if model.golden is None:
             try:
                 config.parse_name(name)

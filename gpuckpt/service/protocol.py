@@ -13,12 +13,10 @@ import json
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gpuckpt.service.exchange import WRITE, error_body
@@ -82,6 +80,7 @@ class Guarded(HttpToolsProtocol):
     guard: Guard
     _wire: asyncio.Transport  # the transport itself; uvicorn's ``transport`` is the door before it
     _door: _Door
+    _extensions: dict[str, Any]
     _in_head = False
     _head_bytes = 0  # in whole headers
     _fed = 0  # whole or not
@@ -96,6 +95,7 @@ class Guarded(HttpToolsProtocol):
         self._wire = transport
         self._door = _Door(transport, self._end)
         super().connection_made(self._door)  # type: ignore[arg-type]
+        self._extensions = {WRITE: self._write}
         self._head_timer = self.loop.call_later(self.guard.head_seconds, self._no_head)
         if len(self.connections) > self.guard.connections:
             self._refuse(503, "there are too many connections", "too_many_connections", "retry-after: 1\r\n")
@@ -199,9 +199,16 @@ class Guarded(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
-        write = partial(_write, cycle, self.flow, self._wire.write)
-        cycle.scope["extensions"] = {WRITE: write}  # type: ignore[dict-item]
+        cycle.scope["extensions"] = self._extensions
         super()._start_asgi_task(cycle, _until_the_end(cycle, app) if cycle.scope["http_version"] == "1.0" else app)
+
+    def _write(self, data: bytes) -> bool:
+        """Write a chunk at once: what uvicorn does with a piece of an answer, without its coroutine (see WRITE)."""
+        cycle = self._answering
+        if self.flow.write_paused or cycle is None or cycle.disconnected or not cycle.chunked_encoding:
+            return False
+        self._wire.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def on_response_complete(self) -> None:
         if self.cycle.more_body and self.cycle is self._answering and not self.transport.is_closing():
@@ -219,13 +226,6 @@ class Guarded(HttpToolsProtocol):
     # ------------------------------------------------------------------ what is refused
 
     def _no_http(self, error: Exception) -> None:
-        cycle = self.cycle
-        self._deaf = True
-        if cycle is not None and not cycle.response_complete:
-            expected = cycle is self._answering and cycle.more_body and not cycle.response_started
-            if not expected:
-                cycle.keep_alive = False  # nothing can be put into the answer that is under way: it is the last one
-                return
         if self._head_bytes > self.guard.head_bytes:
             self._refuse_long()
         else:
@@ -242,14 +242,19 @@ class Guarded(HttpToolsProtocol):
             self._wire.close()
 
     def _refuse(self, status: int, message: str, code: str, header: str = "") -> None:
+        self._deaf = True
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if cycle is not self._answering or cycle.response_started or not cycle.more_body:
+                cycle.keep_alive = False  # nothing can be put into an answer that is under way: it is the last one
+                return
+            _leave(cycle)
         body = json.dumps(error_body(message, code, status))
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
         head += f"content-length: {len(body)}\r\n{header}connection: close\r\n\r\n"
         self._wire.write(f"{head}{body}".encode())
         self._in_head = True  # whatever else comes
         self._door.close()
-        if self._answering is not None:
-            _leave(self._answering)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -260,14 +265,6 @@ class Guarded(HttpToolsProtocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
-
-
-def _write(cycle: RequestResponseCycle, flow: FlowControl, write: Callable[[bytes], None], data: bytes) -> bool:
-    """Write a chunk at once: what uvicorn does with a piece of an answer, without its coroutine (see WRITE)."""
-    if flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
-        return False
-    write(b"%x\r\n%b\r\n" % (len(data), data))
-    return True
 
 
 def _leave(cycle: RequestResponseCycle) -> None:

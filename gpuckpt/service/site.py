@@ -16,7 +16,7 @@ from gpuckpt.service.exchange import Receive, Scope, Send, error_body
 from gpuckpt.service.routing import RoutingError
 from gpuckpt.service.service import Service
 
-_OPEN = ("/health", "/dashboard")  # without a key; the page itself asks for one
+_OPEN = ("/", "/health", "/dashboard")  # without a key; the page itself asks for one
 _REFRESH = 0.5  # seconds between two views to a dashboard while something changes
 _QUIET = 5.0  # and while nothing does
 

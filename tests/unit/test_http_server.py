@@ -296,6 +296,30 @@ def test_an_answer_under_way_is_not_disturbed_by_what_follows() -> None:
     run(test())
 
 
+@pytest.mark.parametrize("begun", [b"GET /v1", b"GET /v1/x HTTP/1.1\r\nx: " + b"y" * 5000])
+def test_an_answer_under_way_is_not_disturbed_by_half_a_head(begun: bytes) -> None:
+    """Which is too slow, or too long; it could be said only in the midst of the answer."""
+
+    async def test() -> None:
+        stream = (b"x" * 100,) * 10
+
+        async def script(asked: Asked) -> None:
+            await asked.send(b"HTTP/1.1 200 OK\r\n", b"transfer-encoding: chunked\r\n\r\n")
+            for piece in stream:
+                await asked.send(chunk(piece))
+                await asyncio.sleep(0.02)
+            await asked.send(chunk(b""))
+
+        async with world(script, guard=Guard(head_seconds=0.05, head_bytes=1000)) as here:
+            client = await here.client()
+            await client.send(request(ASK), begun)
+            got = await client.answer()
+            assert got.whole and got.body == b"".join(stream)
+            assert await client.ended() == b""
+
+    run(test())
+
+
 @pytest.mark.parametrize("cut", [0, 1, 30, 150])
 @pytest.mark.parametrize("framing", ["length", "chunked", "none"])
 def test_another_protocol_is_declined_and_the_body_kept(framing: str, cut: int, caplog: Any) -> None:

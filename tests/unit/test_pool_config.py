@@ -79,6 +79,7 @@ def test_values_are_read(tmp_path: Path) -> None:
         ("[models.a]\nprewarm = 1", "true or false"),
         ('[models.a]\nschedule = ["always"]', "08:00"),
         ('[models.a]\naliases = ["b"]\n[models.b]', "names two models"),
+        ('[models.a]\ngolden = "b"\n[models.b]', "a and b are of the same golden, b"),
         ('[models."org/a"]', "golden = "),
         ("[models.a", "TOML"),
     ],

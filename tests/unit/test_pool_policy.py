@@ -302,6 +302,15 @@ RULES = st.builds(
 )
 
 
+Order = tuple[str, int | None]
+"""What somebody may order of a model: ``scale`` to a number or None, ``drain``, ``wake``, ``warm`` (1 or 0)."""
+ORDERS: st.SearchStrategy[Order] = st.one_of(
+    st.tuples(st.just("scale"), st.none() | st.integers(0, 4)),
+    st.tuples(st.sampled_from(["drain", "wake"]), st.none()),
+    st.tuples(st.just("warm"), st.integers(0, 1)),
+)
+
+
 class World:
     """Does what is decided; each thing takes a second. Requests take three."""
 
@@ -314,7 +323,7 @@ class World:
         }
         self.ends: dict[str, list[float]] = {}  # of the requests at work, by replica
         self.doing: list[tuple[float, Action, str]] = []
-        self.served = 0
+        self.served = self.refused = self.begun = 0
         self._count = 0
 
     def change(self, name: str, **what: Any) -> None:
@@ -329,6 +338,17 @@ class World:
 
     def ask(self, name: str) -> None:
         self.change(name, waiting=self.models[name].waiting + 1, asked=self.now)
+
+    def order(self, name: str, order: Order) -> None:
+        """As the loop does it: those who wait for a model that is drained are told, and go."""
+        what, value = order
+        if what == "scale":
+            self.change(name, scale=value)
+        elif what == "warm":
+            self.change(name, warm=bool(value))
+        else:
+            self.refused += self.models[name].waiting if what == "drain" else 0
+            self.change(name, drained=what == "drain", waiting=0 if what == "drain" else self.models[name].waiting)
 
     def tick(self) -> None:
         self.now += 1
@@ -358,6 +378,7 @@ class World:
                     self.set(name, held.name, requests=held.requests + taken)
 
     def _begin(self, action: Action) -> None:
+        self.begun += 1
         name, one = action.model, self.models[action.model]
         which = ""
         if isinstance(action, Restore | Start):
@@ -377,12 +398,14 @@ class World:
             assert (
                 before in {Wake: {Phase.STANDBY}, Freeze: {Phase.HOT}, Stop: {Phase.HOT, Phase.STANDBY}}[type(action)]
             )
-            if one.rules.pin is not Pin.NO and isinstance(action, Stop):
+            pinned = one.rules.pin is not Pin.NO and not one.drained and one.scale != 0
+            if pinned and isinstance(action, Stop):
                 assert sum(r.phase not in GOING for r in one.replicas) > 1, "the last of a pinned model is stopped"
             phase = {Wake: Phase.WAKING, Freeze: Phase.FREEZING, Stop: Phase.STOPPING}[type(action)]
             self.set(name, which, phase=phase)
         elif isinstance(action, Prepare):
             assert not any(one.preparing for one in self.models.values()), "two are prepared at once"
+            assert not one.drained, "a container is made for a model that takes no requests"
             self.change(name, preparing=True)
         else:
             assert not (action.to is Golden.DISK and one.replicas), "a golden goes while replicas map it"
@@ -392,9 +415,8 @@ class World:
     def _finish(self, action: Action, which: str) -> None:
         name, one = action.model, self.models[action.model]
         if isinstance(action, Restore):
-            self.set(
-                name, which, phase=Phase.STANDBY if action.standby else Phase.HOT, since=self.now, memory=one.memory
-            )
+            freezes = action.standby and one.scale is None  # as the loop does it
+            self.set(name, which, phase=Phase.STANDBY if freezes else Phase.HOT, since=self.now, memory=one.memory)
         elif isinstance(action, Start | Wake):
             self.set(name, which, phase=Phase.HOT, since=self.now, memory=one.memory)
             if isinstance(action, Start):
@@ -452,3 +474,48 @@ def test_budgets_hold_nobody_is_disturbed_and_everybody_is_served(
         restorable = one.golden in (Golden.TMPFS, Golden.DISK)
         assert one.prepared + len(one.replicas) >= one.rules.ahead or not restorable
     assert not world.doing
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rules=st.lists(RULES, min_size=1, max_size=3),
+    memory=st.integers(2, 9),
+    store=st.integers(2, 9),
+    asked=st.lists(st.tuples(st.integers(0, 2), st.none() | ORDERS, st.integers(1, 4)), max_size=30),
+    end=st.lists(st.tuples(st.none() | st.integers(0, 4), st.booleans(), st.booleans()), min_size=3, max_size=3),
+)
+def test_orders_in_between_are_followed_and_it_comes_to_rest(
+    rules: list[Rules],
+    memory: int,
+    store: int,
+    asked: list[tuple[int, Order | None, int]],
+    end: list[tuple[int | None, bool, bool]],
+) -> None:
+    kept = sum((1 + index % 2) * max(one.min_standby, one.max_replicas) for index, one in enumerate(rules))
+    world = World(rules, memory + kept, store)
+    wanted = 0
+    for which, order, pause in asked:
+        name = f"m{which % len(rules)}"
+        if order is not None:
+            world.order(name, order)
+        elif not world.models[name].drained:
+            world.ask(name)
+            wanted += 1
+        for _ in range(pause):
+            world.tick()
+    for name, (scale, warm, drained) in zip(world.models, end, strict=False):
+        for order in (("scale", scale), ("warm", int(warm)), ("drain" if drained else "wake", None)):
+            world.order(name, order)
+    for _ in range(60 + 12 * len(asked)):
+        world.tick()
+    # Nobody is forgotten, and nothing goes to and fro.
+    assert world.served + world.refused == wanted
+    begun = world.begun
+    for _ in range(30):
+        world.tick()
+    assert world.begun == begun and not world.doing
+    for one in world.models.values():
+        hot = sum(replica.phase is Phase.HOT for replica in one.replicas)
+        assert len(one.replicas) == floor_of(one), "it is not what it should be at rest"
+        assert hot == wanted_hot(one)
+        assert not (one.drained and one.replicas)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -123,3 +125,88 @@ def test_a_process_that_has_ended_is_not_waited_for() -> None:
     proc.wait_for_end(child.pid, "true", 60)  # a zombie has no command line
     child.wait()
     proc.wait_for_end(child.pid, "true", 60)
+
+
+# ---------------------------------------------------------------------- children that may be told to stop
+
+
+def test_a_child_s_outputs_and_status() -> None:
+    done = proc.Child(["sh", "-c", "echo out; echo err >&2; exit 3"]).wait(30)
+    assert (done.code, done.stdout, done.stderr) == (3, "out\n", "err\n") and done.argv[0] == "sh"
+
+
+def test_a_child_is_a_session_of_its_own_with_an_environment_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    code = "import os; print(os.getsid(0) == os.getpid(), os.environ.get('HF_TOKEN'), os.environ['MORE'])"
+    assert proc.Child([sys.executable, "-c", code], env={"MORE": "1"}).wait(30).stdout == "True None 1\n"
+
+
+def test_a_child_that_does_not_exist_says_so() -> None:
+    done = proc.Child(["gpuckpt-does-not-exist"]).wait(30)
+    assert done.code == 127 and "gpuckpt-does-not-exist" in done.stderr
+
+
+def test_without_what_starts_children_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proc, "_PATH", "/nowhere")
+    with pytest.raises(NotFoundError, match="setpriv"):
+        proc.Child(["true"])
+
+
+def test_a_child_that_is_interrupted_may_undo_what_it_has_begun() -> None:
+    code = "import time\ntry:\n print('begun', flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n print('undone')"
+    child = proc.Child([sys.executable, "-c", code])
+    deadline = time.monotonic() + 30
+    while not child._out.seek(0, os.SEEK_END) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.interrupt()
+    assert child.wait(30).stdout == "begun\nundone\n"
+    child.interrupt()  # there is nobody any more
+
+
+def test_a_child_that_takes_too_long_is_killed() -> None:
+    child = proc.Child(["sh", "-c", "echo so far >&2; exec sleep 60"])
+    with pytest.raises(DeadlineError, match=r"sh did not end within 0\.3 s"):
+        child.wait(0.3)
+    assert child._process.returncode == -9
+
+
+def test_a_child_dies_with_whoever_has_started_it() -> None:
+    code = (
+        "import os, sys; from gpuckpt import proc; "
+        "child = proc.Child(['sh', '-c', 'echo $$ >&2; exec sleep 60']); print(child._process.pid, flush=True); "
+        "sys.stdin.read(); os._exit(1)"
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ
+    ) as parent:
+        assert parent.stdin and parent.stdout
+        child = int(parent.stdout.readline())
+        handle = os.pidfd_open(child)
+        deadline = time.monotonic() + 30
+        # Only when the program is what setpriv has become is it bound to its parent.
+        while b"setpriv" in Path(f"/proc/{child}/cmdline").read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        parent.stdin.close()
+        assert select.select([handle], [], [], 30)[0]
+        os.close(handle)
+
+
+def test_who_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert not proc.is_killed(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        assert not proc.is_killed(process.pid)
+        process.kill()
+        process.wait()
+        assert proc.is_killed(process.pid)
+    # One in a frozen group is still there; the signal waits.
+    status = tmp_path / "status"
+    monkeypatch.setattr(proc, "Path", lambda path: status)
+    for text, killed in (
+        ("SigPnd:\t0000000000000000\nShdPnd:\t0000000000000100\n", True),
+        ("SigPnd:\t0000000000000100\nShdPnd:\t0000000000000000\n", True),
+        ("SigPnd:\t0000000000004000\nShdPnd:\t0000000000010000\nSigBlk:\t0000000000000100\n", False),
+    ):
+        status.write_text(text)
+        assert proc.is_killed(1) is killed
