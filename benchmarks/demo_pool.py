@@ -155,8 +155,7 @@ class Demo:
             pool_states.make_hot(pool, one.name)
             self._ask(pool, one.name)  # what a replica does only at its first request
             self.ttft[one.name]["hot"].pop()
-            for _ in range(SAMPLES):
-                reply = self._ask(pool, one.name, 8)
+            reply = self._ask(pool, one.name, 8)
             self.say(f"  {times(one.name, reply, self.terminal)}   {reply.text[:44]!r}")
         self.say("  The tier and both times are in the answer's headers, x-gpuckpt-tier and server-timing; “our clock”")
         self.say("  is this client's, from before it connects to the first token.")
@@ -232,18 +231,23 @@ class Demo:
         return self._ask(pool, one.name)
 
     def _samples(self, pool: PoolProcess) -> None:
-        self.say(f"  The same again by order (gpuckpt pool sleep, sleep --release), until there are {SAMPLES} of each:")
+        self.say(
+            f"  The same again by order (gpuckpt pool wake, sleep, sleep --release), until there are {SAMPLES} of each:"
+        )
         self._meanwhile("asking", self._until_enough, pool)
         for one in self.served:
             medians = {tier: Summary(tuple(self.ttft[one.name][tier])).p50 for tier in TIERS}
             self.say(f"  {one.name:<8} " + "   ".join(f"{tier} {value:7.3f} s" for tier, value in medians.items()))
 
     def _until_enough(self, pool: PoolProcess) -> None:
-        for one in self.served:
-            for tier, go in (("standby", pool_states.make_standby), ("tmpfs", pool_states.release)):
-                while len(self.ttft[one.name][tier]) < SAMPLES:
-                    go(pool, one.name)
-                    self._prepared_and_asked(pool, one) if tier == "tmpfs" else self._ask(pool, one.name)
+        """In rounds, so that whatever else the machine does then meets all tiers alike."""
+        ways = {"hot": pool_states.make_hot, "standby": pool_states.make_standby, "tmpfs": pool_states.release}
+        for count in range(1, SAMPLES + 1):
+            for one in self.served:
+                for tier, go in ways.items():
+                    if len(self.ttft[one.name][tier]) < count:
+                        go(pool, one.name)
+                        self._prepared_and_asked(pool, one) if tier == "tmpfs" else self._ask(pool, one.name)
 
     def _burst(self, pool: PoolProcess) -> None:
         pool_states.make_hot(pool, "gpt2")
