@@ -152,7 +152,6 @@ class Admin:
         asyncio.get_running_loop().call_later(0.05, self._stop)
         return _json({}, 202)
 
-
     def _named(self, request: Request) -> str:
         name = self._service.find(request.path_params["name"])
         if name not in self._service.owner.models:
