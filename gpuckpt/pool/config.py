@@ -285,8 +285,9 @@ def _table(file: Path, text: str, name: str, kind: type[Struct], content: dict[s
 
 
 def _check_names(file: Path, text: str, pool: Pool) -> None:
-    """Each name that a request can use is one model's."""
+    """Each name that a request can use is one model's, and so is each golden: replicas are called like it."""
     seen: dict[str, str] = {}
+    goldens: dict[str, str] = {}
     for name, model in pool.models.items():
         where = config_load.at(file, text, f"models.{name}")
         for alias in (name, *model.aliases):
@@ -301,3 +302,10 @@ def _check_names(file: Path, text: str, pool: Pool) -> None:
                     cause=f"its own name cannot name one: it {error}",
                     remedy=f'add golden = "NAME" to [models."{name}"]',
                 ) from error
+        golden = model.golden or name
+        if (other := goldens.setdefault(golden, name)) != name:
+            raise UsageError(
+                f"models {other} and {name} have the same golden, {golden} ({where})",
+                cause="each would take the other's replicas for its own",
+                remedy=f'make them one model: aliases = ["{name}"] in [models."{other}"]',
+            )
