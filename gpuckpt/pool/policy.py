@@ -141,7 +141,8 @@ class _Plan:
 
     def serve(self, model: Model) -> None:
         """Begin what its requests need."""
-        have = sum(one.phase is Phase.HOT or one.phase in COMING for one in model.replicas)
+        # One that is being frozen is a standby in a moment, and awake sooner than another one is restored.
+        have = sum(one.phase in COMING or one.phase in (Phase.HOT, Phase.FREEZING) for one in model.replicas)
         for _ in range(wanted_hot(model) - have):
             if not self._one_more(model):
                 return

@@ -85,6 +85,11 @@ def test_wakes_coalesce(phase: Phase) -> None:
     assert ordered(model("a", replica("x", phase), waiting=5)) == []
 
 
+def test_who_asks_while_it_freezes_waits_for_that_and_gets_no_other() -> None:
+    assert ordered(model("a", replica("x", Phase.FREEZING), waiting=1)) == []
+    assert ordered(model("a", replica("x", Phase.STANDBY), waiting=1)) == [Wake("a", "x")]
+
+
 def test_a_queue_scales_out_as_far_as_the_rules_let_it() -> None:
     busy = replica("x", requests=2)
     assert wanted_hot(model("a", busy, waiting=9, concurrency=2, max_replicas=8)) == 6
