@@ -106,7 +106,8 @@ class Workshop:
         for one in replicas.all_of(self._tools.layout.replicas):
             if one.golden != golden or not _is_ours(one):
                 continue
-            with contextlib.suppress(GpuckptError):
+            # It may end while it is looked at: its files in /proc and of its control group go with it.
+            with contextlib.suppress(GpuckptError, OSError):
                 if one.state == "prepared":
                     prepared.append(one.name)
                     continue
@@ -115,7 +116,7 @@ class Workshop:
                 if one.state == "ready" and container.alive and (still or self._answers(one)):
                     usable.append((self._made(one), Phase.STANDBY if still else Phase.HOT))
                     continue
-            with contextlib.suppress(GpuckptError):
+            with contextlib.suppress(GpuckptError, OSError):
                 replicas.stop(self._tools, one.name)
         return usable, prepared
 
@@ -139,6 +140,8 @@ class Workshop:
 
     def _made(self, replica: Replica, phases: PhaseTable | None = None) -> Made:
         container = self._container(replica.name)
+        if not container.pid:  # below process 0 is everything that the machine runs
+            raise RestoreError(f"replica {replica.name} has ended", cause=f"its container is {container.status}")
         self._endpoints[replica.name] = replica.endpoint
         spent = {row.name: row.seconds for row in phases.rows()} if phases else {}
         return Made(replica.name, replica.endpoint, _private(container.pid), 0, container.pid, spent)
@@ -153,7 +156,12 @@ class Workshop:
         phases = PhaseTable()
         # Its first real request is its proof; a canary of sixteen tokens would keep that waiting.
         restored = restore(RestoreRequest(golden, replica=name, canary=False), self._tools, phases)
-        return self._made(restored.replica, phases)
+        try:
+            return self._made(restored.replica, phases)
+        except BaseException:
+            with contextlib.suppress(GpuckptError, OSError):
+                self._stop(name)
+            raise
 
     async def prepare(self, model: str, replica: str) -> None:
         await self._in_thread(self._prepare, self._sources[model].golden, replica)

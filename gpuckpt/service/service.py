@@ -168,6 +168,12 @@ class Service:
         if back := [name for name in config.models if name in going]:
             raise BusyError(f"{', '.join(back)} is still going, as it was asked to", remedy="try again in a moment")
         removed = [name for name in before.models if name not in config.models]
+        held = {self.owner.models[name].prefix for name in (*going, *removed)}
+        if taken := [name for name, model in config.models.items() if _golden(name, model) in held]:
+            raise BusyError(
+                f"the golden of {', '.join(taken)} is that of a model that goes",
+                remedy="for another name add an alias; else reload without either first",
+            )
         added = [name for name in config.models if name not in before.models]
         changed = [
             name for name in config.models if name in before.models and config.models[name] != before.models[name]

@@ -16,7 +16,8 @@ from gpuckpt.service.exchange import Receive, Scope, Send, error_body
 from gpuckpt.service.routing import RoutingError
 from gpuckpt.service.service import Service
 
-_OPEN = ("/", "/health", "/dashboard")  # without a key; the page itself asks for one
+_OPEN = frozenset({"/", "/health", "/dashboard", "/dashboard/", *(f"/dashboard/{name}" for name in files())})
+"""Without a key; the page itself asks for one. Whatever is not here wants one, however the routes read its path."""
 _REFRESH = 0.5  # seconds between two views to a dashboard while something changes
 _QUIET = 5.0  # and while nothing does
 
@@ -48,10 +49,7 @@ class Site:
         if not mine or scope["method"] not in ("GET", "HEAD"):
             await self._service.front(scope, receive, send)
             return
-        open_ = path in _OPEN or (
-            path.startswith("/dashboard/") and path not in ("/dashboard/state", "/dashboard/events")
-        )
-        if not open_ and not self._service.front.keys.allow(dict(scope["headers"])):
+        if path not in _OPEN and not self._service.front.keys.allow(dict(scope["headers"])):
             answer = _error(401, "no valid API key: send it as “Authorization: Bearer KEY”", "invalid_api_key")
             answer.headers["www-authenticate"] = "Bearer"
             await answer(scope, receive, send)  # type: ignore[arg-type]

@@ -1,0 +1,69 @@
+"""The hands, where a replica ends under them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gpuckpt.config import Settings
+from gpuckpt.containers.podman import Container
+from gpuckpt.errors import GpuckptError, RestoreError
+from gpuckpt.golden.replica import Replica
+from gpuckpt.pool import workshop
+from gpuckpt.pool.hands import Source
+from gpuckpt.pool.workshop import Workshop
+
+
+def ended(name: str) -> Container:
+    return Container("1d", name, "exited", 0, 137, Path("/nonexistent"), None, None, {})
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr("gpuckpt.golden.replica.stop", lambda tools, name: found.append(name))
+    return found
+
+
+def hands(tmp_path: Path) -> Workshop:
+    made = Workshop(Settings(), {"m": Source("g")})
+    tools: Any = SimpleNamespace(
+        containers=SimpleNamespace(inspect=ended), layout=SimpleNamespace(replicas=tmp_path / "replicas")
+    )
+    made._tools = tools
+    return made
+
+
+def test_a_replica_that_ends_behind_its_restore_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: list[str]
+) -> None:
+    replica = Replica("g.1", "g", tmp_path)
+    monkeypatch.setattr(workshop, "restore", lambda request, tools, phases: SimpleNamespace(replica=replica))
+    made = hands(tmp_path)
+    # Not one that holds all of the machine's memory, which is what lies below process 0.
+    with pytest.raises(RestoreError, match=r"g\.1 has ended"):
+        made._restore("g", "g.1")
+    assert stopped == ["g.1"]
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("cgroup.events"), OSError(19, "No such device"), GpuckptError("x")]
+)
+def test_a_replica_that_ends_while_it_is_adopted_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: list[str], error: Exception
+) -> None:
+    folder = tmp_path / "replicas" / "g.1"
+    folder.mkdir(parents=True)
+    Replica("g.1", "g", folder, state="ready").save()
+
+    def frozen(pid: int, container: str) -> bool:
+        raise error
+
+    monkeypatch.setattr("gpuckpt.containers.freezer.frozen", frozen)
+    made = hands(tmp_path)
+    assert made._left("g") == ([], []) and stopped == ["g.1"]
+    made.close()
