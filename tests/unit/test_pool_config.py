@@ -93,9 +93,9 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, text: str, says: s
 
 @pytest.mark.parametrize("second", ["[models.a]", '[models.c]\ngolden = "a"'])
 def test_a_golden_is_one_models_alone(tmp_path: Path, second: str) -> None:
-    with pytest.raises(UsageError, match="have the same golden, a") as caught:
+    with pytest.raises(UsageError, match="are of the same golden, a") as caught:
         read(tmp_path, f'[models.b]\ngolden = "a"\n{second}\n')
-    assert caught.value.remedy is not None and "aliases" in caught.value.remedy
+    assert caught.value.remedy is not None and "alias" in caught.value.remedy
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:

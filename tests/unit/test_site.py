@@ -44,7 +44,6 @@ def test_the_page_wants_no_key(tmp_path: Path, target: str) -> None:
 @pytest.mark.parametrize(
     "target",
     [
-        "/",
         "/metrics",
         "/v1/models",
         "/v1/models/m",
