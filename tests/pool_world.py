@@ -30,6 +30,7 @@ class FakeHands:
         self.gate: asyncio.Event | None = None
         self.gates: dict[str, asyncio.Event] = {}
         self.prepared: list[str] = []
+        self.distrusted: list[str] = []
         self.pids: dict[str, int] = {}
         self.ill: set[str] = set()
         self.doomed_ones: set[str] = set()
@@ -104,6 +105,9 @@ class FakeHands:
         await self._pass("healthy")
         self._fail("healthy")
         return replica not in self.ill
+
+    async def distrust(self, model: str) -> None:
+        self.distrusted.append(model)
 
     async def doomed(self, model: str, replica: str) -> bool:
         self.looks.append(f"doomed {replica}")

@@ -49,13 +49,15 @@ def logs(ctx: click.Context, client: Client, /, name: str, tail: int | None, fol
 
     if follow and as_json:
         raise UsageError("--follow and --format json exclude each other")
-    work = tools(settings_from(ctx))
+    settings = settings_from(ctx)
+    unreachable: DaemonUnreachableError | None = None
     try:
         model, names = _meant(client, name)
-    except DaemonUnreachableError:  # replicas outlive it
-        model, names = None, [name]
-        if _known(work, name) is None:
-            raise
+    except DaemonUnreachableError as error:  # replicas outlive it
+        model, names, unreachable = None, [name], error
+    work = tools(settings)
+    if unreachable is not None and _known(work, name) is None:
+        raise unreachable
     if model is None:
         _known(work, name, must_exist=True)
     if follow:

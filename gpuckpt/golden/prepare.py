@@ -125,18 +125,19 @@ def prepare_ahead(tools: Tools, name: str, number: int, options: Options) -> lis
     raise AssertionError("unreachable: names do not end")
 
 
-def prepare_as(tools: Tools, name: str, replica: str, options: Options) -> Replica:
+def prepare_as(tools: Tools, name: str, replica: str, options: Options, *, keeper: str = "") -> Replica:
     """Prepare a replica of the golden ``name`` that is called ``replica``; returns it, also if it was there already.
 
+    ``keeper`` is who looks after it.
     Raises as :func:`opened` and :func:`prepare`, and BusyError if a replica of that name runs.
     """
     with opened(tools, name) as source:
-        return _kept(tools, source, replica, options)
+        return _kept(tools, source, replica, options, keeper)
 
 
-def _kept(tools: Tools, source: Source, name: str, options: Options) -> Replica:
+def _kept(tools: Tools, source: Source, name: str, options: Options, keeper: str = "") -> Replica:
     key = source.key(options)
-    with making(tools, name, source.manifest.name, key=key) as replica:
+    with making(tools, name, source.manifest.name, key=key, keeper=keeper) as replica:
         made = replica if replica.key == key else prepare(tools, source, replica, options)
         # The volumes that it brought stay: another replica may use them before it is ever restored.
         kept = replace(made, state="prepared", tier=tools.layout.tier_of(source.folder), volumes=())

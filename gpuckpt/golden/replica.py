@@ -32,6 +32,7 @@ class Replica:
     moment it is taken apart; ``prepared`` is one whose container waits for its restore. ``volumes`` names those that
     the transaction created. ``tier`` says what it was started from, ``memory`` how its memory came back. ``bundle`` is
     podman's folder of the container that was prepared, ``key`` says for what (see :mod:`gpuckpt.golden.prepare`).
+    ``keeper`` is who looks after it, if that is not the user: the warm pool knows its own by it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Replica:
     memory: str = "copy"
     bundle: str = ""
     key: str = ""
+    keeper: str = ""
 
     @property
     def container(self) -> str:
@@ -161,7 +163,7 @@ def stop(tools: Tools, name: str, *, only_dead: bool = False, only_prepared: boo
 
 
 @contextlib.contextmanager
-def making(tools: Tools, name: str, golden: str, *, key: str = "") -> Iterator[Replica]:
+def making(tools: Tools, name: str, golden: str, *, key: str = "", keeper: str = "") -> Iterator[Replica]:
     """Make a replica as a transaction: whatever ends the body by an exception leaves nothing of it behind.
 
     The body must call :func:`commit` on the replica for it to stay. One that was prepared for ``key`` is taken as it
@@ -187,10 +189,10 @@ def making(tools: Tools, name: str, golden: str, *, key: str = "") -> Iterator[R
         else:
             taken = False
         if taken:
-            replica = replace(earlier, state="making")
+            replica = replace(earlier, state="making", keeper=keeper)
         else:
             folder.mkdir(mode=0o700)
-            replica = Replica(name, golden, folder)
+            replica = Replica(name, golden, folder, keeper=keeper)
         try:
             replica.save()
             if not taken:

@@ -60,6 +60,7 @@ class RestoreRequest:
     huge_pages: bool = True
     fallback: Literal["cold"] | None = None
     start_timeout: float = 600
+    keeper: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,11 +174,11 @@ def _making(request: RestoreRequest, tools: Tools, source: Source) -> Iterator[R
     with contextlib.ExitStack() as stack:
         for name in waiting:
             with contextlib.suppress(BusyError):  # another restore has taken it since we looked
-                found = stack.enter_context(making(tools, name, request.name, key=key))
+                found = stack.enter_context(making(tools, name, request.name, key=key, keeper=request.keeper))
                 break
         if found is None:
             name = request.replica if request.replica is not None else request.name
-            found = stack.enter_context(making(tools, name, request.name, key=key))
+            found = stack.enter_context(making(tools, name, request.name, key=key, keeper=request.keeper))
         yield found
 
 

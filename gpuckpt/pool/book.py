@@ -51,8 +51,9 @@ class Event:
 class Held:
     """A replica and what the loop keeps of it.
 
-    ``heard``: when its server last sent something, or was sent a request; ``served`` counts its requests;
-    ``checks`` counts those who look at its health right now; ``proved``: when its canary last held.
+    ``heard``: when its server last sent something, or was sent a request; ``served`` counts its requests; ``checks``
+    counts those who look at its health right now; ``proved``: when its canary last held. ``golden``: which of its
+    model's goldens it is of (see :attr:`Of.goldens`).
     """
 
     name: str
@@ -63,6 +64,7 @@ class Held:
     pid: int | None = None
     requests: int = 0
     served: int = 0
+    golden: int = 0
     memory: int = 0
     gpu: int = 0
     heard: float = 0.0
@@ -87,9 +89,9 @@ class Of:
 
     ``served`` is what its own server calls it. ``estimate``: what a replica will hold, as long as none has shown it;
     ``most``: the most that one has held. ``preparing``: the container that is being made, or removed, right now.
-    ``asked``: when the last request came, ``requested``: whether one did, or it is only when we began. ``damaged``: how
-    many of its goldens were put aside since one was right. ``leaving``: it is no longer configured, and goes with its
-    last replica.
+    ``asked``: when the last request came, ``requested``: whether one did, or it is only when we began. ``goldens``
+    counts those that were put aside, ``damaged`` those since one was right. ``leaving``: it is no longer configured,
+    and goes with its last replica.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Of:
     requested: bool = False
     failures: int = 0
     damaged: int = 0
+    goldens: int = 0
     retry_at: float = 0.0
     make_at: float = 0.0
     move_at: float = 0.0
@@ -117,6 +120,7 @@ class Of:
     warm: bool = False
     scale: int | None = None
     drained: bool = False
+    cramped: bool = False
     leaving: bool = False
 
     def found(self, seen: Found) -> None:
@@ -173,7 +177,8 @@ class Of:
             golden_bytes=self.golden_bytes,
             memory=self.expected,
             gpu=self.gpu,
-            cold=self.estimate,
+            cold=max(self.estimate, self.most),
+            cramped=self.cramped,
             replicas=tuple(one.seen() for one in self.replicas.values()),
             waiting=len(self.waiters),
             asked=self.asked,

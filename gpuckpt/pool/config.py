@@ -115,6 +115,7 @@ class Front(Struct, frozen=True, kw_only=True):
         "file of API keys, one a line; default: systemd's credential api-keys, else none",
     ] = None
     body_limit: Annotated[int, config.parse_bytes, "largest request body, in bytes"] = 64 << 20
+    bodies: Annotated[int, config.parse_bytes, "all request bodies that are held at once, in bytes"] = 1 << 30
     queue: Annotated[int, config.parse_count, "requests that may wait for one model"] = 256
     deadline: Annotated[float, config.parse_duration, "longest wait for a replica, in seconds"] = 120.0
     keep_alive: Annotated[float, config.parse_duration, "between comments to a stream that waits, in seconds"] = 5.0

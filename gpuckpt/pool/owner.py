@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, VerificationError
+from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, OutOfSpaceError, VerificationError
 from gpuckpt.pool import policy
 from gpuckpt.pool.book import Event, Held, LateError, Of, RefusedError
 from gpuckpt.pool.hands import Hands, Made
@@ -43,6 +43,7 @@ _log = logging.getLogger("gpuckpt.pool")
 _GIVEN_UP = 3  # failures in a row after which those who wait are told
 _DOUBLINGS = 5
 _UNASKED_DOUBLINGS = 11  # of the pause where nobody waits: making a golden takes all cores
+_LONGEST_END = 60.0  # seconds
 _UNLIMITED = Budget()
 
 
@@ -105,7 +106,7 @@ class Owner:
             model.found(seen)
             model.prepared.update(seen.prepared)
             for made, phase in seen.replicas:
-                held = model.replicas[made.name] = Held(made.name, name, phase, now)
+                held = model.replicas[made.name] = Held(made.name, name, phase, now, golden=model.goldens)
                 self._answers(model, held, made)
                 self._say("adopted", name, made.name, str(phase))
         self.settle()
@@ -175,6 +176,8 @@ class Owner:
         """The request is over."""
         held.requests -= 1
         held.since = self.clock()
+        if held.phase is Phase.DRAINING and not held.requests:
+            self._begin_stop(held, "quarantined")
         if model := self.models.get(held.model):
             self._hand_out(model)
         # What follows from idleness alone has time until the next look.
@@ -183,7 +186,7 @@ class Owner:
 
     def lost(self, held: Held, reason: str) -> None:
         """The replica is dead, or hangs: it gets no more requests, and another one takes its place."""
-        if held.phase in (Phase.STOPPING, Phase.DRAINING):
+        if held.phase is Phase.STOPPING:
             return
         self._say("lost", held.model, held.name, reason)
         self._begin_stop(held, reason)
@@ -201,6 +204,16 @@ class Owner:
         model.retry_at = self.clock() + (self.retry * 2 ** min(before - 1, _DOUBLINGS) if before else 0.0)
         model.make_at = self.clock() + (self.retry * 2 ** min(before - 1, _UNASKED_DOUBLINGS) if before else 0.0)
         self._say("quarantined", name, reason=reason)
+        model.goldens += 1
+        for held in list(model.replicas.values()):
+            if held.phase is Phase.HOT and held.requests:
+                held.phase = Phase.DRAINING
+            elif held.phase in (Phase.HOT, Phase.STANDBY):
+                self._begin_stop(held, "quarantined")
+        for prepared in model.prepared:
+            self._run(self._discard(model, prepared))
+        model.prepared.clear()
+        self._run(self._distrust(model))
         self.settle()
 
     def proved(self, held: Held) -> None:
@@ -348,7 +361,7 @@ class Owner:
     def _new(self, model: Of, phase: Phase) -> Held:
         name = model.next_name()
         model.prepared.discard(name)
-        held = model.replicas[name] = Held(name, model.name, phase, self.clock())
+        held = model.replicas[name] = Held(name, model.name, phase, self.clock(), golden=model.goldens)
         return held
 
     async def _start(self, model: Of, held: Held, *, replace: bool) -> None:
@@ -363,6 +376,7 @@ class Owner:
         model.prepared.clear()
         model.found(seen)
         self._say("made", model.name, seconds=self.clock() - began)
+        model.cramped, held.golden = False, model.goldens
         # A replica of it is restored like any other: it takes a moment more, and one kind of replica is enough.
         held.phase = Phase.RESTORING
         if policy.wanted_hot(model.seen()) == 0:
@@ -394,6 +408,9 @@ class Owner:
         held.phase, held.since = Phase.HOT, self.clock()
         model.failures, model.retry_at, model.trouble = 0, 0.0, ""
         self._say(kind, model.name, held.name, tier=tier, seconds=self.clock() - began, phases=made.phases)
+        if held.golden != model.goldens:
+            self._begin_stop(held, "quarantined")
+            return
         hot = sum(one.phase is Phase.HOT for one in model.replicas.values())
         if standby and hot > policy.wanted_hot(model.seen()):
             held.phase = Phase.FREEZING
@@ -428,6 +445,9 @@ class Owner:
                 self._begin_stop(held, f"not {kind}")
             return
         if held.phase is Phase.STOPPING:  # it was lost meanwhile
+            return
+        if held.golden != model.goldens:
+            self._begin_stop(held, "quarantined")
             return
         held.phase, held.since = phase, self.clock()
         self._say(kind, model.name, held.name, tier=tier, seconds=self.clock() - began)
@@ -488,6 +508,7 @@ class Owner:
         model.retry_at = self.clock() + self.retry * 2 ** min(max(0, model.failures - 1), _DOUBLINGS)
         model.make_at = self.clock() + self.retry * 2 ** min(max(0, model.failures - 1), _UNASKED_DOUBLINGS)
         model.trouble = _why(error)
+        model.cramped = isinstance(error, OutOfSpaceError)
         self._say("failed", model.name, held.name, _why(error), tier)
         if isinstance(error, VerificationError):
             # From now on it starts cold, at once: what failed will not fail again.
@@ -499,6 +520,12 @@ class Owner:
                 seen = await _done(self._hands.look(model.name))
                 if model.golden in (Golden.TMPFS, Golden.DISK):
                     model.found(seen)
+
+    async def _distrust(self, model: Of) -> None:
+        try:
+            await _done(self._hands.distrust(model.name))
+        except GpuckptError as error:
+            _log.warning("the golden of %s could not be marked: %s", model.name, _why(error))
 
     async def _discard(self, model: Of, name: str) -> None:
         with contextlib.suppress(GpuckptError):  # the next service finds it, and uses or removes it
@@ -542,13 +569,19 @@ class Owner:
             if self.clock() >= until:
                 break
             await asyncio.sleep(0.05)
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._ended()
         held = [one for model in self.models.values() for one in model.replicas.values()]
         for one in held:
             self._begin_stop(one, "shutdown")
         for model in self.models.values():
             for name in model.prepared:
                 self._run(self._discard(model, name))
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._ended()
+
+    async def _ended(self) -> None:
+        """Wait for what is being done; a last tick follows what it begins. Not for ever: the next service sweeps."""
+        until = self.clock() + _LONGEST_END
+        while self._tasks and self.clock() < until:
+            await asyncio.wait(self._tasks, timeout=1.0)
+        for task in self._tasks:
+            _log.warning("still being done at the end: %s", task.get_coro())

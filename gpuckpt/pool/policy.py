@@ -40,6 +40,7 @@ def decide(state: State) -> tuple[Action, ...]:
     if state.draining:
         return ()
     plan = _Plan(state)
+    plan.relieve()
     for model in sorted(state.models, key=_urgency):
         if not model.drained:
             plan.serve(model)
@@ -144,6 +145,17 @@ class _Plan:
     def _of(self, model: Model, *phases: Phase) -> list[Replica]:
         return [one for one in model.replicas if one.phase in phases and one.name not in self._taken]
 
+    def relieve(self) -> None:
+        """Remove what is idle until the budget holds again: replicas grow while they work."""
+        over = _Room() - (self._free + self._coming_free)
+        for victim, replica in self._victims(None):
+            if over.memory <= 0 and over.gpu <= 0:
+                return
+            if (over.memory > 0 and replica.memory) or (over.gpu > 0 and replica.gpu):
+                over -= _Room(replica.memory, replica.gpu)
+                self._coming_free += _Room(replica.memory, replica.gpu)
+                self._order(Stop(victim.name, replica.name, "room"))
+
     # ------------------------------------------------------------------ up
 
     def serve(self, model: Model) -> None:
@@ -170,6 +182,10 @@ class _Plan:
     def _may_start(self, model: Model) -> bool:
         alive = any(one.phase not in GOING for one in model.replicas)
         begun = alive or any(_is_for(one, model, Start) for one in self.actions)
+        if not _cold(model).memory:
+            # Nobody knows what it will hold: several at once could be more than there is.
+            starting = any(one.phase is Phase.STARTING for each in self._state.models for one in each.replicas)
+            begun |= starting or any(isinstance(one, Start) for one in self.actions)
         return model.golden in (Golden.NONE, Golden.QUARANTINED) and not begun and self._state.now >= model.retry_at
 
     def _with_room(self, model: Model, need: _Room, action: Action) -> bool:
@@ -207,10 +223,13 @@ class _Plan:
                 held += _sum(_held(model, one) for one in staying[: floor_of(model)])
         return self._limits - held
 
-    def _victims(self, needy: Model) -> list[tuple[Model, Replica]]:
+    def _victims(self, needy: Model | None) -> list[tuple[Model, Replica]]:
+        """Who would go for it, the first one first; for None, if the budget is exceeded."""
         found: list[tuple[tuple[bool, int, float, str], Model, Replica]] = []
         for model in self._state.models:
-            if model.name == needy.name or model.waiting or model.rules.priority > needy.rules.priority:
+            if model.waiting or (
+                needy is not None and (model.name == needy.name or model.rules.priority > needy.rules.priority)
+            ):
                 continue
             idle = [one for one in self._of(model, Phase.HOT, Phase.STANDBY) if one.idle]
             idle.sort(key=lambda one: (one.since, one.name))
@@ -226,12 +245,10 @@ class _Plan:
 
     def sink(self, model: Model) -> None:
         """Freeze and remove what has been idle for as long as its rules say."""
-        if model.drained or model.scale == 0:
-            for one in self._of(model, Phase.HOT, Phase.STANDBY):
-                if one.idle and not model.waiting:
-                    self._order(Stop(model.name, one.name, "drained" if model.drained else "scale"))
-            return
         if model.waiting:
+            return
+        if model.drained or model.scale is not None:
+            self._down_to(model, 0 if model.drained else _scale(model))
             return
         now, rules = self._state.now, model.rules
         hot = self._of(model, Phase.HOT)
@@ -246,6 +263,13 @@ class _Plan:
             if staying > floor_of(model) and now - one.since >= rules.idle_release:
                 self._order(Stop(model.name, one.name, "idle"))
                 staying -= 1
+
+    def _down_to(self, model: Model, kept: int) -> None:
+        staying = [one for one in model.replicas if one.phase not in GOING]
+        idle = [one for one in self._of(model, Phase.STANDBY, Phase.HOT) if one.idle]
+        idle.sort(key=lambda one: (one.phase is Phase.HOT, one.since, one.name))
+        for one in idle[: max(0, len(staying) - kept)]:
+            self._order(Stop(model.name, one.name, "drained" if model.drained else "scale"))
 
     # ------------------------------------------------------------------ ahead
 
@@ -272,16 +296,25 @@ class _Plan:
         )
         used = {model.name for model in models if model.replicas or model.waiting}
         used |= {one.model for one in self.actions if isinstance(one, Restore | Start)}
+        needy = sorted(
+            (model for model in models if model.golden is Golden.DISK and model.name in used and now >= model.move_at),
+            key=lambda model: (-model.rules.priority, -model.asked),
+        )
+        cramped = [model for model in models if model.cramped]
+        # Who may have to make room: the least important, the longest unused first. It is there when they are gone.
+        freed = 0
         for model in sorted(models, key=lambda model: (model.rules.priority, model.asked)):
             if model.golden is not Golden.TMPFS or model.name in used or model.preparing or now < model.move_at:
                 continue
             idle = model.rules.idle_disk is not None and now - model.asked >= model.rules.idle_disk
-            if store < 0 or (idle and floor_of(model) == 0):
-                self._order(Move(model.name, Golden.DISK, "room" if store < 0 else "idle"))
-                store += model.golden_bytes
-        for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked)):
-            wanted = model.golden is Golden.DISK and model.name in used and now >= model.move_at
-            if wanted and model.golden_bytes <= store:
+            lacking = sum(one.golden_bytes for one in needy if one.rules.priority >= model.rules.priority)
+            asked_for = lacking > store + freed or any(one.rules.priority >= model.rules.priority for one in cramped)
+            room = asked_for or store + freed < 0
+            if room or (idle and floor_of(model) == 0):
+                self._order(Move(model.name, Golden.DISK, "room" if room else "idle"))
+                freed += model.golden_bytes
+        for model in needy:
+            if model.golden_bytes <= store:
                 self._order(Move(model.name, Golden.TMPFS, "asked"))
                 store -= model.golden_bytes
         # In the background, so one at a time: it takes all cores, and others serve.

@@ -24,7 +24,15 @@ from gpuckpt.config import Settings
 from gpuckpt.config_load import as_environment
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container, container_name
-from gpuckpt.errors import BusyError, CheckpointError, GpuckptError, NotFoundError, NothingToDo, RestoreError
+from gpuckpt.errors import (
+    BusyError,
+    CheckpointError,
+    GpuckptError,
+    NotFoundError,
+    NothingToDo,
+    OutOfSpaceError,
+    RestoreError,
+)
 from gpuckpt.golden import prepare, tiers
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.prepare import Options
@@ -34,6 +42,7 @@ from gpuckpt.golden.tools import Tools, open_store, tools
 from gpuckpt.manifest import Manifest
 from gpuckpt.pool.hands import Found, Made, Source
 from gpuckpt.pool.state import Golden, Phase
+from gpuckpt.store import seal
 from gpuckpt.timing import PhaseTable
 from gpuckpt.workload import adapter
 from gpuckpt.workload.endpoint import Endpoint
@@ -41,6 +50,7 @@ from gpuckpt.workload.endpoint import Endpoint
 _Result = TypeVar("_Result")
 _WORKERS = 32  # restores, stops and checks at once
 _DUMP_SECONDS = 600  # the most that warming up and dumping may take
+_KEEPER = "pool"
 
 
 class Workshop:
@@ -54,7 +64,8 @@ class Workshop:
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gpuckpt-pool")
         self._known: dict[str, Container] = {}  # id and first process of running replicas
         self._endpoints: dict[str, Endpoint] = {}
-        self._records: dict[str, Manifest] = {}  # of the goldens that replicas were restored from
+        # Of the goldens that replicas are restored from; another file is another golden.
+        self._records: dict[str, tuple[tuple[int, int], Manifest]] = {}
         self._creating: set[proc.Child] = set()
         self._interrupted = False
         self._births = threading.Lock()  # between a child's start and its entry in the list it cannot be interrupted
@@ -70,6 +81,7 @@ class Workshop:
         # The store is mounted, CRIU found, podman connected to.
         await self._in_thread(open_store, self._settings)
         self._tools: Tools = await self._in_thread(tools, self._settings)
+        await self._in_thread(self._remove_strangers)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -88,13 +100,19 @@ class Workshop:
         found = await self._in_thread(self._look, golden)
         return replace(found, replicas=tuple(replicas), prepared=tuple(prepared))
 
+    def _remove_strangers(self) -> None:
+        """Replicas of an earlier service's models that are not ours: nobody would ever stop them."""
+        known = {source.golden for source in self._sources.values()}
+        for one in replicas.all_of(self._tools.layout.replicas):
+            if one.keeper == _KEEPER and one.golden not in known:
+                with contextlib.suppress(GpuckptError, OSError):
+                    self._stop(one.name)
+
     def _look(self, golden: str) -> Found:
-        layout = self._tools.layout
-        here = layout.tiers(golden)
+        here = self._tools.layout.tiers(golden)
         if not here:
             return Found(golden, Golden.NONE)
-        manifest = manifests.read(next(iter(here.values())))
-        self._records[golden] = manifest
+        manifest = self._record(golden)
         # Of a mapped one only what it writes is its own; nobody knows how much before one has run.
         memory = manifest.sizes.cpu_pages + manifest.sizes.shared_memory
         place = Golden.TMPFS if "tmpfs" in here else Golden.DISK
@@ -104,7 +122,7 @@ class Workshop:
         """Replicas of an earlier service that can be used, and prepared ones; the others are removed."""
         usable, prepared = [], []
         for one in replicas.all_of(self._tools.layout.replicas):
-            if one.golden != golden or not _is_ours(one):
+            if one.golden != golden or one.keeper != _KEEPER:
                 continue
             # It may end while it is looked at: its files in /proc and of its control group go with it.
             with contextlib.suppress(GpuckptError, OSError):
@@ -117,16 +135,19 @@ class Workshop:
                     usable.append((self._made(one), Phase.STANDBY if still else Phase.HOT))
                     continue
             with contextlib.suppress(GpuckptError, OSError):
-                replicas.stop(self._tools, one.name)
+                self._stop(one.name)
         return usable, prepared
 
     def _answers(self, replica: Replica) -> bool:
         return adapter(self._record(replica.golden).workload).healthy(replica.endpoint)
 
     def _record(self, golden: str) -> Manifest:
-        if (known := self._records.get(golden)) is None:
-            known = self._records[golden] = manifests.read(self._tools.layout.golden(golden))
-        return known
+        folder = self._tools.layout.golden(golden)
+        state = (folder / "manifest.json").stat()
+        now = (state.st_ino, state.st_mtime_ns)
+        if (known := self._records.get(golden)) is None or known[0] != now:
+            known = self._records[golden] = (now, manifests.read(folder))
+        return known[1]
 
     def _container(self, name: str) -> Container:
         if (known := self._known.get(name)) is None:
@@ -155,7 +176,7 @@ class Workshop:
         self._known.pop(name, None)
         phases = PhaseTable()
         # Its first real request is its proof; a canary of sixteen tokens would keep that waiting.
-        restored = restore(RestoreRequest(golden, replica=name, canary=False), self._tools, phases)
+        restored = restore(RestoreRequest(golden, replica=name, canary=False, keeper=_KEEPER), self._tools, phases)
         try:
             return self._made(restored.replica, phases)
         except BaseException:
@@ -167,7 +188,7 @@ class Workshop:
         await self._in_thread(self._prepare, self._sources[model].golden, replica)
 
     def _prepare(self, golden: str, name: str) -> None:
-        prepare.prepare_as(self._tools, golden, name, Options())
+        prepare.prepare_as(self._tools, golden, name, Options(), keeper=_KEEPER)
 
     async def make(self, model: str, *, replace: bool) -> None:
         source = self._sources[model]
@@ -195,15 +216,15 @@ class Workshop:
         if result.code == BusyError.exit_code:
             raise BusyError(f"golden {source.golden} is being made by another command")
         if result.code != 0:
+            kind = OutOfSpaceError if result.code == OutOfSpaceError.exit_code else CheckpointError
             said = proc.tail(result.stderr)
             why = next((line for line in said if line.startswith("error: ")), said[-1] if said else "it gave no reason")
-            raise CheckpointError(
+            raise kind(
                 f"golden {source.golden} could not be made",
                 cause=why.removeprefix("error: "),
                 remedy=f"try it by hand: gpuckpt create {source.golden} …",
                 log=said,
             )
-        self._records.pop(source.golden, None)
 
     def interrupt(self) -> None:
         with self._births:
@@ -267,6 +288,13 @@ class Workshop:
 
     # ------------------------------------------------------------------ goldens
 
+    async def distrust(self, model: str) -> None:
+        await self._in_thread(self._distrust, self._sources[model].golden)
+
+    def _distrust(self, golden: str) -> None:
+        for folder in self._tools.layout.tiers(golden).values():
+            seal.distrust(folder)
+
     async def move(self, model: str, to: Golden) -> None:
         golden = self._sources[model].golden
         try:
@@ -279,12 +307,6 @@ class Workshop:
             pass
         except OSError as error:
             raise RestoreError(f"golden {golden} could not be moved to {to}", cause=str(error)) from error
-
-
-def _is_ours(replica: Replica) -> bool:
-    """Whether the pool has made it; what was restored by hand is left alone."""
-    prefix, dot, number = replica.name.rpartition(".")
-    return bool(dot) and number.isdigit() and replica.golden.startswith(prefix)
 
 
 def _private(pid: int) -> int:

@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from gpuckpt.store.layout import Layout
 _log = logging.getLogger("gpuckpt.pool")
 _SPARE_FILES = 2000  # descriptors beside clients' connections: those to replicas, files, pidfds
 _STATUS_SECONDS = 2.0
+_PROGRESS_SECONDS = 10.0  # between two words to systemd that the start goes on
 
 
 def run(settings: Settings, file: Path, *, admin: Path, level: int = logging.INFO) -> None:
@@ -80,15 +81,15 @@ class _Daemon:
                 # Clients may connect from now on; their requests wait until it is ready.
                 await front_server.start()
                 await admin_server.start()
-                await asyncio.to_thread(self._sweep)
-                await service.open()
-                self._notifier.ready(self._status())
-                _log.info("ready: %d models at %s", len(config.models), ", ".join(service.listening))
-                status = loop.create_task(self._tell_status())
-                await self._stop.wait()
-                status.cancel()
+                if await self._unless_stopped(self._open()):
+                    self._notifier.ready(self._status())
+                    _log.info("ready: %d models at %s", len(config.models), ", ".join(service.listening))
+                    status = loop.create_task(self._tell_status())
+                    await self._stop.wait()
+                    status.cancel()
             finally:
                 self._notifier.stopping("finishing what is at work")
+                front_server.stop_listening()
                 patience = service.config.front.drain
                 async with self._reloading:  # what one is looking at would be left behind
                     if service.state == "ready":
@@ -100,6 +101,28 @@ class _Daemon:
                     self._admin.unlink()
 
     # ------------------------------------------------------------------ the start
+
+    async def _open(self) -> None:
+        await asyncio.to_thread(self._sweep)
+        await self._service.open()
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do it, and keep systemd from losing patience; whether it was done before somebody asked us to stop."""
+        loop = asyncio.get_running_loop()
+        doing, stopping = loop.create_task(work), loop.create_task(self._stop.wait())
+        try:
+            while not (doing.done() or stopping.done()):
+                self._notifier.extend(_PROGRESS_SECONDS * 3)
+                await asyncio.wait((doing, stopping), timeout=_PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                doing.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await doing
+                return False
+            doing.result()
+            return True
+        finally:
+            stopping.cancel()
 
     def _front_sockets(self, addresses: tuple[str, ...]) -> list[socket.socket]:
         handed = [one.socket for one in activation.listeners()]

@@ -53,6 +53,14 @@ class Limits:
     deadline: float = 120.0
     keep_alive: float = 5.0
     request: float = 20.0
+    bodies: int = 1 << 30
+
+
+@dataclass
+class Bodies:
+    """Bytes of all bodies that are held at this moment."""
+
+    held: int = 0
 
 
 @dataclass
@@ -93,7 +101,7 @@ class BrokenOffError(Exception):
 class Exchange:
     """What a client asks, and what it hears."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, bodies: Bodies) -> None:
         self.began = time.monotonic()
         self.scope = scope
         self.method: str = scope["method"]
@@ -101,6 +109,8 @@ class Exchange:
         self.record = Record()
         self.waits_for_events = False  # it asked for a stream of events, and may get comments to wait by
         self.begun = False  # bytes of an answer have been sent
+        self._bodies = bodies
+        self._size = 0
         self._receive = receive
         self._write: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE)
         self._send = send
@@ -120,7 +130,6 @@ class Exchange:
         if announced.isdigit() and int(announced) > limits.body:
             raise _too_long(limits.body)
         pieces: list[bytes] = []
-        size = 0
         begin = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(limits.request) as limit:
@@ -129,17 +138,25 @@ class Exchange:
                     if message["type"] == "http.disconnect":
                         raise ClientGone
                     pieces.append(message["body"])
-                    size += len(message["body"])
-                    if size > limits.body:
+                    self._size += len(message["body"])
+                    self._bodies.held += len(message["body"])
+                    if self._size > limits.body:
                         raise _too_long(limits.body)
+                    if self._bodies.held > limits.bodies:
+                        raise AnswerError(503, "too many large requests at once", "not_available", retry_after=1)
                     if message.get("more_body"):
-                        limit.reschedule(begin + limits.request + size / _SLOWEST)
+                        limit.reschedule(begin + limits.request + self._size / _SLOWEST)
                     else:
                         self._read = True
         except TimeoutError:
             took = time.monotonic() - self.began
             raise AnswerError(408, f"the request was not complete after {took:.0f} s", "too_slow") from None
         return b"".join(pieces)
+
+    def forget_body(self) -> None:
+        """Nobody holds the body any more."""
+        self._bodies.held -= self._size
+        self._size = 0
 
     def passed_headers(self, dropped: frozenset[bytes]) -> Headers:
         """What the replica is told: neither ``dropped`` nor what ``Connection`` names."""

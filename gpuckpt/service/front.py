@@ -18,6 +18,7 @@ from gpuckpt.pool.state import Phase
 from gpuckpt.service.exchange import (
     HOP_BY_HOP,
     AnswerError,
+    Bodies,
     BrokenOffError,
     ClientGone,
     Exchange,
@@ -68,11 +69,12 @@ class Front:
         self.keys = keys
         self.limits = limits
         self._done = done
+        self._bodies = Bodies()
         self._looks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self._bodies)
         record = exchange.record
         try:
             await self._answer(exchange)
@@ -91,6 +93,7 @@ class Front:
                 raise BrokenOffError("a fault of ours") from None
             await exchange.refuse(AnswerError(500, "the service has failed on this request", "internal_error"))
         finally:
+            exchange.forget_body()
             record.total = time.monotonic() - exchange.began
             self._done(record)
 

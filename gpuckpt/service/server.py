@@ -66,10 +66,14 @@ class HttpServer:
         """How many requests are being answered."""
         return len(self._state.tasks)
 
-    async def close(self, patience: float) -> None:
-        """Accept no more, let answers end for ``patience`` seconds at most, then cut."""
+    def stop_listening(self) -> None:
+        """Accept no more connections. Where systemd holds the sockets, too, they wait there for the next service."""
         for server in self._servers:
             server.close()
+
+    async def close(self, patience: float) -> None:
+        """Accept no more, let answers end for ``patience`` seconds at most, then cut."""
+        self.stop_listening()
         for connection in list(self._state.connections):
             connection.shutdown()
         with contextlib.suppress(TimeoutError):

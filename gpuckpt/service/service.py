@@ -94,7 +94,7 @@ class Service:
         self._routes = Routes(names, self._served)
         front = config.front
         limits = self.front.limits
-        limits.body, limits.deadline = front.body_limit, front.deadline
+        limits.body, limits.bodies, limits.deadline = front.body_limit, front.bodies, front.deadline
         limits.keep_alive, limits.request = front.keep_alive, front.header_timeout
         self.owner.queue, self.owner.retry = front.queue, config.health.retry
         self.health.rules = config.health

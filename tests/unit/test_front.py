@@ -948,3 +948,19 @@ def test_curl(tmp_path: Path) -> None:
                 assert status == "413 1" and json.loads(body)["error"]["code"] == "body_too_long"
 
     run(test())
+
+
+def test_all_bodies_together_have_a_limit() -> None:
+    async def test() -> None:
+        async with world(answer(b"well"), limits=Limits(bodies=100_000)) as here:
+            here.pool.gate.clear()  # the first one is held while it waits for a replica
+            large = ASK | {"prompt": "x" * 70_000}
+            first = asyncio.create_task(here.ask(large))
+            await until(lambda: here.pool.waiting == 1)
+            second = await here.ask(large)
+            assert (second.status, second.header("retry-after")) == (503, "1")
+            here.pool.gate.set()
+            assert (await first).status == 200
+            assert (await here.ask(large)).status == 200
+
+    run(test())

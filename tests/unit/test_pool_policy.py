@@ -197,7 +197,13 @@ def test_goldens_leave_the_tmpfs_when_it_is_full_and_come_back_when_asked_for() 
     assert ordered(old, new, store=8 * GB) == []
     on_disk = model("d", replica("x"), golden=Golden.DISK)
     assert ordered(old, on_disk, store=8 * GB) == [Move("d", Golden.TMPFS, "asked")]
-    assert ordered(old, on_disk, store=7 * GB) == []
+    # Where there is no room for it, what nobody uses makes room; it comes when that has gone.
+    assert ordered(old, on_disk, store=7 * GB) == [Move("old", Golden.DISK, "room")]
+    assert ordered(replace(old, golden=Golden.MOVING), on_disk, store=7 * GB) == []
+    assert ordered(model("old", priority=1), on_disk, store=7 * GB) == []
+    # And so it does for one that is made, of which nobody knows how much it needs.
+    cramped = replace(model("n"), golden=Golden.NONE, cramped=True, retry_at=NOW + 1, make_at=NOW + 1)
+    assert ordered(old, cramped, store=8 * GB) == [Move("old", Golden.DISK, "room")]
 
 
 def test_one_golden_is_made_at_a_time_the_most_wanted_first() -> None:
@@ -226,6 +232,25 @@ def test_a_scale_is_kept_whether_anybody_asks_or_not() -> None:
     assert ordered(model("a", replica("x", Phase.STANDBY), max_replicas=3, scale=1)) == [Wake("a", "x")]
 
 
+def test_a_smaller_scale_takes_what_is_more_than_that_at_once() -> None:
+    several = (replica("x", requests=1), replica("y", idle=5), replica("z", Phase.STANDBY))
+    assert ordered(model("a", *several, max_replicas=3, scale=2)) == [Stop("a", "z", "scale")]
+    assert ordered(model("a", *several, max_replicas=3, scale=1)) == [Stop("a", "z", "scale"), Stop("a", "y", "scale")]
+
+
+def test_replicas_that_have_grown_beyond_the_budget_make_those_that_are_idle_go() -> None:
+    large, idle = model("a", replica("x", requests=1, memory=3 * GB)), model("b", replica("y"), priority=5)
+    assert ordered(large, idle, memory=3 * GB) == [Stop("b", "y", "room")]
+    assert ordered(large, idle, memory=4 * GB) == []
+
+
+def test_of_several_that_nobody_knows_one_is_started_at_a_time() -> None:
+    unknown = [replace(model(name, waiting=1), golden=Golden.NONE, memory=0) for name in "abc"]
+    assert ordered(*unknown, memory=4 * GB) == [Start("a")]
+    starting = replace(unknown[0], replicas=(replica("x", Phase.STARTING, memory=0),))
+    assert ordered(starting, *unknown[1:], memory=4 * GB) == []
+
+
 def test_a_scale_of_nothing_takes_what_is_idle_whatever_the_rules_keep() -> None:
     busy, idle = replica("x", requests=1), replica("y", Phase.STANDBY)
     assert ordered(model("a", busy, idle, max_replicas=3, min_standby=2, scale=0)) == [Stop("a", "y", "scale")]
@@ -236,7 +261,7 @@ def test_a_scale_of_nothing_takes_what_is_idle_whatever_the_rules_keep() -> None
 def test_a_drained_model_gives_up_what_is_idle_and_gets_nothing() -> None:
     held = (replica("x", requests=1), replica("y"), replica("z", Phase.STANDBY))
     drained = model("a", *held, max_replicas=5, min_standby=5, pin=Pin.HOT, drained=True)
-    assert ordered(drained) == [Stop("a", "y", "drained"), Stop("a", "z", "drained")]
+    assert ordered(drained) == [Stop("a", "z", "drained"), Stop("a", "y", "drained")]
     assert ordered(replace(model(drained=True), golden=Golden.NONE)) == []
 
 

@@ -58,7 +58,7 @@ def test_a_replica_that_ends_while_it_is_adopted_is_removed(
 ) -> None:
     folder = tmp_path / "replicas" / "g.1"
     folder.mkdir(parents=True)
-    Replica("g.1", "g", folder, state="ready").save()
+    Replica("g.1", "g", folder, state="ready", keeper="pool").save()
 
     def frozen(pid: int, container: str) -> bool:
         raise error
