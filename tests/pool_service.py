@@ -112,7 +112,7 @@ async def running(
     config = config or pool(a=MODEL, rich=RICH)
     hands = hands or hands_for(config)
     service = Service(Settings(**(settings or {})), config, keys=keys, hands=hands)
-    service.owner.retry = 0.01
+    service.owner.operations.retry = 0.01
     sockets = [listen("127.0.0.1:0"), listen("127.0.0.1:0")]
     admin_port, site_port = (one.getsockname()[1] for one in sockets)
     made = Running(service, hands, admin_port, site_port, config)

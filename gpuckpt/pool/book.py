@@ -128,6 +128,11 @@ class Of:
         self.golden, self.golden_bytes, self.served = seen.golden, seen.golden_bytes, seen.served
         self.estimate = seen.memory or self.estimate
 
+    def weighs(self, held: Held, memory: int) -> None:
+        """A replica of it holds so many bytes."""
+        held.memory = memory
+        self.most = max(self.most, memory)
+
     def next_name(self) -> str:
         """A name for another replica: one that is prepared, if there is any."""
         if self.prepared:

@@ -96,7 +96,7 @@ class Service:
         limits = self.front.limits
         limits.body, limits.bodies, limits.deadline = front.body_limit, front.bodies, front.deadline
         limits.keep_alive, limits.request = front.keep_alive, front.header_timeout
-        self.owner.queue, self.owner.retry = front.queue, config.health.retry
+        self.owner.queue, self.owner.operations.retry = front.queue, config.health.retry
         self.health.rules = config.health
 
     def _read_keys(self, config: Pool) -> Keys:

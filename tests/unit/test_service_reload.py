@@ -117,9 +117,9 @@ def test_what_takes_effect_only_at_the_next_start_is_said() -> None:
             changes = await reloaded(made, config)
             assert changes.notes == ["front.listen takes effect at the next start"]
             owner, limits = made.service.owner, made.service.front.limits
-            assert (owner.queue, owner.retry, limits.body, limits.deadline, limits.keep_alive) == (7, 9.0, 99, 3.0, 2.0)
+            assert (owner.queue, owner.operations.retry, limits.body, limits.deadline, limits.keep_alive) == (7, 9.0, 99, 3.0, 2.0)
             assert made.service.health.rules.interval == 8.0
-            made.service.owner.retry = 0.01
+            made.service.owner.operations.retry = 0.01
 
     run(work())
 
@@ -328,7 +328,7 @@ def test_the_view_says_what_is_and_what_went_wrong() -> None:
             assert abs(replica.since - time.time()) < 10
             assert (first.tier, first.expected_memory, second.tier, second.expected_memory) == ("standby", 3, "disk", 9)
             assert second.golden.name == "rich" and set(first.rules) >= {"max_replicas", "pin", "idle_disk"}
-            made.service.owner.retry = 30.0
+            made.service.owner.operations.retry = 30.0
             made.hands.fails["restore"] = [GpuckptError("no room", cause="full")]
             waiting = asyncio.ensure_future(made.service.acquire("rich", 5))
             await until(lambda: made.service.view().models[1].trouble)
