@@ -128,7 +128,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     """What everything may hold together."""
 
     memory: Annotated[int | None, config.parse_bytes, "host memory of all replicas; default: 60 % of the memory"] = None
-    gpu: Annotated[int | None, config.parse_bytes, "GPU memory of all replicas; default: what the GPUs have"] = None
+    gpu: Annotated[int | None, config.parse_bytes, "GPU memory of all replicas; default: no limit"] = None
     store: Annotated[int | None, config.parse_bytes, "goldens in the tmpfs; default: what it has room for"] = None
 
 
