@@ -79,7 +79,10 @@ class PoolProcess:
                 if view.state == "ready" and view.pid == self.process.pid:
                     return
             time.sleep(0.05)
-        raise GpuckptError("the pool did not become ready", log=tuple(self.log.read_text().splitlines()[-20:]))
+        # Its threads tell where they are before it ends.
+        self.process.send_signal(signal.SIGABRT)
+        self.process.wait()
+        raise GpuckptError("the pool did not become ready", log=tuple(self.log.read_text().splitlines()[-80:]))
 
     def kill(self) -> None:
         """Kill it, with no chance to clean up."""

@@ -93,7 +93,7 @@ def configuration(space: Workspace, served: Sequence[Served], *, quick: bool) ->
     return "\n\n".join(parts) + "\n"
 
 
-def run(space: Workspace, *, minutes: float, seed: int, quick: bool) -> dict[str, Any]:
+def run(space: Workspace, *, minutes: float, seed: int, quick: bool, every_s: float, log: Path) -> dict[str, Any]:
     """One soak; the result."""
     served = models(space, environment.prefix(), quick=quick)
     pool = PoolProcess(space.folder, configuration(space, served, quick=quick), space.env)
@@ -124,7 +124,7 @@ def run(space: Workspace, *, minutes: float, seed: int, quick: bool) -> dict[str
             )
             for one in served
         ]
-        chaos = Chaos(pool, seed=str(seed), until=until - 5, mean_s=6.0, damage=lambda: damage(space, served[-1]))
+        chaos = Chaos(pool, seed=str(seed), until=until - 5, mean_s=every_s, damage=lambda: damage(space, served[-1]))
         began = time.monotonic()
         events = Events(pool)
         for thread in (*clients, chaos):
@@ -144,11 +144,12 @@ def run(space: Workspace, *, minutes: float, seed: int, quick: bool) -> dict[str
         result["status"] = pool.stop()
         result["left"] = left(space)
         result["metrics_log_errors"] = [line for line in pool.log.read_text().splitlines() if " error " in line][:20]
-        if os.environ.get("GPUCKPT_SOAK_LOG"):
-            Path(os.environ["GPUCKPT_SOAK_LOG"]).write_text(pool.log.read_text())
         return result
     finally:
-        pool.close()
+        try:
+            pool.close()
+        finally:
+            log.write_text(pool.log.read_text())
 
 
 def first_answer(pool: PoolProcess, question: Question) -> str:
@@ -240,13 +241,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--every", type=float, default=6.0, help="seconds between deeds of chaos, on average")
     parser.add_argument("--quick", action="store_true", help="three small models only")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench")
     options = parser.parse_args(arguments)
-    with workspace() as space:
-        result = run(space, minutes=options.minutes, seed=options.seed, quick=options.quick)
-    result["faults"] = faults(result)
     options.output.mkdir(parents=True, exist_ok=True)
+    with workspace() as space:
+        result = run(
+            space,
+            minutes=options.minutes,
+            seed=options.seed,
+            quick=options.quick,
+            every_s=options.every,
+            log=options.output / "soak.log",
+        )
+    result["faults"] = faults(result)
     (options.output / "soak.json").write_text(json.dumps(result, indent=2) + "\n")
     say(json.dumps({name: value for name, value in result.items() if name not in ("deeds", "troubles")}, indent=2))
     for fault in result["faults"]:
