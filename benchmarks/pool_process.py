@@ -80,8 +80,9 @@ class PoolProcess:
                     return
             time.sleep(0.05)
         # Its threads tell where they are before it ends.
-        self.process.send_signal(signal.SIGABRT)
-        self.process.wait()
+        if self.process is not None:
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait()
         raise GpuckptError("the pool did not become ready", log=tuple(self.log.read_text().splitlines()[-80:]))
 
     def kill(self) -> None:

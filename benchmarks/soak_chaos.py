@@ -60,8 +60,8 @@ class Chaos(threading.Thread):
         if deed == "daemon":
             assert self._pool.process is not None
             pid = self._pool.process.pid
-            self._pool.kill()
             self.killed.append(time.monotonic())
+            self._pool.kill()
             self._note(deed, f"process {pid}")
             time.sleep(self._random.random())
             self._pool.start()  # as systemd would
