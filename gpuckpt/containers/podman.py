@@ -9,9 +9,9 @@ from typing import Any
 from msgspec import Struct, field
 
 from gpuckpt import proc
-from gpuckpt.containers import logs
+from gpuckpt.containers import freezer, logs
 from gpuckpt.containers.api import Api
-from gpuckpt.errors import BusyError, NotFoundError, PreflightError, UsageError
+from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, PreflightError, UsageError
 from gpuckpt.manifest import Launch
 
 LABEL = "gpuckpt.replica"
@@ -158,8 +158,13 @@ class Podman:
         None of that name is fine too, and one of somebody else's, whose name it may have by chance, is left alone.
         """
         with contextlib.suppress(NotFoundError):
-            if self.inspect(container).labels.get(OWNER) != str(owner):
+            found = self.inspect(container)
+            if found.labels.get(OWNER) != str(owner):
                 return
+            if found.pid:
+                # What is frozen by a control group of version 1 does not even die, and podman would wait for that.
+                with contextlib.suppress(GpuckptError, OSError):
+                    freezer.thaw(found.pid, found.id)
             self.api.call("DELETE", f"/containers/{container}", force=True, timeout=0, v=False)
 
     def logs(self, container: str, *, most: int | None = None) -> str:

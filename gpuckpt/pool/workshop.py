@@ -250,8 +250,6 @@ class Workshop:
         await self._in_thread(self._stop, replica)
 
     def _stop(self, name: str) -> None:
-        with contextlib.suppress(GpuckptError, OSError):
-            self._thaw(name)  # frozen processes of a group of version 1 do not even die
         self._known.pop(name, None)
         self._endpoints.pop(name, None)
         with contextlib.suppress(NotFoundError, NothingToDo):

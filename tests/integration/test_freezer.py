@@ -37,9 +37,11 @@ def test_what_is_frozen_stands_still_and_goes_on_where_it_was(bench: Bench) -> N
     freezer.thaw(held.pid, held.id)
     assert bench.get(name, "/digest") == before
     assert time.monotonic() - began < 5
-    # One that is frozen can be stopped.
+    # One that is frozen can be stopped, and nobody waits for processes that cannot die.
     freezer.freeze(held.pid, held.id)
+    began = time.monotonic()
     bench.ok("stop", name)
+    assert time.monotonic() - began < 5
     assert bench.left() == []
     with pytest.raises(NotFoundError):
         freezer.freeze(held.pid, held.id)
