@@ -43,6 +43,7 @@ from gpuckpt.manifest import Manifest
 from gpuckpt.pool.hands import Found, Made, Source
 from gpuckpt.pool.state import Golden, Phase
 from gpuckpt.store import seal
+from gpuckpt.store.layout import Tier
 from gpuckpt.timing import PhaseTable
 from gpuckpt.workload import adapter
 from gpuckpt.workload.endpoint import Endpoint
@@ -305,6 +306,9 @@ class Workshop:
             pass
         except OSError as error:
             raise RestoreError(f"golden {golden} could not be moved to {to}", cause=str(error)) from error
+        # Where a copy lay there already, nothing was moved, and nobody has told those that wait.
+        tier: Tier = "tmpfs" if to is Golden.TMPFS else "disk"
+        await self._in_thread(lambda: prepare.discard_prepared(self._tools, golden, tier=tier))
 
 
 def _private(pid: int) -> int:
