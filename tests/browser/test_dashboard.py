@@ -242,7 +242,7 @@ def test_the_countdown_agrees_with_the_policy(pool: FakePool, look: Open) -> Non
     """What the page expects of replicas and goldens is what the pool would order at that time."""
     chance = random.Random(11)
     models, views = [], []
-    for number in range(1000):
+    for number in range(1600):
         rules = Rules(
             min_standby=chance.randrange(3),
             idle_freeze=float(chance.randrange(10, 60)),

@@ -117,7 +117,13 @@ def test_what_takes_effect_only_at_the_next_start_is_said() -> None:
             changes = await reloaded(made, config)
             assert changes.notes == ["front.listen takes effect at the next start"]
             owner, limits = made.service.owner, made.service.front.limits
-            assert (owner.queue, owner.operations.retry, limits.body, limits.deadline, limits.keep_alive) == (7, 9.0, 99, 3.0, 2.0)
+            assert (owner.queue, owner.operations.retry, limits.body, limits.deadline, limits.keep_alive) == (
+                7,
+                9.0,
+                99,
+                3.0,
+                2.0,
+            )
             assert made.service.health.rules.interval == 8.0
             made.service.owner.operations.retry = 0.01
 

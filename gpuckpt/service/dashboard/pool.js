@@ -76,7 +76,7 @@ export function phases(view) {
 
 /** What becomes of a replica, by the model's rules, if nobody asks for it: {what, at}, or null. */
 export function fate(model, replica) {
-  if (model.drained || model.scale === 0) return null; // goes as soon as it is idle
+  if (model.drained || model.scale != null) return null; // is kept, or goes as soon as it is idle
   const {idle_freeze: freeze, idle_release: release, min_standby: least, pin} = model.rules;
   if (model.waiting || replica.requests) return null;
   const oldest = (phase, spared) => {
@@ -86,10 +86,10 @@ export function fate(model, replica) {
   const pinned = typeof pin === "string" && pin !== "no";
   if (replica.phase === "hot" && typeof freeze === "number") {
     const hot = model.replicas.filter((one) => one.phase === "hot").length;
-    return oldest("hot", hot - (model.scale ?? (pin === "hot" ? 1 : 0))) ? {what: "freezes", at: replica.since + freeze} : null;
+    return oldest("hot", hot - (pin === "hot" ? 1 : 0)) ? {what: "freezes", at: replica.since + freeze} : null;
   }
   if (replica.phase === "standby" && typeof release === "number") {
-    const floor = model.scale ?? Math.max(Number(least) || 0, pinned || model.warm ? 1 : 0);
+    const floor = Math.max(Number(least) || 0, pinned || model.warm ? 1 : 0);
     const staying = model.replicas.filter((one) => kindOf(one.phase) !== "going").length;
     return oldest("standby", staying - floor) ? {what: "is removed", at: replica.since + release} : null;
   }
