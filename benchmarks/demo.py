@@ -26,7 +26,6 @@ from benchmarks.terminal import Terminal
 from gpuckpt.errors import (
     BusyError,
     GpuckptError,
-    InterruptedByUser,
     NotFoundError,
     PreflightError,
     VerificationError,
@@ -368,21 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output=options.output.absolute(),
         terminal=terminal,
     )
-    try:
-        with harness.interrupts():
-            demo.run()
-    except CommandFailed as failure:
-        print(*failure.lines(), sep="\n", file=sys.stderr)
-        return failure.code if failure.code > 0 else 1
-    except InterruptedByUser as interrupted:
-        print(interrupted.message, file=sys.stderr)
-        return interrupted.exit_code
-    except GpuckptError as error:
-        from gpuckpt.cli.render import show_error
-
-        show_error(error, as_json=False)
-        return error.exit_code
-    return 0
+    return harness.status_of(demo.run)
 
 
 if __name__ == "__main__":

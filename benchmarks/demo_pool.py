@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 from benchmarks import environment, harness, models, pool_states
 from benchmarks.demo_pool_words import memory_table, result_table, times
-from benchmarks.harness import CommandFailed
 from benchmarks.pool_client import Reply, ask, threads
 from benchmarks.pool_memory import ColdWatch, machine, noted, of_replicas
 from benchmarks.pool_process import PoolProcess, running
@@ -32,7 +31,7 @@ from benchmarks.pool_setup import PROMPT, Served, bigrams, config, vllm
 from benchmarks.statistics import Summary
 from benchmarks.terminal import Terminal
 from benchmarks.workspace import Workspace, workspace
-from gpuckpt.errors import GpuckptError, InterruptedByUser, PreflightError, VerificationError
+from gpuckpt.errors import PreflightError, VerificationError
 
 _Result = TypeVar("_Result")
 JSON_VERSION = 1
@@ -336,22 +335,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status: 0, or that of what failed."""
     options = parser().parse_args(argv)
     terminal = Terminal()
-    try:
-        with harness.interrupts(), workspace() as space:
+
+    def work() -> None:
+        with workspace() as space:
             Demo(space, output=options.output.absolute(), terminal=terminal).run()
         terminal.say("\nThe service, its replicas and its goldens are removed again.")
-    except CommandFailed as failure:
-        print(*failure.lines(), sep="\n", file=sys.stderr)
-        return failure.code if failure.code > 0 else 1
-    except InterruptedByUser as interrupted:
-        print(interrupted.message, file=sys.stderr)
-        return interrupted.exit_code
-    except GpuckptError as error:
-        from gpuckpt.cli.render import show_error
 
-        show_error(error, as_json=False)
-        return error.exit_code
-    return 0
+    return harness.status_of(work)
 
 
 if __name__ == "__main__":

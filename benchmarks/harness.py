@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
-from gpuckpt.errors import InterruptedByUser
+from gpuckpt.errors import GpuckptError, InterruptedByUser
 from gpuckpt.timing import UNACCOUNTED, now_ns
 from gpuckpt.workload.endpoint import Endpoint
 
@@ -85,6 +85,25 @@ class Outcome:
             if row["name"] in ("first token", "cold: first token"):
                 break
         return with_rest(rows, self.ttft_s)
+
+
+def status_of(work: Callable[[], object]) -> int:
+    """Do it; what fails is told on standard error as the commands tell it. The exit status: 0, or the failure's."""
+    try:
+        with interrupts():
+            work()
+    except CommandFailed as failure:
+        print(*failure.lines(), sep="\n", file=sys.stderr)
+        return failure.code if failure.code > 0 else 1
+    except InterruptedByUser as interrupted:
+        print(interrupted.message, file=sys.stderr)
+        return interrupted.exit_code
+    except GpuckptError as error:
+        from gpuckpt.cli.render import show_error
+
+        show_error(error, as_json=False)
+        return error.exit_code
+    return 0
 
 
 def with_rest(rows: Phases, total: float) -> Phases:

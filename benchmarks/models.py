@@ -22,6 +22,7 @@ class Shape(NamedTuple):
 
 
 QWEN = Shape("0.5b", "qwen2-0.5b-random", "Qwen2 of the 0.5B shape, random weights", 990_000_000)
+TINY = Shape("tiny", "tiny-random", "Qwen2 of a tiny shape, random weights", 20_000_000)
 GPT2 = Shape("gpt2-124m", "gpt2-124m-random", "GPT-2 of the 124M shape, random weights", 500_000_000)
 
 

@@ -31,7 +31,7 @@ class Served:
     def table(self, rules: Mapping[str, Any]) -> str:
         """Its table in the configuration; ``rules`` go before its own."""
         words = {"golden": self.golden, "create": list(self.create)} | dict(self.rules) | dict(rules)
-        return "\n".join([f"[models.{self.name}]", *(f"{key} = {_toml(value)}" for key, value in words.items())])
+        return "\n".join([f"[models.{_toml(self.name)}]", *assignments(words)])
 
 
 def vllm(space: Workspace, name: str, shape: models.Shape, prefix: Path, length: int, **rules: Any) -> Served:
@@ -42,23 +42,48 @@ def vllm(space: Workspace, name: str, shape: models.Shape, prefix: Path, length:
     return Served(name, f"{space.word}-{name}", words, f"vLLM, {shape.about}", rules, folder)
 
 
-def bigrams(space: Workspace, name: str = "bigrams", pause: float = 0.0, **rules: Any) -> Served:
-    """A small HTTP server that is not vLLM; each of its words takes ``pause`` seconds."""
+def guest(space: Workspace, name: str, shape: models.Shape, prefix: Path, **rules: Any) -> Served:
+    """The guest server with a model of random weights."""
+    folder = prefix / "models" / shape.folder
+    words = ("--workload", "guest", "--", "--model", str(folder), "--served-model-name", name)
+    return Served(name, f"{space.word}-{name}", words, f"the guest server, {shape.about}", rules, folder)
+
+
+def bigrams_words(name: str, *more: str, text: Path | None = None) -> tuple[str, ...]:
+    """What makes the golden of a small HTTP server that is not vLLM: a bigram model of ``text``.
+
+    ``more`` are further words of its own.
+    """
     body = json.dumps({"model": name, "prompt": PROMPT, "max_tokens": 8})
-    request = f"POST /v1/completions {body}"
-    folder = str(BIGRAMS.parent)
-    words = ("--volume", f"{folder}:{folder}", "--canary", request, "--")
-    server = ("/usr/bin/python3", str(BIGRAMS), "{socket}", "--name", name, "--pause", str(pause))
-    return Served(name, f"{space.word}-{name}", (*words, *server), "a bigram model of a text, plain HTTP", rules)
+    folders = [BIGRAMS.parent, *([text.parent] if text else [])]
+    options = [word for folder in dict.fromkeys(folders) for word in ("--volume", f"{folder}:{folder}")]
+    words = (*options, "--canary", f"POST /v1/completions {body}", "--", "/usr/bin/python3", str(BIGRAMS), "{socket}")
+    return (*words, "--name", name, *(("--text", str(text)) if text else ()), *more)
+
+
+def bigrams(
+    space: Workspace, name: str = "bigrams", pause: float = 0.0, text: Path | None = None, **rules: Any
+) -> Served:
+    """Such a server; each of its words takes ``pause`` seconds."""
+    words = bigrams_words(name, "--pause", str(pause), text=text)
+    return Served(name, f"{space.word}-{name}", words, "a bigram model of a text, plain HTTP", rules)
 
 
 def config(
-    served: Sequence[Served], rules: Mapping[str, Any] | None = None, front: Mapping[str, Any] | None = None
+    served: Sequence[Served],
+    rules: Mapping[str, Any] | None = None,
+    front: Mapping[str, Any] | None = None,
+    **tables: Mapping[str, Any],
 ) -> str:
-    """The whole file; ``rules`` go before each model's own, ``front`` is added to its table."""
-    keys = {"deadline": DEADLINE} | dict(front or {})
-    head = ["[front]", *(f"{key} = {_toml(value)}" for key, value in keys.items())]
-    return "\n\n".join(["\n".join(head), *(one.table(rules or {}) for one in served)]) + "\n"
+    """The whole file; ``rules`` go before each model's own, ``front`` is added to its table, ``tables`` are others."""
+    heads = {"front": {"deadline": DEADLINE} | dict(front or {}), **tables}
+    parts = ["\n".join([f"[{name}]", *assignments(keys)]) for name, keys in heads.items()]
+    return "\n\n".join([*parts, *(one.table(rules or {}) for one in served)]) + "\n"
+
+
+def assignments(keys: Mapping[str, Any]) -> list[str]:
+    """Lines of TOML."""
+    return [f"{key} = {_toml(value)}" for key, value in keys.items()]
 
 
 def _toml(value: Any) -> str:

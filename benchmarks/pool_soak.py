@@ -22,81 +22,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment, soak_load
+from benchmarks import environment, models, soak_load
 from benchmarks.harness import ROOT
 from benchmarks.pool_process import PoolProcess
+from benchmarks.pool_setup import Served, bigrams, config, guest, vllm
 from benchmarks.soak_chaos import Chaos, criu_of
 from benchmarks.soak_load import Client, Question
 from benchmarks.workspace import Workspace, workspace
 from gpuckpt import proc
 from gpuckpt.errors import GpuckptError, VerificationError
 
-BIGRAMS = ROOT / "benchmarks" / "servers" / "bigrams.py"
 _MAKING = 900.0  # seconds that the goldens may take
 _WINDOW = 8.0  # seconds after a kill of the daemon in which connections may be found cut
 _PROMPTS = ("the", "Once upon a time", "def main(", "0 1 2")
 
 
 @dataclass(frozen=True)
-class Served:
-    """A model of the soak: its table's lines, and how often it is asked."""
+class Asked:
+    """A model of the soak, how often it is asked (seconds between two requests of a burst), and for how many tokens."""
 
-    name: str
-    create: Sequence[str]
-    concurrency: int
+    served: Served
     mean_s: float
     tokens: int
 
-
-def bigrams(space: Workspace, name: str, text: Path) -> Served:
-    """A small model of the words of a file."""
-    canary = f'POST /v1/completions {{"model": "{name}", "prompt": "the", "max_tokens": 4}}'
-    words = ["--volume", f"{BIGRAMS.parent}:{BIGRAMS.parent}", "--volume", f"{text.parent}:{text.parent}"]
-    words += ["--canary", canary, "--warmup", "1", "--", "/usr/bin/python3", str(BIGRAMS), "{socket}"]
-    return Served(name, [*words, "--name", name, "--text", str(text), "--pause", "0.05"], 4, 1.0, 12)
+    @property
+    def name(self) -> str:
+        return self.served.name
 
 
-def models(space: Workspace, prefix: Path, *, quick: bool) -> list[Served]:
-    """The models of one run."""
-    small = [bigrams(space, f"words-{name}", ROOT / f"{name}.md") for name in ("README", "CHANGELOG", "CONTRIBUTING")]
+def asked_for(space: Workspace, prefix: Path, *, quick: bool) -> list[Asked]:
+    """The models of one run; those that are missing are made."""
+    texts = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")]
+    small = [
+        Asked(bigrams(space, f"words-{text.stem}", 0.05, text, concurrency=4), mean_s=1.0, tokens=12) for text in texts
+    ]
     if quick:
         return small
-    vllm = ["--env", "VLLM_CPU_KVCACHE_SPACE=1", "--env", "VLLM_CPU_NUM_OF_RESERVED_CPU=0", "--"]
-    folders = {"qwen": "qwen2-0.5b-random", "gpt2": "gpt2-124m-random", "tiny": "tiny-random"}
-    at = {name: prefix / "models" / folder for name, folder in folders.items()}
-    if missing := ", ".join(str(folder) for folder in at.values() if not folder.is_dir()):
-        raise GpuckptError(f"no model at {missing}", remedy="make demo-pool and make bench-sessions make them")
-
-    def words(name: str, *more: str) -> list[str]:
-        return ["--model", str(at[name]), "--served-model-name", name, *more]
-
     # One request at a time: beside others a batch's sums are made in another order, and a tie may fall otherwise.
-    return [
-        Served("qwen", [*vllm, *words("qwen", "--max-model-len", "512")], 1, 6.0, 4),
-        Served("gpt2", [*vllm, *words("gpt2", "--max-model-len", "512")], 1, 4.0, 8),
-        Served("tiny", ["--workload", "guest", "--", *words("tiny")], 2, 2.0, 8),
-        *small,
+    large = [
+        Asked(vllm(space, "qwen", models.QWEN, prefix, 512, concurrency=1), mean_s=6.0, tokens=4),
+        Asked(vllm(space, "gpt2", models.GPT2, prefix, 512, concurrency=1), mean_s=4.0, tokens=8),
+        Asked(guest(space, "tiny", models.TINY, prefix, concurrency=2), mean_s=2.0, tokens=8),
     ]
+    for shape in (models.QWEN, models.GPT2, models.TINY):
+        models.make(prefix, shape, lambda: None)
+    return [*large, *small]
 
 
-def configuration(space: Workspace, served: Sequence[Served], *, quick: bool) -> str:
-    """The pool's TOML: idle times of seconds, a budget that not everything fits into."""
-    parts = [
-        "[health]\ninterval = '1s'\ntimeout = '3s'\nfailures = 3\nstalled = '60s'\ncanary = '20s'\nretry = '0.5s'",
-        "[front]\ndeadline = '4min'\nkeep_alive = '2s'\ndrain = '20s'",
-        f"[budget]\nmemory = '{'200M' if quick else '1500M'}'",
-    ]
-    for one in served:
-        lines = [f"golden = {json.dumps(f'{space.word}-{one.name}')}", f"create = {json.dumps(list(one.create))}"]
-        lines += [f"concurrency = {one.concurrency}", "max_replicas = 3", "idle_freeze = '2s'", "idle_release = '4s'"]
-        parts.append("\n".join([f"[models.{one.name}]", *lines, "idle_disk = '12s'"]))
-    return "\n\n".join(parts) + "\n"
+# Idle times of seconds, and a budget that not everything fits into.
+_RULES = {"max_replicas": 3, "idle_freeze": "2s", "idle_release": "4s", "idle_disk": "12s"}
+_HEALTH = {"interval": "1s", "timeout": "3s", "failures": 3, "stalled": "60s", "canary": "20s", "retry": "0.5s"}
+_FRONT = {"deadline": "4min", "keep_alive": "2s", "drain": "20s"}
 
 
 def run(space: Workspace, *, minutes: float, seed: int, quick: bool, every_s: float, log: Path) -> dict[str, Any]:
     """One soak; the result."""
-    served = models(space, environment.prefix(), quick=quick)
-    pool = PoolProcess(space.folder, configuration(space, served, quick=quick), space.env)
+    served = asked_for(space, environment.prefix(), quick=quick)
+    budget = {"memory": "200M" if quick else "1500M"}
+    toml = config([one.served for one in served], _RULES, _FRONT, health=_HEALTH, budget=budget)
+    pool = PoolProcess(space.folder, toml, space.env)
     try:
         say(f"goldens of {len(served)} models are made")
         pool.start()
@@ -182,9 +166,9 @@ class Events:
         return dict(Counter(kinds).most_common())
 
 
-def damage(space: Workspace, one: Served) -> str:
+def damage(space: Workspace, one: Asked) -> str:
     """Change a byte in the middle of the largest file of a golden, wherever it lies."""
-    name = f"{space.word}-{one.name}"
+    name = one.served.golden
     found = [path for path in (space.store / "goldens" / name, space.state / "goldens" / name) if path.is_dir()]
     for folder in found:
         target = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)

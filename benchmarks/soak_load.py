@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import random
 import threading
 import time
@@ -12,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks import pool_client
+from gpuckpt.errors import DaemonUnreachableError, GpuckptError
+from gpuckpt.workload.endpoint import RequestFailed
+
 _TRIES = 8  # of a request whose connection was cut before an answer began, as OpenAI's own client sends it again
 _PAUSE = 0.2  # seconds before it is sent again
-_PATIENCE = 300.0  # seconds that a client waits for a byte
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,14 @@ class Question:
     tokens: int
     stream: bool
 
-    @property
-    def body(self) -> bytes:
-        asked = {"model": self.model, "prompt": self.prompt, "max_tokens": self.tokens, "stream": self.stream}
-        return json.dumps(asked | {"temperature": 0}).encode()
-
 
 @dataclass
 class Reply:
     """What came of one request. ``outcome``: ok, wrong, lost (no answer), cut (its stream broke off)."""
 
     question: Question
-    began: float
     outcome: str = "lost"
     tier: str = ""
-    status: int = 0
-    first_s: float | None = None
-    total_s: float = 0.0
     text: str = ""
     resent: list[float] = field(default_factory=list)  # when its connection was cut, and it was sent again
     error: str = ""
@@ -50,54 +42,44 @@ class Reply:
 
 def ask(port: int, question: Question) -> Reply:
     """Ask until there is an answer, or it is clear that there will be none."""
-    reply = Reply(question, time.monotonic())
+    reply = Reply(question)
     for _ in range(_TRIES):
         if _ask_once(port, question, reply):
             break
         reply.resent.append(time.monotonic())
         time.sleep(_PAUSE)
-    reply.total_s = time.monotonic() - reply.began
     return reply
 
 
 def _ask_once(port: int, question: Question, reply: Reply) -> bool:
     """Whether that was it; False if the connection was cut before anything of an answer came."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
-    pieces: list[bytes] = []
-    try:
-        connection.request("POST", "/v1/completions", question.body, {"content-type": "application/json"})
-        response = connection.getresponse()
-        reply.status, reply.tier = response.status, response.getheader("x-gpuckpt-tier", "")
-        while piece := response.read1(65536):
-            pieces.append(piece)
-            if (reply.first_s is None and b"data: " in piece) or not question.stream:
-                reply.first_s = time.monotonic() - reply.began
-    except (OSError, http.client.HTTPException) as error:
-        reply.error = repr(error)
-        if b"data: {" not in b"".join(pieces):
-            return False
-        reply.outcome = "cut"
+    begun = False
+
+    def first(_: pool_client.Reply) -> bool:
+        nonlocal begun
+        begun = True
         return True
-    finally:
-        connection.close()
-    data = b"".join(pieces)
+
     try:
-        reply.text = _text(data, stream=question.stream)
-    except (ValueError, KeyError, IndexError) as error:
-        reply.error = f"{reply.status}: {error!r} in {data[-300:]!r}"
+        got = pool_client.ask(
+            port,
+            question.model,
+            question.prompt,
+            question.tokens,
+            stream=question.stream,
+            first=first,
+            more={"temperature": 0},
+        )
+    except RequestFailed as error:  # an answer, but not what was asked for
+        reply.error = f"{error.status}: {error.cause}"
         return True
-    reply.outcome = "ok" if reply.status == 200 else "lost"
+    except GpuckptError as error:
+        reply.error = f"{error.message}: {error.cause}"
+        reply.outcome = "cut" if begun else "lost"
+        # A stream that says why has been given up by the service; one that is only cut may be sent again.
+        return begun or not isinstance(error, DaemonUnreachableError)
+    reply.outcome, reply.tier, reply.text = "ok", got.tier, got.text
     return True
-
-
-def _text(data: bytes, *, stream: bool) -> str:
-    if not stream:
-        return str(json.loads(data)["choices"][0]["text"])
-    lines = data.decode().splitlines()
-    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    if "data: [DONE]" not in lines:
-        raise ValueError("the stream has no end")
-    return "".join(event["choices"][0]["text"] for event in events if event["choices"])
 
 
 class Client(threading.Thread):

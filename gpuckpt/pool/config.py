@@ -7,6 +7,7 @@ durations ``30s`` or ``5min``. ``example.toml``, beside this module, has every k
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
@@ -182,19 +183,7 @@ class Model(Struct, frozen=True, kw_only=True):
 
     def rules(self) -> Rules:
         """What the policy goes by."""
-        names = (
-            "min_standby",
-            "max_replicas",
-            "concurrency",
-            "idle_freeze",
-            "idle_release",
-            "idle_disk",
-            "priority",
-            "pin",
-            "memory",
-            "prepare",
-        )
-        return Rules(**{name: getattr(self, name) for name in names})
+        return Rules(**{field.name: getattr(self, field.name) for field in fields(Rules)})
 
 
 class Pool(Struct, frozen=True, kw_only=True):

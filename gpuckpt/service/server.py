@@ -14,13 +14,13 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
+from gpuckpt.service.activation import BACKLOG
 from gpuckpt.service.exchange import BrokenOffError
 from gpuckpt.service.protocol import Guard, Guarded
 
 __all__ = ["Guard", "HttpServer", "listen"]
 
 _KEEP_ALIVE = 75  # seconds that an idle connection is kept: longer than most clients keep theirs
-_BACKLOG = 4096
 _STEP = 0.02
 
 
@@ -48,7 +48,7 @@ class HttpServer:
         """Accept connections from now on."""
         self._config.load()
         for each in self._sockets:
-            server = await asyncio.get_running_loop().create_server(self._connection, sock=each, backlog=_BACKLOG)
+            server = await asyncio.get_running_loop().create_server(self._connection, sock=each, backlog=BACKLOG)
             self._servers.append(server)
 
     def _connection(self) -> Guarded:
@@ -152,6 +152,6 @@ def _is_left(path: str) -> bool:
 
 def _listening(made: socket.socket, address: Any) -> socket.socket:
     made.bind(address)
-    made.listen(_BACKLOG)
+    made.listen(BACKLOG)
     made.setblocking(False)
     return made

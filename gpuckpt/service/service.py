@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -333,16 +333,7 @@ class Service:
             drained=model.drained,
             scale=model.scale,
             expected_memory=model.expected,
-            rules={
-                "min_standby": rules.min_standby,
-                "max_replicas": rules.max_replicas,
-                "concurrency": rules.concurrency,
-                "idle_freeze": rules.idle_freeze,
-                "idle_release": rules.idle_release,
-                "idle_disk": rules.idle_disk,
-                "priority": rules.priority,
-                "pin": str(rules.pin),
-            },
+            rules=asdict(rules) | {"pin": str(rules.pin)},
         )
 
     def find(self, name: str) -> str:

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT
 from benchmarks.pool_process import PoolProcess
+from benchmarks.pool_setup import assignments, bigrams_words
 from benchmarks.servers.bigrams import Bigrams
 from tests.integration.conftest import Bench
 
-BIGRAMS = ROOT / "benchmarks" / "servers" / "bigrams.py"
 TEXT = "the quick brown fox jumps over the lazy dog and the quick cat sleeps over the brown fence and the dog jumps"
 
 
@@ -34,20 +33,13 @@ def create_words(bench: Bench, name: str, *more: str) -> list[str]:
     if not text.exists():
         text.parent.mkdir()
         text.write_text(TEXT)
-    canary = f'POST /v1/completions {{"model": "{name}", "prompt": "the", "max_tokens": 4}}'
-    found = ["--volume", f"{BIGRAMS.parent}:{BIGRAMS.parent}", "--volume", f"{text.parent}:{text.parent}"]
-    found += ["--canary", canary, "--warmup", "1", "--", "/usr/bin/python3", str(BIGRAMS), "{socket}"]
-    return [*found, "--name", name, "--text", str(text), *more]
+    return ["--warmup", "1", *bigrams_words(name, *more, text=text)]
 
 
 def table(bench: Bench, name: str, *server: str, **rules: Any) -> str:
     """The configuration's table of one such model."""
-    lines = {"golden": bench.name(name), "create": create_words(bench, name, *server), "concurrency": 4} | rules
-    return "\n".join([f"[models.{json.dumps(name)}]", *(f"{key} = {_toml(value)}" for key, value in lines.items())])
-
-
-def _toml(value: Any) -> str:
-    return json.dumps(value)  # of texts, numbers, switches and lists of them the same
+    keys = {"golden": bench.name(name), "create": create_words(bench, name, *server), "concurrency": 4} | rules
+    return "\n".join([f"[models.{json.dumps(name)}]", *assignments(keys)])
 
 
 @contextlib.contextmanager
