@@ -31,6 +31,7 @@ from benchmarks.soak_load import Client, Question
 from benchmarks.workspace import Workspace, workspace
 from gpuckpt import proc
 from gpuckpt.errors import GpuckptError, VerificationError
+from gpuckpt.service.view import ModelView
 
 _MAKING = 900.0  # seconds that the goldens may take
 _WINDOW = 8.0  # seconds after a kill of the daemon in which connections may be found cut
@@ -85,7 +86,7 @@ def run(space: Workspace, *, minutes: float, seed: int, quick: bool, every_s: fl
         say(f"goldens of {len(served)} models are made")
         pool.start()
         for one in served:
-            pool.until(one.name, lambda model: model.golden.tier in ("tmpfs", "disk"), _MAKING)
+            pool.until(one.name, is_made, _MAKING)
         say("each question is asked once, undisturbed")
         questions = {
             one.name: [Question(one.name, p, one.tokens, s) for p in _PROMPTS for s in (True, False)] for one in served
@@ -142,6 +143,13 @@ def first_answer(pool: PoolProcess, question: Question) -> str:
     if len(texts) != 1 or texts == {""}:
         raise VerificationError(f"{question.model} does not repeat its answer undisturbed", cause=str(texts))
     return texts.pop()
+
+
+def is_made(model: ModelView) -> bool:
+    """Whether its golden is there; raises GpuckptError if it could not be made, for then it will not be later."""
+    if model.trouble:
+        raise GpuckptError(f"{model.name} has no golden", cause=model.trouble)
+    return model.golden.tier in ("tmpfs", "disk")
 
 
 class Events:

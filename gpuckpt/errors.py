@@ -98,7 +98,16 @@ class RestoreError(GpuckptError):
 
 
 class OutOfSpaceError(GpuckptError):
+    """``lacking``: so many bytes more and it would have done, as far as that is known; else 0."""
+
     exit_code = 11
+
+    def __init__(self, message: str, *, lacking: int = 0, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.lacking = lacking
+
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"lacking": self.lacking}
 
 
 class DaemonUnreachableError(GpuckptError):

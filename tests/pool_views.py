@@ -108,7 +108,7 @@ def lively(now: float) -> PoolView:
         ),
         a_model(
             "llama-3.2-3b-instruct", "hot", bytes=int(5.1 * GIB), asked=now - 48, answered=2_410,
-            rules={"min_standby": 1},
+            rules={"min_standby": 1, "idle_freeze": 120.0},
             replicas=[
                 a_replica("llama-3.2-3b-instruct.1", "hot", now - 46, memory=int(1.1 * GIB), gpu=int(8.4 * GIB)),
                 a_replica("llama-3.2-3b-instruct.2", "standby", now - 350, memory=int(6.2 * GIB)),

@@ -377,11 +377,13 @@ def _require_space(tools: Tools, needed: int) -> None:
             f"the golden needs about {needed >> 20} MiB, the store has {free >> 20} MiB free",
             cause=f"{tools.layout.store} is full, or its limit is too small",
             remedy="remove goldens (gpuckpt df, gpuckpt rm), or enlarge store.size",
+            lacking=needed - free,
         )
     if needed > available:
         raise OutOfSpaceError(
             f"the golden needs about {needed >> 20} MiB, the machine has {available >> 20} MiB of memory left",
             remedy="free memory: stop replicas, remove goldens (gpuckpt df)",
+            lacking=needed - available,
         )
 
 

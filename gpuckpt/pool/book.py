@@ -120,7 +120,7 @@ class Of:
     warm: bool = False
     scale: int | None = None
     drained: bool = False
-    cramped: bool = False
+    cramped: int = 0
     leaving: bool = False
 
     def found(self, seen: Found) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, OutOfSpaceError, VerificationError
@@ -51,6 +51,7 @@ class Operations:
     def __init__(
         self,
         hands: Hands,
+        models: Mapping[str, Of],
         *,
         retry: float,
         tell: Callable[[Event], None],
@@ -58,6 +59,7 @@ class Operations:
         settle: Callable[[], None],
     ) -> None:
         self._hands = hands
+        self._models = models
         self.retry = retry
         self._tell = tell
         self._clock = clock
@@ -112,7 +114,7 @@ class Operations:
         model.prepared.clear()
         model.found(seen)
         self.say("made", model.name, seconds=self._clock() - began)
-        model.cramped, held.golden = False, model.goldens
+        model.cramped, held.golden = 0, model.goldens
         # A replica of it is restored like any other: it takes a moment more, and one kind of replica is enough.
         held.phase = Phase.RESTORING
         if policy.wanted_hot(model.seen()) == 0:
@@ -228,6 +230,9 @@ class Operations:
             return
         if model.golden is Golden.MOVING:  # else a replica has shown meanwhile that it is damaged
             model.golden = to
+        if to is Golden.DISK:
+            for other in self._models.values():
+                other.cramped = max(0, other.cramped - model.golden_bytes)
         model.prepared.clear()  # they were for where it lay before
         self.say("moved", model.name, reason=f"{to}: {reason}", seconds=self._clock() - began)
 
@@ -237,7 +242,8 @@ class Operations:
         model.retry_at = self._clock() + self.retry * 2 ** min(max(0, model.failures - 1), _DOUBLINGS)
         model.make_at = self._clock() + self.retry * 2 ** min(max(0, model.failures - 1), _UNASKED_DOUBLINGS)
         model.trouble = _why(error)
-        model.cramped = isinstance(error, OutOfSpaceError)
+        # Where nobody knows how much, one golden goes after the other.
+        model.cramped = max(1, error.lacking) if isinstance(error, OutOfSpaceError) else 0
         self.say("failed", model.name, held.name, _why(error), tier)
         if isinstance(error, VerificationError):
             # From now on it starts cold, at once: what failed will not fail again.

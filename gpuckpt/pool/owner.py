@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,11 +32,7 @@ from gpuckpt.pool.state import (
 from gpuckpt.pool.steady import again_and_again
 
 _Result = TypeVar("_Result")
-_log = logging.getLogger("gpuckpt.pool")
-_GIVEN_UP = 3  # failures in a row after which those who wait are told
-_DOUBLINGS = 5
-_UNASKED_DOUBLINGS = 11  # of the pause where nobody waits: making a golden takes all cores
-_LONGEST_END = 60.0  # seconds
+_STEP = 0.02  # seconds between two looks
 _UNLIMITED = Budget()
 
 
@@ -67,8 +62,8 @@ class Owner:
         self.budget = budget
         self.queue = queue
         self.clock = clock
-        self.operations = Operations(hands, retry=retry, tell=tell, clock=clock, settle=self._settle_soon)
         self.models: dict[str, Of] = {}
+        self.operations = Operations(hands, self.models, retry=retry, tell=tell, clock=clock, settle=self._settle_soon)
         self._settling = False
         self.draining = False
 
@@ -198,6 +193,17 @@ class Owner:
         lease = await self.acquire(name, deadline)
         self.release(lease.replica)
         return lease
+
+    async def looked_at(self, name: str, longest: float) -> None:
+        """Wait while the health of idle replicas is being looked at, which keeps them as they are.
+
+        At most ``longest`` seconds.
+        """
+        replicas, end = self.models[name].replicas, self.clock() + longest
+        while self.clock() < end and any(
+            one.phase is Phase.HOT and one.checks and not one.requests for one in replicas.values()
+        ):
+            await asyncio.sleep(_STEP)
 
     def sleep(self, name: str, *, release: bool) -> list[str]:
         """Freeze its idle hot replicas now, or remove what is idle beyond its minimum; returns their names."""

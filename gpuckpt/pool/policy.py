@@ -300,16 +300,20 @@ class _Plan:
             (model for model in models if model.golden is Golden.DISK and model.name in used and now >= model.move_at),
             key=lambda model: (-model.rules.priority, -model.asked),
         )
-        cramped = [model for model in models if model.cramped]
-        # Who may have to make room: the least important, the longest unused first. It is there when they are gone.
+        # Who may have to make room: the least important, the longest unused first. It is there when they are gone, so
+        # nobody else goes as long as one is on its way.
+        settled = not any(model.golden is Golden.MOVING for model in models)
+        movable = [
+            model
+            for model in sorted(models, key=lambda model: (model.rules.priority, model.asked))
+            if model.golden is Golden.TMPFS and not (model.name in used or model.preparing or now < model.move_at)
+        ]
+        lacking = self._lacking(needy, movable, store)
         freed = 0
-        for model in sorted(models, key=lambda model: (model.rules.priority, model.asked)):
-            if model.golden is not Golden.TMPFS or model.name in used or model.preparing or now < model.move_at:
-                continue
+        for model in movable:
             idle = model.rules.idle_disk is not None and now - model.asked >= model.rules.idle_disk
-            lacking = sum(one.golden_bytes for one in needy if one.rules.priority >= model.rules.priority)
-            asked_for = lacking > store + freed or any(one.rules.priority >= model.rules.priority for one in cramped)
-            room = asked_for or store + freed < 0
+            asked_for = sum(size for priority, size in lacking if priority >= model.rules.priority)
+            room = settled and (asked_for > freed or store + freed < 0)
             if room or (idle and floor_of(model) == 0):
                 self._order(Move(model.name, Golden.DISK, "room" if room else "idle"))
                 freed += model.golden_bytes
@@ -327,6 +331,21 @@ class _Plan:
             if due and self._may_start(model) and not self._free.short_of(_cold(model)):
                 self._order(Start(model.name))
                 return
+
+    def _lacking(self, needy: list[Model], movable: list[Model], store: int) -> list[tuple[int, int]]:
+        """(priority, bytes) of those whose goldens find no room, but would if others went: nobody goes in vain."""
+        lacks = []
+        for model in needy:
+            short = max(0, model.golden_bytes - max(0, store))
+            store -= model.golden_bytes - short
+            lacks.append((model.rules.priority, short))
+        lacks += [(model.rules.priority, model.cramped) for model in self._state.models]
+        found: list[tuple[int, int]] = []
+        for priority, short in lacks:
+            going = sum(model.golden_bytes for model in movable if model.rules.priority <= priority)
+            if 0 < short <= going - sum(size for _, size in found):
+                found.append((priority, short))
+        return found
 
     def containers(self) -> None:
         """Prepare containers for all replicas that may come: one at a time, and only while no replica is coming."""

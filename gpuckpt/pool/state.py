@@ -99,7 +99,8 @@ class Model:
     ``move_at``, and no container prepared before ``prepare_at``. ``warm``: kept ready now by its schedule. ``scale``:
     so many hot replicas are kept, as somebody has ordered; none at 0, whatever the rules say. ``drained``: it gives its
     replicas up and gets no new ones. ``prepared``: containers that wait for a restore, without a process; another one
-    is made now if ``preparing``. ``cramped``: its golden found no room in the tmpfs when it was made.
+    is made now if ``preparing``. ``cramped``: bytes that the tmpfs lacked when its golden was
+    made.
     """
 
     name: str
@@ -120,7 +121,7 @@ class Model:
     drained: bool = False
     prepared: int = 0
     preparing: bool = False
-    cramped: bool = False
+    cramped: int = 0
     prepare_at: float = 0.0
 
 

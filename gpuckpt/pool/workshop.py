@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 import gpuckpt
 from gpuckpt import manifest as manifests
 from gpuckpt import proc
@@ -52,6 +54,19 @@ _Result = TypeVar("_Result")
 _WORKERS = 32  # restores, stops and checks at once
 _DUMP_SECONDS = 600  # the most that warming up and dumping may take
 _KEEPER = "pool"
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    """The parts of a failed command's `error` that are passed on."""
+
+    message: str
+    remedy: str | None = None
+    log: tuple[str, ...] = ()
+    lacking: int = 0
+
+
+class _Failed(msgspec.Struct, frozen=True):
+    error: _Failure
 
 
 class Workshop:
@@ -203,7 +218,7 @@ class Workshop:
         await self._in_thread(self._make, source)
 
     def _make(self, source: Source) -> None:
-        words = [sys.executable, "-m", "gpuckpt", "create", source.golden, "--replace", *source.create]
+        words = [sys.executable, "-m", "gpuckpt", "create", source.golden, "--replace", "--format=json", *source.create]
         longest = self._settings.create.start_timeout + _DUMP_SECONDS
         with self._births:
             if self._interrupted:
@@ -217,15 +232,7 @@ class Workshop:
         if result.code == BusyError.exit_code:
             raise BusyError(f"golden {source.golden} is being made by another command")
         if result.code != 0:
-            kind = OutOfSpaceError if result.code == OutOfSpaceError.exit_code else CheckpointError
-            said = proc.tail(result.stderr)
-            why = next((line for line in said if line.startswith("error: ")), said[-1] if said else "it gave no reason")
-            raise kind(
-                f"golden {source.golden} could not be made",
-                cause=why.removeprefix("error: "),
-                remedy=f"try it by hand: gpuckpt create {source.golden} …",
-                log=said,
-            )
+            raise _not_made(source.golden, result)
 
     def interrupt(self) -> None:
         with self._births:
@@ -314,3 +321,17 @@ class Workshop:
 def _private(pid: int) -> int:
     """Bytes that this container's processes hold beside the golden's pages that they share with others."""
     return proc.own_memory_of(proc.processes_below(pid))
+
+
+def _not_made(golden: str, result: proc.Result) -> GpuckptError:
+    """Why `gpuckpt create --format=json` failed; all it printed is its error, unless it was killed."""
+    said = proc.tail(result.stderr)
+    message = f"golden {golden} could not be made"
+    remedy = f"try it by hand: gpuckpt create {golden} …"
+    try:
+        error = msgspec.json.decode(result.stdout, type=_Failed).error
+    except msgspec.DecodeError:
+        return CheckpointError(message, cause=said[-1] if said else "it gave no reason", remedy=remedy, log=said)
+    if result.code == OutOfSpaceError.exit_code:
+        return OutOfSpaceError(message, cause=error.message, remedy=error.remedy, log=error.log, lacking=error.lacking)
+    return CheckpointError(message, cause=error.message, remedy=error.remedy or remedy, log=error.log or said)

@@ -25,6 +25,7 @@ from gpuckpt.service.view import EventView
 _log = logging.getLogger("gpuckpt.pool")
 _HEARTBEAT = 5.0
 _LONGEST_WAKE = 3600.0
+_LONGEST_LOOK = 10.0  # seconds that an order waits for a replica whose health is being looked at
 
 
 class _Wake(Struct, forbid_unknown_fields=True):
@@ -122,8 +123,9 @@ class Admin:
         return _json({"model": name, "replica": lease.replica.name, "tier": lease.tier, "seconds": lease.waited})
 
     async def _sleep(self, request: Request) -> Response:
-        name = self._named(request)
         asked = await _body(request, _Sleep, _Sleep())
+        await self._service.owner.looked_at(self._named(request), _LONGEST_LOOK)
+        name = self._named(request)  # it may have been removed meanwhile
         names = self._service.owner.sleep(name, release=asked.release)
         return _json({"model": name, "stopped" if asked.release else "frozen": names})
 

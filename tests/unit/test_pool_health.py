@@ -392,7 +392,12 @@ def test_one_that_is_being_looked_at_neither_freezes_nor_goes_until_that_is_over
         assert world.owner.sleep("a", release=False) == [] and world.owner.sleep("a", release=True) == []
         await asyncio.sleep(0.03)
         assert world.phases("a") == [Phase.HOT]
+        await world.owner.looked_at("a", 0.03)  # so long and no longer
+        waits = asyncio.create_task(world.owner.looked_at("a", 10))
+        await asyncio.sleep(0.03)
+        assert not waits.done()
         world.hands.gates["canary"].set()
+        await waits
         await world.until_phases(Phase.STANDBY)
         assert world.outcomes == [("a", "ok")] and world.lost() == []
 

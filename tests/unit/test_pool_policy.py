@@ -201,9 +201,26 @@ def test_goldens_leave_the_tmpfs_when_it_is_full_and_come_back_when_asked_for() 
     assert ordered(old, on_disk, store=7 * GB) == [Move("old", Golden.DISK, "room")]
     assert ordered(replace(old, golden=Golden.MOVING), on_disk, store=7 * GB) == []
     assert ordered(model("old", priority=1), on_disk, store=7 * GB) == []
-    # And so it does for one that is made, of which nobody knows how much it needs.
-    cramped = replace(model("n"), golden=Golden.NONE, cramped=True, retry_at=NOW + 1, make_at=NOW + 1)
+    # And so it does for one that could not be made, of which is known how much it lacked.
+    cramped = replace(model("n"), golden=Golden.NONE, cramped=4 * GB, retry_at=NOW + 1, make_at=NOW + 1)
     assert ordered(old, cramped, store=8 * GB) == [Move("old", Golden.DISK, "room")]
+
+
+def test_no_golden_leaves_the_tmpfs_in_vain() -> None:
+    old, newer = model("old", asked=NOW - 100), model("newer", asked=NOW - 50)
+    cramped = replace(model("n"), golden=Golden.NONE, cramped=5 * GB, retry_at=NOW + 1, make_at=NOW + 1)
+    assert ordered(old, cramped, store=8 * GB) == []  # that would not be enough
+    both = [Move("old", Golden.DISK, "room"), Move("newer", Golden.DISK, "room")]
+    assert ordered(old, newer, cramped, store=8 * GB) == both
+    assert ordered(old, newer, replace(cramped, cramped=1), store=8 * GB) == both[:1]  # nor more than are needed
+    # One after the other: what the first one leaves may be enough.
+    assert ordered(replace(old, golden=Golden.MOVING), newer, cramped, store=8 * GB) == []
+    # The same for one that exists, and is larger than all that could go.
+    large = replace(model("d", replica("x"), golden=Golden.DISK), golden_bytes=9 * GB)
+    assert ordered(old, large, store=8 * GB) == []
+    # Who takes what is there already does not leave it to another.
+    first, second = (model(name, replica(name), golden=Golden.DISK, asked=NOW - 1) for name in "de")
+    assert ordered(old, first, second, store=11 * GB) == [both[0], Move("d", Golden.TMPFS, "asked")]
 
 
 def test_one_golden_is_made_at_a_time_the_most_wanted_first() -> None:
