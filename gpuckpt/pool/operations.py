@@ -164,6 +164,9 @@ class Operations:
         try:
             await _done(self._hands.prepare(model.name, name))
             model.prepared.add(name)
+        except BusyError as error:  # what was there before is still being removed
+            model.prepare_at = self._clock() + self.retry
+            _log.debug("%s could not be prepared: %s", name, _why(error))
         except GpuckptError as error:
             # Nobody waits for it, and a restore makes its container itself.
             model.prepare_at = self._clock() + self.retry * 2**_DOUBLINGS

@@ -52,6 +52,8 @@ from gpuckpt.workload.endpoint import Endpoint
 
 _Result = TypeVar("_Result")
 _WORKERS = 32  # restores, stops and checks at once
+_MOVERS = 2  # goldens moved at once, one each way
+_NICE = 10  # of theirs: nobody waits for a golden to be moved, and requests are answered on the same cores
 _DUMP_SECONDS = 600  # the most that warming up and dumping may take
 _KEEPER = "pool"
 
@@ -78,6 +80,7 @@ class Workshop:
         # The same settings for a child, wherever ours came from, and the same gpuckpt, however we have found it.
         self._environment = as_environment(settings) | {"PYTHONPATH": str(Path(gpuckpt.__file__).parents[1])}
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gpuckpt-pool")
+        self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="gpuckpt-move", initializer=_yield_to_others)
         self._known: dict[str, Container] = {}  # id and first process of running replicas
         self._endpoints: dict[str, Endpoint] = {}
         # Of the goldens that replicas are restored from; another file is another golden.
@@ -100,7 +103,8 @@ class Workshop:
         await self._in_thread(self._remove_strangers)
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        for threads in (self._pool, self._movers):
+            threads.shutdown(cancel_futures=True)
 
     async def _in_thread(self, work: Callable[..., _Result], *args: Any) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
@@ -303,19 +307,24 @@ class Workshop:
 
     async def move(self, model: str, to: Golden) -> None:
         golden = self._sources[model].golden
+        await asyncio.get_running_loop().run_in_executor(self._movers, self._move, golden, to)
+
+    def _move(self, golden: str, to: Golden) -> None:
+        # What goes to the tmpfs stays on disk: replicas may run from there, and to let it go again then costs nothing.
+        tier: Tier = "tmpfs" if to is Golden.TMPFS else "disk"
         try:
-            if to is Golden.TMPFS:
-                # It stays on disk: replicas may run from there, and to let it go again then costs nothing.
-                await self._in_thread(lambda: tiers.move(self._tools, golden, "tmpfs", keep=True))
-            else:
-                await self._in_thread(lambda: tiers.move(self._tools, golden, "disk", keep=False))
+            tiers.move(self._tools, golden, tier, keep=tier == "tmpfs")
         except NothingToDo:
             pass
         except OSError as error:
             raise RestoreError(f"golden {golden} could not be moved to {to}", cause=str(error)) from error
         # Where a copy lay there already, nothing was moved, and nobody has told those that wait.
-        tier: Tier = "tmpfs" if to is Golden.TMPFS else "disk"
-        await self._in_thread(lambda: prepare.discard_prepared(self._tools, golden, tier=tier))
+        prepare.discard_prepared(self._tools, golden, tier=tier)
+
+
+def _yield_to_others() -> None:
+    # Of a thread, and of those that it starts: Linux keeps it for each of its own.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _private(pid: int) -> int:
