@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from gpuckpt.config import FIELDS, TABLES, Settings
 from gpuckpt.errors import NotFoundError, UsageError
+from gpuckpt.paths import read_regular
 
 DEFAULT_FILE = Path("/etc/gpuckpt/gpuckpt.toml")
 # Keys of a project's .env and what they mean here; every other key of that file belongs to other tools.
@@ -125,15 +126,7 @@ def read_toml(file: Path, *, must_exist: bool) -> str:
     Raises NotFoundError, or UsageError if it is no file of text of a sensible size.
     """
     try:
-        # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
-        with open(os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise UsageError(f"{file} is not a regular file", remedy="give --config a TOML file")
-            data = stream.read(_LARGEST + 1)
-        if len(data) > _LARGEST:
-            raise UsageError(
-                f"{file} is larger than {_LARGEST >> 10} KiB", remedy="give --config a TOML file of settings"
-            )
+        data = read_regular(file, _LARGEST, remedy="give --config a TOML file of settings")
         return data.decode("utf-8").replace("\r\n", "\n")
     except FileNotFoundError as error:
         if must_exist:

@@ -258,7 +258,7 @@ def read(folder: Path) -> Manifest:
 def parse(text: bytes, name: str) -> Manifest:
     """The manifest in ``text``; ``name`` is for the messages. Raises as :func:`read`."""
     try:
-        return msgspec.json.decode(text, type=Manifest)
+        return _MANIFEST.decode(text)
     except msgspec.ValidationError as error:
         # What a newer gpuckpt writes differs in more than its number; that is still what is to be said of it.
         found = _format_of(text)
@@ -281,9 +281,14 @@ class _Head(msgspec.Struct):
     format: Any = FORMAT
 
 
+# msgspec looks at a type when it first decodes one, and two threads that do so at once end the process (0.22).
+_MANIFEST = msgspec.json.Decoder(Manifest)
+_HEAD = msgspec.json.Decoder(_Head)
+
+
 def _format_of(text: bytes) -> Any:
     try:
-        return msgspec.json.decode(text, type=_Head).format
+        return _HEAD.decode(text).format
     except msgspec.DecodeError:
         return FORMAT  # not even an object: damaged, whatever its format
 

@@ -7,8 +7,9 @@ import stat
 from collections.abc import Collection
 from pathlib import Path
 
-from gpuckpt.errors import PreflightError
+from gpuckpt.errors import PreflightError, UsageError
 
+LONGEST_SOCKET = 107  # bytes of a path; unix(7): sun_path holds 108 with the zero at its end
 _KINDS = {stat.S_IFLNK: "symbolic link", stat.S_IFDIR: "folder"}
 
 
@@ -83,3 +84,15 @@ def private_folder(path: Path) -> Path:
     if status.st_mode & 0o077:
         path.chmod(0o700)  # a link's end
     return path
+
+
+def read_regular(file: Path, most: int, *, remedy: str | None = None) -> bytes:
+    """The content of a regular file of at most ``most`` bytes. Raises UsageError if it is something else, OSError."""
+    # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
+    with open(os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise UsageError(f"{file} is not a regular file", remedy=remedy)
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise UsageError(f"{file} is larger than {most >> 10} KiB", remedy=remedy)
+    return data

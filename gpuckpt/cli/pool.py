@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from contextlib import suppress
@@ -165,6 +166,8 @@ def events(client: Client, /, follow: bool, model: str | None, limit: int, as_js
 @format_option
 def wake(client: Client, /, models: tuple[str, ...], deadline: float | None, as_json: bool) -> None:
     """Make a replica of each MODEL hot, and wait for it."""
+    if deadline is not None and math.isnan(deadline):  # which is in every range
+        raise click.BadParameter("it must be a number of seconds", param_hint="--deadline")
     done = []
     for name in _checked(client, models):
         if not as_json and sys.stderr.isatty():

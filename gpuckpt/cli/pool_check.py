@@ -61,6 +61,13 @@ def check(ctx: click.Context, /, file: Path | None, as_json: bool) -> None:
     for name, one in pool.models.items():
         if one.schedule:
             click.echo(one_line(f"{name}: kept ready {', '.join(map(_window, one.schedule))}"))
+    if (keys := pool.front.keys) is not None:
+        from gpuckpt.service.keys import Keys
+
+        try:
+            Keys.read(keys)
+        except (NotFoundError, UsageError) as error:
+            say(one_line(f"{error.message}{': ' + error.cause if error.cause else ''}; the service would not start"))
     for name, one in pool.models.items():
         if places[name] == [] and not one.create:
             golden = one.golden or name

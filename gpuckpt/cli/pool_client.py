@@ -20,7 +20,7 @@ def on_pool(function: _F) -> _F:
 
     @click.option(
         "--socket",
-        type=click.Path(path_type=Path),
+        type=click.Path(path_type=Path, readable=False),
         envvar="GPUCKPT_POOL_SOCKET",
         help="Where the service listens, if not on /run/gpuckpt/pool.sock.  [env: GPUCKPT_POOL_SOCKET]",
     )

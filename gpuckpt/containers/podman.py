@@ -11,6 +11,7 @@ from msgspec import Struct, field
 from gpuckpt import proc
 from gpuckpt.containers import freezer, logs
 from gpuckpt.containers.api import Api
+from gpuckpt.containers.checks import RUNTIMES
 from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, PreflightError, UsageError
 from gpuckpt.manifest import Launch
 
@@ -161,11 +162,13 @@ class Podman:
             found = self.inspect(container)
             if found.labels.get(OWNER) != str(owner):
                 return
-            if found.pid:
-                # What is frozen by a control group of version 1 does not even die, and podman would wait for that.
+            if found.pid and found.status != "paused":
+                # What is frozen by a control group of version 1 does not even die, and podman would wait for that. But
+                # what podman has paused itself it also thaws, and fails where that is done.
                 with contextlib.suppress(GpuckptError, OSError):
                     freezer.thaw(found.pid, found.id)
             self.api.call("DELETE", f"/containers/{container}", force=True, timeout=0, v=False)
+            _forget(found.id)
 
     def logs(self, container: str, *, most: int | None = None) -> str:
         """What the container printed (both outputs): all, or what is in the last ``most`` bytes of its log."""
@@ -294,3 +297,14 @@ def _bind(source: str, destination: str, read_only: bool) -> dict[str, Any]:
 def container_name(replica: str) -> str:
     """The name under which podman knows a replica."""
     return PREFIX + replica
+
+
+def _forget(container: str) -> None:
+    """Remove what a removed container has left with the OCI runtime: its records in /run, and control groups.
+
+    Where conmon was killed, podman does not tell the runtime.
+    """
+    for runtime in RUNTIMES:
+        if (Path("/run") / runtime / container).is_dir():
+            with contextlib.suppress(GpuckptError):  # nothing that counts: a few kilobytes, and nobody runs in them
+                proc.run([runtime, "delete", "--force", container], timeout=10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,16 +13,16 @@ from pathlib import Path
 
 from gpuckpt.containers.podman import ALIVE, OWNER, container_name
 from gpuckpt.criu.operation import Operation
-from gpuckpt.errors import BusyError, GpuckptError, InterruptedByUser, NotFoundError, UsageError
+from gpuckpt.errors import BusyError, GpuckptError, InterruptedByUser, NotFoundError, OutOfSpaceError, UsageError
 from gpuckpt.golden.tools import Tools
 from gpuckpt.manifest import Port
+from gpuckpt.paths import LONGEST_SOCKET
 from gpuckpt.store import locks
 from gpuckpt.store.layout import check_name
 from gpuckpt.workload.base import SOCKET_NAME
 from gpuckpt.workload.endpoint import Endpoint
 
 SETTLED = ("ready", "prepared")  # states that outlive the transaction that made them
-LONGEST_SOCKET = 107  # bytes of a path; unix(7): sun_path holds 108 with the zero at its end
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,16 @@ class Replica:
         """Write the record; one rename, so that a reader never sees half of it."""
         record = asdict(self) | {"folder": str(self.folder)}
         temporary = self.folder / "replica.json.new"
-        temporary.write_text(json.dumps(record))
+        try:
+            temporary.write_text(json.dumps(record))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OutOfSpaceError(
+                f"the record of replica {self.name} cannot be written",
+                cause=f"{self.folder}: {os.strerror(error.errno)}",
+                remedy="make room on that disk (state.path)",
+            ) from error
         temporary.replace(self.folder / "replica.json")
 
 
@@ -133,9 +143,14 @@ def discard(tools: Tools, replica: Replica) -> None:
             errors.append(error)
             attempt(step, *arguments)
 
+    def mark() -> None:
+        # Killed from here on, it is swept: only what is ready is left alone. A full disk is to be emptied, not to be
+        # left as it is.
+        with contextlib.suppress(OutOfSpaceError):
+            replace(replica, state="removing").save()
+
     if replica.folder.exists():
-        # Killed from here on, it is swept: only what is ready is left alone.
-        attempt(replace(replica, state="removing").save)
+        attempt(mark)
     attempt(replica.operation.end_hooks)
     attempt(tools.containers.remove, replica.container, tools.layout.state)
     attempt(tools.overlay.unmount, replica.folder)

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from gpuckpt import config, config_load
 from gpuckpt.errors import UsageError
+from gpuckpt.paths import LONGEST_SOCKET
 from gpuckpt.pool.state import Budget, Pin, Rules
 
 MEMORY_SHARE = 0.6  # of the machine's memory: what replicas may hold where nothing else is said
@@ -31,6 +32,9 @@ def _switch(value: object) -> bool:
 def _address(value: object) -> str:
     if isinstance(value, str):
         if value.startswith("unix:/"):
+            path = value.removeprefix("unix:")
+            if "\0" in path or len(path.encode(errors="surrogateescape")) > LONGEST_SOCKET:
+                raise ValueError(f"must be a path of at most {LONGEST_SOCKET} bytes, without a NUL")
             return value
         match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})", value)
         if match and 1 <= int(match[2]) <= 65535:
@@ -41,11 +45,28 @@ def _address(value: object) -> str:
 def _addresses(value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, list | tuple) or not value:
         raise ValueError("must be a list of HOST:PORT or unix:/PATH")
-    return tuple(map(_address, value))
+    found = tuple(map(_address, value))
+    if twice := next((one for one in found if found.count(one) > 1), None):
+        raise ValueError(f"names {twice} twice")
+    return found
 
 
 def _words(value: object) -> tuple[str, ...]:
-    return config.parse_texts(value)
+    words = config.parse_texts(value)
+    if any("\0" in word for word in words):
+        raise ValueError("must not hold a NUL byte, which ends a word for the kernel")
+    return words
+
+
+def _names(value: object) -> tuple[str, ...]:
+    return tuple(map(_name, config.parse_texts(value)))
+
+
+def _name(text: str) -> str:
+    # It goes to terminals and logs.
+    if not text or not text.isprintable():
+        raise ValueError("must have names of printable characters")
+    return text
 
 
 def _one_or_more(value: object) -> int:
@@ -159,7 +180,7 @@ class Model(Struct, frozen=True, kw_only=True):
     create: Annotated[
         tuple[str, ...], _words, "makes the golden where there is none: what follows `gpuckpt create NAME`"
     ] = ()
-    aliases: Annotated[tuple[str, ...], _words, "other names that requests may use"] = ()
+    aliases: Annotated[tuple[str, ...], _names, "other names that requests may use"] = ()
     min_standby: Annotated[int, config.parse_count, "replicas that are always ready, hot or standby"] = 0
     max_replicas: Annotated[int, _one_or_more, "most hot replicas at once"] = 1
     concurrency: Annotated[int, _one_or_more, "requests that one replica answers at once"] = 8
@@ -248,6 +269,10 @@ def load(file: Path) -> Pool:
 def _model(file: Path, text: str, name: str, content: object) -> Model:
     if not isinstance(content, dict):
         raise UsageError(f"models.{name} must be a table ({config_load.at(file, text, f'models.{name}')})")
+    try:
+        _name(name)
+    except ValueError as error:
+        raise UsageError(f"{config_load.shown(name)} cannot name a model ({file})", cause=f"it {error}") from error
     found: Model = _table(file, text, f"models.{name}", Model, content)
     return found
 

@@ -309,6 +309,7 @@ class _Plan:
             if model.golden is Golden.TMPFS and not (model.name in used or model.preparing or now < model.move_at)
         ]
         lacking = self._lacking(needy, movable, store)
+        self._give_way(movable)
         freed = 0
         for model in movable:
             idle = model.rules.idle_disk is not None and now - model.asked >= model.rules.idle_disk
@@ -346,6 +347,32 @@ class _Plan:
             if 0 < short <= going - sum(size for _, size in found):
                 found.append((priority, short))
         return found
+
+    def _give_way(self, movable: list[Model]) -> None:
+        """Have idle replicas go whose goldens must leave the tmpfs for one that is asked for and cannot be made."""
+        models = sorted(self._state.models, key=lambda model: (model.rules.priority, model.asked))
+        for needy in models:
+            if not (needy.cramped and needy.waiting):
+                continue
+            above = needy.rules.priority
+            short = needy.cramped - sum(model.golden_bytes for model in movable if model.rules.priority <= above)
+            resting = [
+                model
+                for model in models
+                if model.golden is Golden.TMPFS
+                and model.replicas
+                and not (model.waiting or floor_of(model))
+                and model.rules.priority <= above
+                and all(one.idle and one.phase in (Phase.HOT, Phase.STANDBY) for one in model.replicas)
+            ]
+            if sum(model.golden_bytes for model in resting) < short:
+                continue
+            for model in resting:
+                if short <= 0:
+                    break
+                short -= model.golden_bytes
+                for one in model.replicas:
+                    self._order(Stop(model.name, one.name, "room"))
 
     def containers(self) -> None:
         """Prepare containers for all replicas that may come: one at a time, and only while no replica is coming."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -69,6 +70,9 @@ class _Failure(msgspec.Struct, frozen=True):
 
 class _Failed(msgspec.Struct, frozen=True):
     error: _Failure
+
+
+_FAILED = msgspec.json.Decoder(_Failed)  # not made by the threads that use it: see gpuckpt.manifest
 
 
 class Workshop:
@@ -337,8 +341,12 @@ def _not_made(golden: str, result: proc.Result) -> GpuckptError:
     said = proc.tail(result.stderr)
     message = f"golden {golden} could not be made"
     remedy = f"try it by hand: gpuckpt create {golden} …"
+    if result.code < 0:
+        cause = f"it was ended by {signal.Signals(-result.code).name}"
+        more = "; the kernel does that when memory runs out (journalctl -k)" if result.code == -signal.SIGKILL else ""
+        return CheckpointError(message, cause=cause + more, remedy=remedy, log=said)
     try:
-        error = msgspec.json.decode(result.stdout, type=_Failed).error
+        error = _FAILED.decode(result.stdout).error
     except msgspec.DecodeError:
         return CheckpointError(message, cause=said[-1] if said else "it gave no reason", remedy=remedy, log=said)
     if result.code == OutOfSpaceError.exit_code:

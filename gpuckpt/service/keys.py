@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Self
 
 from gpuckpt.errors import NotFoundError, UsageError
+from gpuckpt.paths import read_regular
+
+_MOST = 1 << 20  # bytes
 
 
 class Keys:
@@ -23,9 +26,10 @@ class Keys:
         Raises NotFoundError, and UsageError if it holds no key: a file that is meant to close must not open.
         """
         try:
-            lines = [line.strip() for line in file.read_bytes().splitlines()]
+            lines = [line.strip() for line in read_regular(file, _MOST).splitlines()]
         except OSError as error:
-            raise NotFoundError(f"the API keys in {file} cannot be read", cause=str(error)) from error
+            remedy = "write one a line into it, or name another file: front.keys"
+            raise NotFoundError(f"the API keys in {file} cannot be read", cause=str(error), remedy=remedy) from error
         keys = frozenset(line for line in lines if line and not line.startswith(b"#"))
         if not keys:
             raise UsageError(

@@ -70,6 +70,12 @@ class Routes:
         asked, trouble, unsettled = _Asked(), None, False
         if body and (kind.endswith(b"json") or (not kind and body[:1] == b"{")):
             try:
+                if coded := headers.get(b"content-encoding"):
+                    raise RoutingError(
+                        f"the body is encoded ({coded.decode(errors='replace')}): send it as it is",
+                        status=415,
+                        code="unsupported_encoding",
+                    )
                 asked = _read(body)
             except RoutingError as error:  # where something else says which model, its server may judge the body
                 trouble = error

@@ -78,6 +78,7 @@ class Service:
         self._upstream = Upstream()
         self._routes = Routes({}, self._served)
         self._to_prewarm: set[str] = set()
+        self._glance: tuple[float, bytes, bytes] | None = None  # when somebody looked last, what is new, and all
         self.front = Front(
             self, self._upstream, self._route, keys=self._read_keys(config), limits=Limits(), done=self.metrics.request
         )
@@ -166,7 +167,7 @@ class Service:
                 )
         going = [name for name, one in self.owner.models.items() if one.leaving]
         if back := [name for name in config.models if name in going]:
-            raise BusyError(f"{', '.join(back)} is still going, as it was asked to", remedy="try again in a moment")
+            raise BusyError(f"still going, as asked: {', '.join(back)}", remedy="try again in a moment")
         removed = [name for name in before.models if name not in config.models]
         held = {self.owner.models[name].prefix for name in (*going, *removed)}
         if taken := [name for name, model in config.models.items() if _golden(name, model) in held]:
@@ -289,17 +290,21 @@ class Service:
             events=self.history.last(events),
         )
 
-    async def views(self, refresh: float, quiet: float) -> AsyncIterator[PoolView]:
-        """The view, again and again: every ``refresh`` seconds while something changes, else every ``quiet``."""
+    async def views(self, refresh: float, quiet: float) -> AsyncIterator[bytes]:
+        """The view as JSON: every ``refresh`` seconds while something changes, else every ``quiet``."""
         told, last = 0.0, b""
         while self.state != "closed":
-            view = self.view()
             now = self.owner.clock()
-            # Times pass and the machine's memory moves: that alone is no news.
-            seen = msgspec.json.encode((view.state, view.models, view.events[-1:], view.memory, view.store))
-            if seen != last or now - told >= quiet:
-                told, last = now, seen
-                yield view
+            # However many look, it is made once.
+            if self._glance is None or now - self._glance[0] >= refresh / 2:
+                view = self.view()
+                # Times pass and the machine's memory moves: that alone is no news.
+                news = msgspec.json.encode((view.state, view.models, view.events[-1:], view.memory, view.store))
+                self._glance = (now, news, msgspec.json.encode(view))
+            _, news, whole = self._glance
+            if news != last or now - told >= quiet:
+                told, last = now, news
+                yield whole
             await asyncio.sleep(refresh)
 
     def _model(self, name: str, offset: float) -> ModelView:

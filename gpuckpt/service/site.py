@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -39,7 +40,7 @@ class Site:
             Route("/dashboard/events", self._events),
             Route("/dashboard/{name}", self._page),
         ]
-        self._app = Starlette(routes=routes)
+        self._app = Starlette(routes=routes, exception_handlers={HTTPException: _nothing_there})
         self._ours = {"/", "/health", "/metrics", "/v1/models", "/dashboard"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,7 +107,12 @@ class Site:
 
     async def _views(self) -> AsyncIterator[bytes]:
         async for view in self._service.views(_REFRESH, _QUIET):
-            yield b"data: " + msgspec.json.encode(view) + b"\n\n"
+            yield b"data: " + view + b"\n\n"
+
+
+async def _nothing_there(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}", None)
 
 
 def _view(service: Service) -> Response:

@@ -218,6 +218,22 @@ def test_no_golden_leaves_the_tmpfs_in_vain() -> None:
     # The same for one that exists, and is larger than all that could go.
     large = replace(model("d", replica("x"), golden=Golden.DISK), golden_bytes=9 * GB)
     assert ordered(old, large, store=8 * GB) == []
+    # Idle replicas go for one that is asked for, and their goldens then.
+    resting = model("r", replica("x", Phase.STANDBY, idle=1), replica("y", idle=1))
+    asked = replace(cramped, waiting=1)
+    assert ordered(resting, replace(asked, cramped=GB), store=5 * GB) == [
+        Stop("r", "x", "room"),
+        Stop("r", "y", "room"),
+    ]
+    assert ordered(resting, replace(cramped, cramped=GB), store=5 * GB) == []
+    assert ordered(resting, asked, store=5 * GB) == []  # nor they in vain
+    assert ordered(resting, old, replace(asked, cramped=GB), store=8 * GB) == both[:1]
+    for busy in (
+        model("r", replica("x", requests=1)),
+        model("r", replica("x", Phase.STANDBY), min_standby=1),
+        model("r", replica("x", Phase.STANDBY, idle=1), priority=1),
+    ):
+        assert ordered(busy, replace(asked, cramped=GB), store=5 * GB) == []
     # Who takes what is there already does not leave it to another.
     first, second = (model(name, replica(name), golden=Golden.DISK, asked=NOW - 1) for name in "de")
     assert ordered(old, first, second, store=11 * GB) == [both[0], Move("d", Golden.TMPFS, "asked")]
