@@ -271,18 +271,20 @@ class Client:
         found = await self.head()
         if head_only or found.status in (204, 304) or found.status < 200:
             return found
+        body = bytearray()  # many megabytes at times: to put bytes together anew for each chunk would take seconds
         try:
             if (length := found.header("content-length")) is not None:
-                found.body = await self.reader.readexactly(int(length))
+                body += await self.reader.readexactly(int(length))
             elif found.header("transfer-encoding") == "chunked":
                 while size := int(await self.reader.readuntil(b"\r\n"), 16):
-                    found.body += (await self.reader.readexactly(size + 2))[:-2]
+                    body += (await self.reader.readexactly(size + 2))[:-2]
                 assert await self.reader.readexactly(2) == b"\r\n"
             else:
-                found.body = await self.reader.read()
+                body += await self.reader.read()
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            found.body += getattr(error, "partial", b"")
+            body += getattr(error, "partial", b"")
             found.whole = False
+        found.body = bytes(body)
         return found
 
     async def ended(self) -> bytes:
