@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,7 +199,7 @@ class FakePool:
         return self.tier
 
     async def acquire(self, name: str, deadline: float) -> Lease:
-        began = asyncio.get_running_loop().time()
+        began = None if self.gate.is_set() else time.monotonic()
         self.waiting += 1
         try:
             async with asyncio.timeout(deadline):
@@ -216,7 +217,7 @@ class FakePool:
         self.acquired += 1
         self.leases.append(held)
         held.requests += 1
-        return Lease(held, self.tier, asyncio.get_running_loop().time() - began)
+        return Lease(held, self.tier, 0.0 if began is None else time.monotonic() - began)
 
     def release(self, held: Held) -> None:
         self.leases.remove(held)  # ValueError if it was given back before

@@ -386,9 +386,10 @@ def test_a_canary_that_fails_costs_the_replica() -> None:
 
 def test_one_that_is_being_looked_at_neither_freezes_nor_goes_until_that_is_over() -> None:
     async def work(world: Watched) -> None:
-        await world.hot()
         world.hands.gates["canary"] = asyncio.Event()
+        await world.hot()
         await world.until(lambda: world.looked("canary a.1") == 1)
+        world.owner.set_rules({"a": replace(RULES, idle_freeze=0.02)})
         assert world.owner.sleep("a", release=False) == [] and world.owner.sleep("a", release=True) == []
         await asyncio.sleep(0.03)
         assert world.phases("a") == [Phase.HOT]
@@ -401,7 +402,7 @@ def test_one_that_is_being_looked_at_neither_freezes_nor_goes_until_that_is_over
         await world.until_phases(Phase.STANDBY)
         assert world.outcomes == [("a", "ok")] and world.lost() == []
 
-    watched(work, rules=replace(RULES, idle_freeze=0.02))
+    watched(work)
 
 
 @pytest.mark.parametrize("what", ["healthy", "canary"])
