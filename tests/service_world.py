@@ -28,6 +28,10 @@ from gpuckpt.workload.endpoint import Endpoint
 T = TypeVar("T")
 LIMIT = 20  # seconds that a test may take
 STREAM = b"content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+ASK: dict[str, Any] = {"model": "m", "prompt": "x"}
+STREAMED: dict[str, Any] = ASK | {"stream": True}
+OK = b"HTTP/1.1 200 OK\r\n"
+EVENT = b'data: {"choices":[]}\n\n'
 
 
 def run(test: Coroutine[Any, Any, T]) -> T:
@@ -120,6 +124,11 @@ def raw(*pieces: bytes, pause: float = 0.0, close: bool = False) -> Script:
             asked.writer.close()
 
     return script
+
+
+async def hang(asked: Asked) -> None:
+    """A script that answers nothing, until the other side goes."""
+    await asked.listen()
 
 
 class Replica:

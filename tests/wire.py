@@ -7,7 +7,6 @@ from typing import cast
 
 from gpuckpt.service.upstream import Connection
 
-OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 
 

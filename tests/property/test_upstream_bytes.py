@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuckpt.service.upstream import UpstreamError
-from tests.service_world import chunk, run, turns
-from tests.wire import CHUNKED, OK, connected, exchanged
+from tests.service_world import OK, chunk, run, turns
+from tests.wire import CHUNKED, connected, exchanged
 
 
 def cut(wire: bytes, data: st.DataObject) -> list[bytes]:

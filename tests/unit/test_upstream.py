@@ -12,8 +12,8 @@ import pytest
 
 from gpuckpt.service.upstream import Connection, Upstream, UpstreamError
 from gpuckpt.workload.endpoint import Endpoint
-from tests.service_world import Asked, Replica, Script, answer, chunk, raw, run, turns, until
-from tests.wire import CHUNKED, OK, connected, exchanged
+from tests.service_world import OK, Asked, Replica, Script, answer, chunk, raw, run, turns, until
+from tests.wire import CHUNKED, connected, exchanged
 
 
 @pytest.mark.parametrize("more", [b"HTTP/1.1 500 Oops\r\ncontent-length: 5\r\n\r\nwrong", b"x", b"\x00"])
