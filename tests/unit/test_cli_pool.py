@@ -33,12 +33,11 @@ from gpuckpt.cli import pool as pool_cli
 from gpuckpt.golden.replica import Replica
 from gpuckpt.service.view import PoolView, UseView
 from gpuckpt.store.layout import Layout
+from tests.command_line import ROOT, Done, run
 from tests.fake_guest import answer, hang_up
 from tests.fake_pool import NOW, FakePool, event, fake_pool, model, raw, refusal, replica, view
 from tests.fakes import publish
-from tests.unit.test_cli import ROOT, Done, machine, run
 
-__all__ = ["machine"]  # a fixture
 HERE = {"check", "run", "install", "uninstall"}  # ask no daemon
 ASKING = sorted(set(pool_cli.command.commands) - HERE)
 STATE = "GET /v1/state"
