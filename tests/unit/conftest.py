@@ -12,6 +12,7 @@ from gpuckpt.checks import Check
 from gpuckpt.sessions import Client
 from gpuckpt.store.layout import Layout
 from tests.fake_guest import FakeGuest, fake_guest
+from tests.fake_pool import FakePool, fake_pool
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +54,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     monkeypatch.setenv("GPUCKPT_CONFIG", str(tmp_path / "empty.toml"))
     layout.prepare()
     return layout
+
+
+@pytest.fixture
+def pool(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePool]:
+    """The daemon that the environment names."""
+    with fake_pool() as made:
+        monkeypatch.setenv("GPUCKPT_POOL_SOCKET", str(made.path))
+        monkeypatch.setattr("gpuckpt.cli.pool._PAUSE", 0.01)
+        monkeypatch.setattr("gpuckpt.cli.pool_logs._PAUSE", 0.01)
+        yield made

@@ -21,10 +21,9 @@ from gpuckpt.pool.config import Health as HealthRules
 from gpuckpt.pool.hands import Found, Made
 from gpuckpt.pool.health import Health
 from gpuckpt.pool.state import Golden, Phase, Rules
-from tests.pool_world import RULES, FakeHands, World, run
+from tests.pool_world import NOT_EXPECTED, RULES, FakeHands, World, run
 
 LOOKS = HealthRules(interval=0.01, timeout=0.5, failures=3, stalled=1000.0, canary=1000.0)
-NOT_EXPECTED = "failed unexpectedly"
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ from gpuckpt.store.layout import Layout, Tier
 from gpuckpt.timing import PhaseTable
 from tests.fakes import FakeReporter, Journal, World, publish, tools_for
 from tests.leftovers import replica_of
-from tests.unit.test_restore import put
+from tests.restoring import put
 
 ROOT = os.geteuid() == 0
 EXTENT = b"extent" * 1000
