@@ -248,10 +248,12 @@ def test_leases_given_and_taken_back_in_any_order_add_up() -> None:
                 except RefusedError:
                     return 0
                 assert lease.replica.requests <= 2
-                await asyncio.sleep(0.001 * (number % 4))
-                if number % 11 == 0:
-                    world.owner.lost(lease.replica, "dead")
-                world.owner.release(lease.replica)
+                try:  # it may be cancelled here, too
+                    await asyncio.sleep(0.001 * (number % 4))
+                    if number % 11 == 0:
+                        world.owner.lost(lease.replica, "dead")
+                finally:
+                    world.owner.release(lease.replica)
                 return 1
 
             tasks = []
