@@ -354,13 +354,14 @@ def test_a_canary_that_differs_costs_the_replica_and_the_golden_that_was_never_r
 
 def test_a_canary_that_differs_costs_only_the_replica_where_others_were_right() -> None:
     async def work(world: Watched) -> None:
-        world.owner.scale("a", 2)
-        await world.until_phases(Phase.HOT, Phase.HOT)
         # Both are asked at the same time; the one that is right answers first.
         world.hands.differences["a.2"] = ("other words",)
-        world.hands.gates["canary a.2"] = asyncio.Event()
+        world.hands.gates |= {"canary a.1": asyncio.Event(), "canary a.2": asyncio.Event()}
+        world.owner.scale("a", 2)
+        await world.until_phases(Phase.HOT, Phase.HOT)
+        await world.until(lambda: world.looked("canary a.1") == world.looked("canary a.2") == 1)
+        world.hands.gates["canary a.1"].set()
         await world.until(lambda: world.outcomes == [("a", "ok")])
-        await world.until(lambda: world.looked("canary a.2") == 1)
         world.hands.gates["canary a.2"].set()
         await world.until(lambda: world.lost() == ["canary"])
         assert world.outcomes == [("a", "ok"), ("a", "differs")]
