@@ -7,6 +7,7 @@ missing is a failure.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Generator
@@ -47,6 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.integration)
         if item.get_closest_marker("integration") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(INTEGRATION_TIMEOUT))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """What has outlived other modules' tests, thousands of imported modules with them, stays; whoever collects garbage
+    need not search it. To find what was not closed, every test of the service collects, which took 0.15 s each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -20,68 +20,38 @@ from msgspec.structs import replace
 
 from gpuckpt.service.view import EventView, GoldenView, HistogramView, ModelView, PoolView, ReplicaView, UseView
 from tests.fake_guest import FakeGuest, Reply, answer
+from tests.pool_views import GIB, MIB, a_model, a_pool, a_replica
 
 NOW = 1_790_000_000.0
-RULES: dict[str, int | float | str | None] = {
-    "min_standby": 0,
-    "max_replicas": 2,
-    "concurrency": 8,
-    "idle_freeze": 60.0,
-    "idle_release": 600.0,
-    "idle_disk": None,
-    "priority": 0,
-    "pin": "no",
-}
-GIB = 1 << 30
 
 
 def replica(name: str, phase: str = "hot", **fields: Any) -> ReplicaView:
-    base = {"since": NOW - 12, "requests": 0, "memory": 300 << 20, "gpu": 0, "pid": 4100}
-    return ReplicaView(name=name, phase=phase, **(base | fields))
+    return a_replica(name, phase, **({"since": NOW - 12, "memory": 300 * MIB, "pid": 4100} | fields))
 
 
 def model(name: str, tier: str = "tmpfs", **fields: Any) -> ModelView:
-    base: dict[str, Any] = {
-        "aliases": [],
-        "golden": GoldenView(name="gold", tier="tmpfs", bytes=GIB),
-        "replicas": [],
-        "waiting": 0,
-        "requests": 0,
-        "answered": 0,
-        "failed": 0,
-        "asked": None,
-        "trouble": "",
-        "retry_at": None,
-        "warm": False,
-        "drained": False,
-        "scale": None,
-        "expected_memory": 300 << 20,
-        "rules": RULES,
-    }
-    return ModelView(name=name, tier=tier, **(base | fields))
+    golden = GoldenView(name="gold", tier="tmpfs", bytes=GIB)
+    base: dict[str, Any] = {"golden": golden, "requests": 0, "expected_memory": 300 * MIB}
+    return a_model(name, tier, **(base | fields))
 
 
 def view(*models: ModelView, **fields: Any) -> PoolView:
     """A pool with these models; without any, with one for each tier."""
     base: dict[str, Any] = {
-        "version": "0.1.0",
         "pid": 4242,
-        "state": "ready",
         "started": NOW - 8000,
-        "now": NOW,
         "listen": ["127.0.0.1:8400"],
         "memory": UseView(used=3 * GIB, limit=14 * GIB),
         "gpu": UseView(used=0, limit=None),
         "store": UseView(used=9 * GIB, limit=10 * GIB),
         "host_memory": UseView(used=11 * GIB, limit=24 * GIB),
-        "models": list(models) or _models(),
         "ttft": {"hot": HistogramView(bounds=[0.1, 1], counts=[90, 9, 1], p50=0.021, p95=0.48)},
         "events": [
             event(1, "restored", "qwen", "qwen.1", seconds=0.262),
             event(2, "failed", "broken", reason="it died"),
         ],
     }
-    return PoolView(**(base | fields))
+    return a_pool(NOW, models or _models(), **(base | fields))
 
 
 def _models() -> list[ModelView]:

@@ -23,8 +23,8 @@ def a_replica(name: str, phase: str, since: float, **other: Any) -> ReplicaView:
     return ReplicaView(name=name, phase=phase, since=since, **told)
 
 
-def a_model(name: str, tier: str = "tmpfs", *, golden: str | None = None, **other: Any) -> ModelView:
-    """One model; ``golden``: the tier of its golden."""
+def a_model(name: str, tier: str = "tmpfs", *, golden: GoldenView | str | None = None, **other: Any) -> ModelView:
+    """One model; ``golden``: its golden, or the tier of one of its name."""
     rules: dict[str, int | float | str | None] = {
         "min_standby": 0,
         "max_replicas": 2,
@@ -37,7 +37,6 @@ def a_model(name: str, tier: str = "tmpfs", *, golden: str | None = None, **othe
         **other.pop("rules", {}),
     }
     size = other.pop("bytes", 3 * GIB)
-    place = golden or {"hot": "tmpfs", "standby": "tmpfs", "cold": "none"}.get(tier, tier)
     told: dict[str, Any] = {
         "aliases": [],
         "replicas": [],
@@ -53,7 +52,10 @@ def a_model(name: str, tier: str = "tmpfs", *, golden: str | None = None, **othe
         "expected_memory": 420 * MIB,
         **other,
     }
-    told["golden"] = GoldenView(name=name, tier=place, bytes=0 if place == "none" else size)
+    if not isinstance(golden, GoldenView):
+        place = golden or {"hot": "tmpfs", "standby": "tmpfs", "cold": "none"}.get(tier, tier)
+        golden = GoldenView(name=name, tier=place, bytes=0 if place == "none" else size)
+    told["golden"] = golden
     told.setdefault("requests", sum(one.requests for one in told["replicas"]))
     return ModelView(name=name, tier=tier, rules=rules, **told)
 

@@ -14,6 +14,8 @@ from gpuckpt.pool.owner import Owner
 from gpuckpt.pool.state import Golden, Phase, Rules
 
 RULES = Rules(max_replicas=3, concurrency=2, idle_freeze=1000.0, idle_release=1000.0, prepare=0)
+HOT, STANDBY, RESTORING, STOPPING = Phase.HOT, Phase.STANDBY, Phase.RESTORING, Phase.STOPPING
+NOT_EXPECTED = "failed unexpectedly"  # what is logged of faults that are ours
 
 
 class FakeHands:

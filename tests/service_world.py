@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,10 @@ from gpuckpt.workload.endpoint import Endpoint
 T = TypeVar("T")
 LIMIT = 20  # seconds that a test may take
 STREAM = b"content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+ASK: dict[str, Any] = {"model": "m", "prompt": "x"}
+STREAMED: dict[str, Any] = ASK | {"stream": True}
+OK = b"HTTP/1.1 200 OK\r\n"
+EVENT = b'data: {"choices":[]}\n\n'
 
 
 def run(test: Coroutine[Any, Any, T]) -> T:
@@ -121,6 +126,11 @@ def raw(*pieces: bytes, pause: float = 0.0, close: bool = False) -> Script:
     return script
 
 
+async def hang(asked: Asked) -> None:
+    """A script that answers nothing, until the other side goes."""
+    await asked.listen()
+
+
 class Replica:
     """A server on a Unix socket that answers as its script says."""
 
@@ -198,7 +208,7 @@ class FakePool:
         return self.tier
 
     async def acquire(self, name: str, deadline: float) -> Lease:
-        began = asyncio.get_running_loop().time()
+        began = None if self.gate.is_set() else time.monotonic()
         self.waiting += 1
         try:
             async with asyncio.timeout(deadline):
@@ -216,7 +226,7 @@ class FakePool:
         self.acquired += 1
         self.leases.append(held)
         held.requests += 1
-        return Lease(held, self.tier, asyncio.get_running_loop().time() - began)
+        return Lease(held, self.tier, 0.0 if began is None else time.monotonic() - began)
 
     def release(self, held: Held) -> None:
         self.leases.remove(held)  # ValueError if it was given back before
@@ -271,18 +281,20 @@ class Client:
         found = await self.head()
         if head_only or found.status in (204, 304) or found.status < 200:
             return found
+        body = bytearray()  # many megabytes at times: to put bytes together anew for each chunk would take seconds
         try:
             if (length := found.header("content-length")) is not None:
-                found.body = await self.reader.readexactly(int(length))
+                body += await self.reader.readexactly(int(length))
             elif found.header("transfer-encoding") == "chunked":
                 while size := int(await self.reader.readuntil(b"\r\n"), 16):
-                    found.body += (await self.reader.readexactly(size + 2))[:-2]
+                    body += (await self.reader.readexactly(size + 2))[:-2]
                 assert await self.reader.readexactly(2) == b"\r\n"
             else:
-                found.body = await self.reader.read()
+                body += await self.reader.read()
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            found.body += getattr(error, "partial", b"")
+            body += getattr(error, "partial", b"")
             found.whole = False
+        found.body = bytes(body)
         return found
 
     async def ended(self) -> bytes:

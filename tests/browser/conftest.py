@@ -12,9 +12,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests import pool_views
+from tests.browser.dashboard import Open, serving
+from tests.fake_dashboard import FakePool
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = Path(os.environ.get("GPUCKPT_PREFIX", "/opt/gpuckpt"))
@@ -91,4 +96,37 @@ def page(server: str, browser: Browser) -> Iterator[Page]:
     expect(opened.locator("#link .dot.live")).to_be_visible()
     yield opened
     context.close()
+    assert failures == []
+
+
+@pytest.fixture
+def pool() -> Iterator[FakePool]:
+    """A lively one."""
+    with serving(pool_views.lively(time.time())) as made:
+        yield made
+
+
+@pytest.fixture
+def look(browser: Browser) -> Iterator[Open]:
+    """Opens the dashboard of a pool: no script may fail, nothing may be refused by the page's own policy, nothing asked
+    of another address. ``troubled``: the test lets answers fail, and the browser may write that to its console."""
+    contexts, failures = [], []
+
+    def opened(pool: FakePool, *, width: int = 1280, troubled: bool = False, **options: Any) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.on("console", lambda said: failures.append(said.text) if fails(said.type, said.text) else None)
+        page.on("request", lambda asked: None if asked.url.startswith(pool.address) else failures.append(asked.url))
+
+        def fails(kind: str, text: str) -> bool:
+            return kind in ("error", "warning") and not (troubled and text.startswith("Failed to load resource"))
+
+        page.goto(f"{pool.address}/dashboard")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
     assert failures == []

@@ -13,8 +13,8 @@ from gpuckpt.errors import GpuckptError
 from gpuckpt.golden.archive import export_golden
 from gpuckpt.store.digests import digest_file
 from gpuckpt.store.layout import Layout
+from tests.archives import Store, describe
 from tests.fakes import publish, settings_for
-from tests.unit.test_archive import Store, describe
 
 # Names that a file system takes: no slash, no zero, neither . nor .., at most 255 bytes, which need not be text.
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=60)

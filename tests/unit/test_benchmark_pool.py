@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from benchmarks import memory, pool_figures, pool_pages, pool_results, pool_states, report
+from benchmarks import memory, pool_pages, pool_results, pool_states, report
 from benchmarks.demo_pool_words import memory_table, result_table
 from benchmarks.pool_client import Reply, ask, parse_timing
 from benchmarks.pool_memory import Reading, read, whole
@@ -283,6 +283,8 @@ def test_groups_of_phases_lose_nothing() -> None:
         "strange": 0.5,
         "unaccounted": -1,
     }
+    from benchmarks import pool_figures  # matplotlib takes a second to import
+
     found = pool_figures.grouped(phases)
     assert found["cold start, golden"] == 40.0 and found["pool, thaw"] == 0.1
     assert found["everything else"] == 0.0  # together below zero
@@ -312,4 +314,6 @@ def test_the_demo_s_words(tmp_path: Path) -> None:
     assert any("Servers by themselves, one of each, take 4.00 GB" in line for line in memory_table(held_by))
     held_by["models"] |= {"small": held | {"cold": None}}
     assert not any("by themselves" in line for line in memory_table(held_by))
+    from benchmarks import pool_figures
+
     assert pool_figures.demo(result, tmp_path / "demo_pool.png").stat().st_size > 10_000

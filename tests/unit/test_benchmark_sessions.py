@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from benchmarks import sessions, sessions_branch, sessions_checkpoint, sessions_common, sessions_interference
 from benchmarks.harness import ROOT
 from benchmarks.sessions import TARGETS, Part, Runner, merge, table
 from benchmarks.sessions_common import Child, Watch, beyond, paired, quantity
-from benchmarks.sessions_resume import Phase, cuts
-from benchmarks.statistics import median
+from benchmarks.sessions_resume import Phase
 from benchmarks.suite import Unavailable
 from benchmarks.targets import targets
 
@@ -38,7 +35,6 @@ SETTING = {
 MACHINE = {"cpu_model": "Xeon", "cores": 2, "memory_bytes": 24 << 30, "gpus": []} | dict.fromkeys(
     ("kernel", "criu", "podman", "vllm", "torch"), "1.0"
 )
-pairs = st.lists(st.tuples(st.floats(0.01, 1e4), st.floats(0.01, 1e4)), min_size=1, max_size=30)
 
 
 def values(middle: float, n: int = 11) -> list[float]:
@@ -128,16 +124,6 @@ def whole() -> dict[str, Any]:
 # Statistics
 
 
-@settings(max_examples=25)  # three intervals each, of which other tests try hundreds
-@given(pairs)
-def test_a_paired_ratio_is_the_median_of_the_pairs_own(found: list[tuple[float, float]]) -> None:
-    above, below = [one for one, _ in found], [other for _, other in found]
-    made = paired(above, below)
-    assert made["value"] == pytest.approx(median([a / b for a, b in found]), abs=1e-6)
-    assert made["interval"][0] <= made["value"] <= made["interval"][1]
-    assert made["n"] == made["above"]["n"] == made["below"]["n"] == len(found)
-
-
 def test_what_slows_both_of_a_pair_is_not_in_their_ratio() -> None:
     below = [10.0, 40.0, 10.0, 90.0]
     assert paired([value * 1.5 for value in below], below)["value"] == 1.5
@@ -159,12 +145,6 @@ def test_a_quantity_of_nothing_is_refused() -> None:
 
 def test_the_share_of_changed_tokens() -> None:
     assert sessions_branch.changed([1, 2, 3, 4], [1, 0, 3, 0]) == 0.5
-
-
-@given(st.integers(1, 100))
-def test_cuts_are_layers_and_end_with_the_last(layers: int) -> None:
-    made = cuts(layers)
-    assert made[0] == 1 and made[-1] == layers and made == sorted(set(made))
 
 
 def test_the_bound_of_a_completion() -> None:

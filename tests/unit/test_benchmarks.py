@@ -5,13 +5,10 @@ from __future__ import annotations
 import io
 import json
 import signal
-import statistics as reference
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from benchmarks import demo, environment, harness
 from benchmarks.harness import Outcome
@@ -21,25 +18,6 @@ from gpuckpt.errors import BusyError, InterruptedByUser
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SECOND = 1_000_000_000
-times = st.lists(st.floats(min_value=0.001, max_value=1e6), min_size=1, max_size=60)
-
-
-@given(times)
-def test_median_is_the_standard_librarys(values: list[float]) -> None:
-    assert median(values) == pytest.approx(reference.median(values))
-
-
-@given(times, st.floats(min_value=0, max_value=100))
-def test_percentile_is_a_measured_value_with_enough_below_it(values: list[float], percent: float) -> None:
-    found = percentile(values, percent)
-    assert found in values
-    assert sum(value <= found for value in values) >= len(values) * percent / 100
-    assert sum(value < found for value in values) < max(len(values) * percent / 100, 1)
-
-
-@given(times, st.floats(min_value=0, max_value=100), st.floats(min_value=0, max_value=100))
-def test_percentile_grows_with_the_per_cent(values: list[float], one: float, other: float) -> None:
-    assert percentile(values, min(one, other)) <= percentile(values, max(one, other))
 
 
 def test_percentile_of_few_values_is_the_slowest() -> None:
@@ -57,13 +35,6 @@ def test_statistics_of_nothing_are_refused() -> None:
     for function in (median, lambda values: percentile(values, 50), bootstrap_interval):
         with pytest.raises(ValueError, match="no values"):
             function([])
-
-
-@given(times)
-def test_bootstrap_interval_lies_within_the_values_and_repeats(values: list[float]) -> None:
-    low, high = bootstrap_interval(values, resamples=50)
-    assert min(values) <= low <= high <= max(values)
-    assert (low, high) == bootstrap_interval(values, resamples=50)
 
 
 def test_bootstrap_interval_narrows_with_more_values() -> None:

@@ -23,20 +23,8 @@ from gpuckpt.golden.replica import Replica
 from gpuckpt.sessions import Tensor, tensors
 from gpuckpt.store.layout import Layout
 from gpuckpt.workload.base import SOCKET_NAME
-from tests.fake_guest import (
-    DONE,
-    IDLE,
-    PAUSED,
-    RESULT,
-    SESSION,
-    TOKEN,
-    FakeGuest,
-    answer,
-    hang_up,
-    problem,
-    stream,
-)
-from tests.unit.test_cli import Done, run
+from tests.command_line import Done, run
+from tests.fake_guest import DONE, IDLE, PAUSED, RESULT, SESSION, TOKEN, FakeGuest, answer, hang_up, problem, stream
 
 SUBCOMMANDS = sorted(session.command.commands)
 START = "POST /v1/sessions"

@@ -26,7 +26,7 @@ from gpuckpt.manifest import Address, Port, Volume
 from gpuckpt.store import locks
 from gpuckpt.timing import PhaseTable
 from tests.fakes import World
-from tests.unit.test_restore import put, world
+from tests.restoring import put, world
 
 __all__ = ["world"]  # the fixture
 

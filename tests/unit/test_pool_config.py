@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpuckpt.errors import NotFoundError, UsageError
 from gpuckpt.pool import config
@@ -151,12 +149,3 @@ def test_windows(text: str, holds: list[tuple[int, int]], not_now: list[tuple[in
 def test_what_is_no_window(text: str) -> None:
     with pytest.raises(ValueError, match="must"):
         parse_window(text)
-
-
-@given(st.integers(0, 6), st.integers(0, 1439), st.integers(1, 1440))
-def test_a_window_is_as_long_as_it_says(day: int, first: int, last: int) -> None:
-    if first == last:
-        return
-    window = Window(frozenset({day}), first, last)
-    minutes = sum(window.holds(one, minute) for one in range(7) for minute in range(1440))
-    assert minutes == (last - first if first < last else 1440 - first + last)

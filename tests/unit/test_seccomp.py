@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from seccomp import derive
 
@@ -76,65 +73,6 @@ def test_only_io_uring_is_taken_out(rules: list[Rule], left: list[Rule]) -> None
     derived = derive.derive(profile(*rules))
     assert derived["syscalls"][:-1] == left
     assert_io_uring_answers_enosys(derived)
-
-
-_CALLS = ("accept4", "bpf", "clone", "futex", "openat", "personality", "read", "socket", *derive.IO_URING)
-_ARGUMENTS = st.fixed_dictionaries(
-    {
-        "index": st.integers(0, 5),
-        "value": st.integers(0, 2**32),
-        "op": st.sampled_from(["SCMP_CMP_EQ", "SCMP_CMP_MASKED_EQ"]),
-    }
-)
-_CONDITIONS = st.dictionaries(
-    st.sampled_from(["caps", "arches", "minKernel"]), st.lists(st.sampled_from(["CAP_SYS_ADMIN", "amd64"]), max_size=2)
-)
-_RULES = st.fixed_dictionaries(
-    {
-        "names": st.lists(st.sampled_from(_CALLS), min_size=1, max_size=6),
-        "action": st.sampled_from(["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_LOG"]),
-    },
-    optional={
-        "args": st.none() | st.lists(_ARGUMENTS, max_size=2),
-        "comment": st.sampled_from(["", "why"]),
-        "includes": _CONDITIONS,
-        "excludes": _CONDITIONS,
-        "errnoRet": st.integers(1, 133),
-    },
-)
-_PROFILES = st.fixed_dictionaries(
-    {
-        "defaultAction": st.sampled_from(["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_LOG"]),
-        "syscalls": st.lists(_RULES, max_size=12),
-    },
-    optional={"defaultErrnoRet": st.integers(1, 133), "archMap": st.just([{"architecture": "SCMP_ARCH_X86_64"}])},
-)
-
-
-def rules_of(call: str, of: Profile) -> list[Rule]:
-    """Everything that decides ``call``, in order."""
-    return [
-        {key: value for key, value in entry.items() if key != "names"}
-        for entry in of["syscalls"]
-        for name in entry["names"]
-        if name == call
-    ]
-
-
-@given(_PROFILES)
-def test_nothing_else_changes(original: Profile) -> None:
-    before = copy.deepcopy(original)
-    derived = derive.derive(original)
-    assert original == before, "the profile that was given is left alone"
-    assert_io_uring_answers_enosys(derived)
-    assert {key: value for key, value in derived.items() if key != "syscalls"} == {
-        key: value for key, value in original.items() if key != "syscalls"
-    }
-    for call in set(_CALLS) - set(derive.IO_URING):
-        assert rules_of(call, derived) == rules_of(call, original)
-    assert set(derive.differing_syscalls(original, derived)) <= set(derive.IO_URING)
-    assert derive.derive(derived) == derived
-    assert json.loads(derive.render(derived)) == derived
 
 
 def test_the_committed_profile_is_a_derivation() -> None:

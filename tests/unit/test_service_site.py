@@ -8,10 +8,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec import structs
 
+from gpuckpt.pool.config import Front
 from gpuckpt.service import site as module
+from gpuckpt.service.dashboard import files
 from gpuckpt.service.view import PoolView
-from tests.pool_service import Running, running
+from tests.pool_service import MODEL, Running, pool, running
 from tests.service_world import request, run, until
 
 OPEN = ("/", "/health", "/dashboard", "/dashboard/")
@@ -91,6 +94,43 @@ def test_with_keys_only_what_tells_nothing_is_open(keys: Path) -> None:
             assert (await made.site("/v1/completions", "POST")).status == 401
 
     run(work())
+
+
+async def status(keys: Path, target: str, head: str = "") -> int:
+    """Of an answer of a service whose configuration names the keys."""
+    async with running(structs.replace(pool(a=MODEL), front=Front(keys=keys))) as made:
+        return (await made.site(target, head=head)).status
+
+
+@pytest.mark.parametrize("target", ["/dashboard", "/dashboard/", *(f"/dashboard/{name}" for name in files())])
+def test_the_page_wants_no_key(keys: Path, target: str) -> None:
+    assert run(status(keys, target)) == 200
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/metrics",
+        "/v1/models",
+        "/v1/models/m",
+        "/dashboard/state",
+        "/dashboard/events",
+        # Starlette's routes end with “$”, which stands before a line break at the end, too.
+        "/dashboard/state%0A",
+        "/dashboard/events%0a",
+        "/dashboard/state/",
+        "/dashboard/%73tate",
+        "/dashboard//state",
+        "/metrics%0A",
+        "/v1/completions",
+    ],
+)
+def test_what_tells_of_the_pool_wants_a_key_however_it_is_written(keys: Path, target: str) -> None:
+    assert run(status(keys, target)) == 401
+
+
+def test_with_a_key_it_is_told(keys: Path) -> None:
+    assert run(status(keys, "/dashboard/state", "authorization: Bearer secret\r\n")) == 200
 
 
 def test_metrics_and_the_way_to_the_dashboard() -> None:

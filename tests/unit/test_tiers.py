@@ -36,8 +36,8 @@ from gpuckpt.store import copying, digests, locks, seal
 from gpuckpt.store.layout import Layout, Tier
 from gpuckpt.timing import PhaseTable
 from tests.fakes import FakeReporter, Journal, World, publish, tools_for
-from tests.unit.test_restore import put
-from tests.unit.test_store import replica_of
+from tests.leftovers import replica_of
+from tests.restoring import put
 
 ROOT = os.geteuid() == 0
 EXTENT = b"extent" * 1000

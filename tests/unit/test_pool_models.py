@@ -1,0 +1,170 @@
+"""Models that come and go while the loop runs, and the room that there is for them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from gpuckpt.errors import BusyError
+from gpuckpt.pool.book import LateError, RefusedError
+from gpuckpt.pool.hands import Found, Made
+from gpuckpt.pool.state import Budget, Golden, Pin
+from tests.pool_world import HOT, RULES, STANDBY, FakeHands, World, one, run
+
+# ---------------------------------------------------------------------- models come and go
+
+
+def test_a_model_that_is_removed_goes_with_its_last_request_its_last_container_and_its_move() -> None:
+    async def work() -> None:
+        left = Found("a", Golden.DISK, 4, 1, None, (), ("a.5", "a.6"))
+        async with World({"a": RULES}, FakeHands(a=left)) as world:
+            world.hands.gates["move"] = asyncio.Event()
+            lease = await world.owner.acquire("a", 5)
+            assert lease.replica.name == "a.5"  # what is prepared comes first
+            world.owner.remove("a")
+            assert world.owner.models["a"].golden is Golden.MOVING
+            world.owner.release(lease.replica)
+            await world.until_phases()
+            await asyncio.sleep(0.02)
+            assert "a" in world.owner.models and "stop a.6" not in world.hands.done
+            world.hands.fails["move"] = [BusyError("held")]  # done, it has removed what was prepared
+            world.hands.gates["move"].set()
+            world.hands.gates["stop"] = asyncio.Event()
+            await world.until(lambda: world.owner.models["a"].preparing == "a.6")
+            await asyncio.sleep(0.02)
+            assert "a" in world.owner.models
+            world.hands.gates["stop"].set()
+            # Forgotten only when all is gone: who adds it again finds nothing that is still to be removed.
+            await world.until(lambda: not world.owner.models)
+            assert world.hands.done[-1] == "stop a.6"
+            with pytest.raises(RefusedError):
+                await world.owner.acquire("a", 5)
+            await world.owner.adopt({"a": RULES})
+            assert (await world.owner.acquire("a", 5)).replica.phase is HOT
+
+    run(work())
+
+
+@pytest.mark.parametrize("golden", [Golden.TMPFS, Golden.NONE])
+def test_a_model_that_is_removed_while_it_is_brought_up_goes_when_that_is_done(golden: Golden) -> None:
+    async def work() -> None:
+        async with one(RULES, golden) as world:
+            gate = world.hands.gates["make"] = world.hands.gates["restore"] = asyncio.Event()
+            waiting = asyncio.ensure_future(world.owner.acquire("a", 5))
+            await world.until(lambda: world.phases("a"))
+            world.owner.remove("a")
+            with pytest.raises(RefusedError):
+                await waiting
+            with pytest.raises(RefusedError):
+                await world.owner.wake("a", 5)  # no wake holds it back
+            gate.set()
+            await world.until(lambda: not world.owner.models)
+
+    run(work())
+
+
+def test_a_model_that_is_removed_while_a_container_is_prepared_leaves_no_container() -> None:
+    async def work() -> None:
+        async with one(replace(RULES, prepare=1)) as world:
+            world.hands.gates["prepare"] = asyncio.Event()
+            await world.until(lambda: world.owner.models["a"].preparing)
+            world.owner.remove("a")
+            world.hands.gates["prepare"].set()
+            await world.until(lambda: not world.owner.models)
+            assert world.hands.prepared == ["a.1"] and world.hands.done == ["stop a.1"]
+
+    run(work())
+
+
+def test_a_request_that_outlives_its_model_is_given_back_to_nobody() -> None:
+    async def work() -> None:
+        async with one() as world:
+            lease = await world.owner.acquire("a", 5)
+            world.owner.lost(lease.replica, "dead")
+            world.owner.remove("a")
+            await world.until(lambda: not world.owner.models)
+            world.owner.release(lease.replica)
+            world.owner.note_memory(lease.replica, 5)
+            world.owner.proved(lease.replica)
+            world.owner.lost(lease.replica, "dead")
+            assert lease.replica.requests == 0
+
+    run(work())
+
+
+def test_what_is_warm_is_kept_and_then_sinks() -> None:
+    async def work() -> None:
+        async with one(replace(RULES, idle_release=0.02)) as world:
+            world.owner.set_warm(["a", "unknown"])
+            await world.until_phases(STANDBY)
+            await asyncio.sleep(0.05)
+            assert world.phases("a") == [STANDBY]
+            world.owner.set_warm([])
+            await world.until_phases()
+
+    run(work())
+
+
+# ---------------------------------------------------------------------- room
+
+
+def test_what_never_fits_is_refused_at_once_and_says_why() -> None:
+    async def work() -> None:
+        async with one(replace(RULES, memory=5 << 30), budget=Budget(memory=4 << 30)) as world:
+            with pytest.raises(RefusedError, match=r"needs 5\.4 GB of memory") as refused:
+                await world.owner.acquire("a", 10)
+            assert not isinstance(refused.value, LateError) and world.hands.done == []
+
+    run(work())
+
+
+def test_to_what_a_replica_has_grown_is_no_reason_against_the_next_one_for_ever() -> None:
+    async def work() -> None:
+        async with one(budget=Budget(memory=100)) as world:
+            held = await world.hot()
+            world.owner.note_memory(held, 150)
+            assert world.owner.models["a"].expected == 150
+            world.owner.lost(held, "dead")
+            await world.until_phases()
+            with pytest.raises(RefusedError, match="needs"):
+                await world.owner.acquire("a", 5)
+            assert (await world.owner.acquire("a", 5)).replica.phase is HOT
+
+    run(work())
+
+
+def test_a_replica_s_memory_is_what_was_last_noted_and_the_next_is_expected_to_hold_the_most() -> None:
+    async def work() -> None:
+        left = Found("a", Golden.TMPFS, 4, 50, None, ((Made("a.3", "at a.3", memory=7, gpu=20), STANDBY),))
+        async with World({"a": RULES}, FakeHands(a=left)) as world:
+            model = world.owner.models["a"]
+            held = model.replicas["a.3"]
+            # Adopted it counts, and shows what another will need, on the GPU too.
+            assert (held.memory, model.expected, model.gpu) == (7, 7, 20)
+            # Frozen, what it had there is the host's to hold.
+            assert [(seen.memory, seen.gpu) for seen in model.seen().replicas] == [(27, 0)]
+            await world.hot()
+            assert [(seen.memory, seen.gpu) for seen in model.seen().replicas] == [(7, 20)]
+            world.owner.note_memory(held, 30)
+            world.owner.note_memory(held, 10)
+            assert (held.memory, model.expected) == (10, 30)
+            world.owner.set_rules({"a": replace(RULES, memory=40)})
+            assert model.expected == 40
+
+    run(work())
+
+
+def test_a_model_without_a_queue_serves_what_it_can_at_once() -> None:
+    async def work() -> None:
+        async with one(replace(RULES, pin=Pin.HOT, max_replicas=1), queue=0) as world:
+            await world.until_phases(HOT)
+            leases = [await world.owner.acquire("a", 5) for _ in range(2)]
+            with pytest.raises(RefusedError, match="wait") as refused:
+                await world.owner.acquire("a", 5)
+            assert refused.value.retry_after and not world.owner.models["a"].waiters
+            for lease in leases:
+                world.owner.release(lease.replica)
+
+    run(work())
