@@ -349,6 +349,7 @@ def _not_made(golden: str, result: proc.Result) -> GpuckptError:
         error = _FAILED.decode(result.stdout).error
     except msgspec.DecodeError:
         return CheckpointError(message, cause=said[-1] if said else "it gave no reason", remedy=remedy, log=said)
+    remedy = error.remedy or remedy
     if result.code == OutOfSpaceError.exit_code:
-        return OutOfSpaceError(message, cause=error.message, remedy=error.remedy, log=error.log, lacking=error.lacking)
-    return CheckpointError(message, cause=error.message, remedy=error.remedy or remedy, log=error.log or said)
+        return OutOfSpaceError(message, cause=error.message, remedy=remedy, log=error.log, lacking=error.lacking)
+    return CheckpointError(message, cause=error.message, remedy=remedy, log=error.log or said)

@@ -36,6 +36,10 @@ class _Asked(Struct):
     stream: msgspec.Raw = msgspec.Raw(b"")  # whatever it is, it is the server's to judge
 
 
+_ASKED = msgspec.json.Decoder(_Asked)
+_WHOLE = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
 class Route(Struct, frozen=True):
     """Where a request goes: the model's configured name, the target and body for its replica.
 
@@ -134,7 +138,7 @@ class Routes:
             return body
         # Every other value stays as it was written, to the digit.
         try:
-            whole = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+            whole = _WHOLE.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:  # in what nobody has looked at so far
             raise _no_json(error) from None
         whole["model"] = msgspec.Raw(msgspec.json.encode(served))
@@ -143,7 +147,7 @@ class Routes:
 
 def _read(body: bytes) -> _Asked:
     try:
-        return msgspec.json.decode(body, type=_Asked)
+        return _ASKED.decode(body)
     except msgspec.ValidationError as error:
         raise RoutingError(f"the body is not a request: {error}", code="invalid_body") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def test_a_golden_that_somebody_has_removed_is_made_again(bench: Bench) -> None:
         bench.ok("rm", bench.name("a"))
         assert complete(made, "a").text == words(4)
         assert made.model("a").golden.tier == "tmpfs"
+
+
+def test_a_replica_that_somebody_pauses_is_replaced(bench: Bench) -> None:
+    rules = "interval = '0.2s'\ntimeout = '0.5s'\nfailures = 2"
+    with pool(bench, table(bench, "a", prepare=0, **LONG), health=rules) as made:
+        assert complete(made, "a").text == words(4)
+        container = f"gpuckpt-{bench.name('a')}.1"
+        podman = ["podman", "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
+        subprocess.run([*podman, "pause", container], check=True, capture_output=True)
+        made.until("a", lambda _: "stopped" in kinds(made, "a"))
+        assert complete(made, "a").text == words(4)
 
 
 def test_what_never_fits_is_refused_at_once(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,13 @@ def test_a_file_without_keys_does_not_open(tmp_path: Path, content: bytes) -> No
         Keys.read(file)
     with pytest.raises(NotFoundError):
         Keys.read(tmp_path / "missing")
+
+
+def test_what_is_no_small_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys")
+    for file in (tmp_path / "keys", Path("/dev/zero")):
+        with pytest.raises(UsageError, match="not a regular file"):
+            Keys.read(file)
+    (tmp_path / "large").write_bytes(b"x" * (1 << 20) + b"y")
+    with pytest.raises(UsageError, match="larger than 1024 KiB"):
+        Keys.read(tmp_path / "large")

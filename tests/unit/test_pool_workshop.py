@@ -10,11 +10,12 @@ import pytest
 
 from gpuckpt.config import Settings
 from gpuckpt.containers.podman import Container
-from gpuckpt.errors import GpuckptError, RestoreError
+from gpuckpt.errors import CheckpointError, GpuckptError, OutOfSpaceError, RestoreError
 from gpuckpt.golden.replica import Replica
 from gpuckpt.pool import workshop
 from gpuckpt.pool.hands import Source
 from gpuckpt.pool.workshop import Workshop
+from gpuckpt.proc import Result
 
 
 def ended(name: str) -> Container:
@@ -67,3 +68,22 @@ def test_a_replica_that_ends_while_it_is_adopted_is_removed(
     made = hands(tmp_path)
     assert made._left("g") == ([], []) and stopped == ["g.1"]
     made.close()
+
+
+@pytest.mark.parametrize(
+    ("result", "kind", "says", "lacking"),
+    [
+        ((-9, "", "working\n"), CheckpointError, "ended by SIGKILL; the kernel does that when memory runs out", 0),
+        ((-15, "", ""), CheckpointError, "ended by SIGTERM", 0),
+        ((9, "no JSON", "error: it broke\n"), CheckpointError, "error: it broke", 0),
+        ((9, "", ""), CheckpointError, "it gave no reason", 0),
+        ((9, '{"version": 1, "error": {"message": "m", "cause": null, "log": []}}', "noise"), CheckpointError, "m", 0),
+        ((11, '{"error": {"message": "full", "lacking": 7}}', ""), OutOfSpaceError, "full", 7),
+    ],
+)
+def test_why_a_golden_could_not_be_made(
+    result: tuple[int, str, str], kind: type[GpuckptError], says: str, lacking: int
+) -> None:
+    error = workshop._not_made("g", Result(("gpuckpt",), *result))
+    assert type(error) is kind and error.message == "golden g could not be made"
+    assert says in (error.cause or "") and error.remedy and getattr(error, "lacking", 0) == lacking

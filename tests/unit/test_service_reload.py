@@ -177,7 +177,7 @@ def test_a_model_that_is_still_going_cannot_come_back_yet() -> None:
             lease = await made.service.acquire("rich", 5)
             await reloaded(made, pool(a=MODEL))
             for _ in range(2):
-                with pytest.raises(BusyError, match="rich is still going"):
+                with pytest.raises(BusyError, match="still going, as asked: rich"):
                     await reloaded(made, made.config)
             # Another reload meanwhile does not forget where it came from: it is looked after until it has gone.
             await reloaded(made, pool(a=MODEL, b=MODEL))

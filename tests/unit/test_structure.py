@@ -131,6 +131,16 @@ def test_the_wheel_carries_what_is_mounted() -> None:
     assert points == f"[vllm.general_plugins]\n{VLLM_PLUGIN} = gpuckpt_guest.vllm_plugin:register\n"
 
 
+def test_types_are_looked_at_when_they_are_imported() -> None:
+    """msgspec looks at a type when it first decodes one: threads that do so at once have ended the pool's daemon."""
+    alone = {"service/admin.py", "service/client.py", "sessions/client.py"}  # one thread decodes there
+    for path in sorted((ROOT / "gpuckpt").rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        typed = [call for call in calls if any(word.arg == "type" for word in call.keywords)]
+        found = [call.lineno for call in typed if ast.unparse(call.func) in ("msgspec.json.decode", "msgspec.convert")]
+        assert not found or str(path.relative_to(ROOT / "gpuckpt")) in alone, f"{path}: {found}"
+
+
 def test_nothing_is_marked_as_left_to_do() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{number}"
