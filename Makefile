@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-PREFIX ?= $(or $(GPUCKPT_PREFIX),/opt/gpuckpt)
+# `make PREFIX=…` wins; an environment may have a PREFIX that is somebody else's.
+PREFIX := $(abspath $(or $(GPUCKPT_PREFIX),/opt/gpuckpt))
 export PREFIX
 export GPUCKPT_PREFIX := $(PREFIX)
 # The environment holds an editable install of one checkout; what is tested is the checkout one stands in.
@@ -67,9 +68,9 @@ test: ## set up everything, check, then all tests with real containers (as root)
 	@$(MAKE) test-guest
 	@$(python) -m pytest $(all)
 
-demo: ## set up everything, then show what gpuckpt does, step by step (as root)
+demo: ## set up everything, then show what gpuckpt does, step by step, as root (DEMO=--keep keeps a golden)
 	@$(MAKE) setup-server
-	@$(python) -m benchmarks.demo
+	@$(python) -m benchmarks.demo $(DEMO)
 
 demo-pool: ## set up everything, then show the warm pool: three models behind one address (as root)
 	@$(MAKE) setup-server

@@ -149,7 +149,8 @@ class Demo:
             return doing.result()
 
     def _hot(self, pool: PoolProcess) -> None:
-        self.say(f'  $ curl {pool.url}/v1/completions -d \'{{"model": …, "prompt": "{PROMPT}", "stream": true}}\'')
+        self.say(f"  $ curl {pool.url}/v1/completions -H 'Content-Type: application/json' \\")
+        self.say(f'      -d \'{{"model": …, "prompt": "{PROMPT}", "stream": true}}\'')
         for one in self.served:
             pool_states.make_hot(pool, one.name)
             self._ask(pool, one.name)  # what a replica does only at its first request

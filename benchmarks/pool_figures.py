@@ -58,7 +58,7 @@ def demo(result: Document, file: Path) -> Path:
         figure.subplots_adjust(left=0.125, right=0.985, top=0.77, bottom=0.235, wspace=0.1)
         for axes, (name, tiers) in zip(panels[0], found.items(), strict=True):
             _bars(axes, {tier: (each["p50"], each["all"]) for tier, each in tiers.items()})
-            axes.set_title(f"{name}: {_briefly(result['models'][name])}", fontsize=9.5)
+            axes.set_title(f"{name}: {_briefly(result['models'][name])}", fontsize=8.5)
         _scale(panels[0], [value for tiers in found.values() for each in tiers.values() for value in each["all"]])
         gains = [tiers["cold"]["p50"] / tiers["tmpfs"]["p50"] for tiers in found.values() if "cold" in tiers]
         title = "Three models behind one address: the first token by what the request found"
@@ -86,7 +86,7 @@ def _bars(
     for row, tier in enumerate(shown):
         middle, samples = tiers[tier]
         axes.barh(row, middle - low, 0.62, left=low, color=_COLD if tier == "cold" else _OURS)
-        axes.plot(samples, [row] * len(samples), "o", color="black", markersize=2.5, alpha=0.35, zorder=3)
+        axes.plot(samples, [row] * len(samples), "o", color="black", mec="white", mew=0.4, markersize=3.2, zorder=3)
         text = (labels or {}).get(tier, short(middle))
         axes.text(max(samples) * 1.2, row, text, va="center", fontsize=8.5, color=INK)
     axes.set_yticks(range(len(shown)), [TIERS[tier] for tier in shown])

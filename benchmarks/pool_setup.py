@@ -14,7 +14,6 @@ from benchmarks.workspace import Workspace
 
 BIGRAMS = harness.ROOT / "benchmarks" / "servers" / "bigrams.py"
 PROMPT = "def main("
-DEADLINE = "15min"  # a cold start on a busy machine of two cores takes minutes
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def config(
     **tables: Mapping[str, Any],
 ) -> str:
     """The whole file; ``rules`` go before each model's own, ``front`` is added to its table, ``tables`` are others."""
-    heads = {"front": {"deadline": DEADLINE} | dict(front or {}), **tables}
+    heads: dict[str, Mapping[str, Any]] = ({"front": front} if front else {}) | tables
     parts = ["\n".join([f"[{name}]", *assignments(keys)]) for name, keys in heads.items()]
     return "\n\n".join([*parts, *(one.table(rules or {}) for one in served)]) + "\n"
 

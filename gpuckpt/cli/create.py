@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.render import format_option, print_json, print_table, seconds, size
+
+if TYPE_CHECKING:
+    from gpuckpt.config import Settings
+    from gpuckpt.golden.create import CreateRequest
 
 
 class _Command(click.Command):
@@ -75,7 +80,7 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
     gpuckpt create qwen -- --model /models/qwen2-0.5b --max-model-len 2048
     gpuckpt create site --rootfs / --canary 'GET /' -- python3 /srv/app.py {socket}
     """
-    from gpuckpt.cli.creation import request_from
+    from gpuckpt.cli.creation import unheard
     from gpuckpt.cli.progress import progress
     from gpuckpt.golden.create import create
     from gpuckpt.golden.doctor import require
@@ -84,24 +89,11 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
     from gpuckpt.timing import PhaseTable, now_ns, process_started_ns
 
     phases = PhaseTable(started_ns=process_started_ns())
-    settings = settings_from(
-        ctx,
-        create__model=options["model"],
-        create__image=options["image"],
-        create__publish=options["publish"],
-        create__warmup=options["warmup"],
-        create__prompts=options["prompts"],
-        create__start_timeout=options["start_timeout"],
-        criu__path=options["criu_path"],
-    )
-    if len(words) > 1:
-        raise click.UsageError(
-            f"“{words[1]}” is one word too many: the server's arguments come after `--`: "
-            f"gpuckpt create {words[0]} -- {' '.join(words[1:])} …"
-        )
-    request = request_from(settings, words[0] if words else None, ctx.meta[_SERVER], options)
+    settings, request = _request(ctx, words, options)
     phases.add("start-up", phases.started_ns, now_ns())
     with progress(quiet=as_json and not sys.stderr.isatty()) as report:
+        if told := unheard(request):
+            report.note(told)
         with phases.phase("checks"):
             require(settings, "create")
             if open_store(settings):
@@ -135,3 +127,30 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
         click.echo(f"the server keeps running on {created.replica.endpoint}")
     else:
         click.echo(f"restore it with: gpuckpt restore {manifest.name}")
+
+
+def _request(ctx: click.Context, words: Sequence[str], options: Mapping[str, Any]) -> tuple[Settings, CreateRequest]:
+    from gpuckpt.cli.creation import request_from
+
+    settings = settings_from(
+        ctx,
+        create__model=options["model"],
+        create__image=options["image"],
+        create__publish=options["publish"],
+        create__warmup=options["warmup"],
+        create__prompts=options["prompts"],
+        create__start_timeout=options["start_timeout"],
+        criu__path=options["criu_path"],
+    )
+    if len(words) > 1:
+        raise click.UsageError(
+            f"“{words[1]}” is one word too many: the server's arguments come after `--`: "
+            f"gpuckpt create {words[0]} -- {' '.join(words[1:])} …"
+        )
+    return settings, request_from(settings, words[0] if words else None, ctx.meta[_SERVER], dict(options))
+
+
+def requested(ctx: click.Context, name: str, words: Sequence[str]) -> CreateRequest:
+    """What ``gpuckpt create NAME WORDS`` asks for. Raises click.UsageError, UsageError, NotFoundError."""
+    with command.make_context("create", [name, *words], parent=ctx) as made:
+        return _request(made, made.params["words"], made.params)[1]

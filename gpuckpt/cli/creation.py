@@ -55,6 +55,14 @@ def request_from(
     )
 
 
+def unheard(request: CreateRequest) -> str | None:
+    """What to say where nothing tells the server where to listen; None where something does."""
+    place, variable = ("{port}", "PORT") if request.publish else ("{socket}", "GPUCKPT_SOCKET")
+    if not isinstance(request.adapter, Http) or any(place in word for word in request.arguments):
+        return None
+    return f"no argument holds {place}: a server that does not listen where ${variable} says is waited for in vain"
+
+
 def _adapter(settings: Settings, name: str, arguments: tuple[str, ...], options: dict[str, Any]) -> Adapter:
     kind = options["workload"]
     if kind == "auto":

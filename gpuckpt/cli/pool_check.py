@@ -38,6 +38,7 @@ def check(ctx: click.Context, /, file: Path | None, as_json: bool) -> None:
     settings = settings_from(ctx)
     layout = Layout.of(settings)
     places = {name: _places(layout, one.golden or name) for name, one in pool.models.items()}
+    notes = [note for name, one in pool.models.items() if one.create and (note := _creation(ctx, name, one))]
     budget = _budget(pool, settings)
     if as_json:
         from msgspec import to_builtins
@@ -72,6 +73,8 @@ def check(ctx: click.Context, /, file: Path | None, as_json: bool) -> None:
         if places[name] == [] and not one.create:
             golden = one.golden or name
             say(one_line(f"{name}: there is no golden {golden}; gpuckpt create {golden} …, or create = […]"))
+    for note in notes:
+        say(one_line(note))
 
 
 def _read(file: Path) -> Pool:
@@ -84,6 +87,24 @@ def _read(file: Path) -> Pool:
             example = Path(config.__file__).with_name("example.toml")
             error.remedy = f"every key, commented, is in {example}: copy it there, or name another file"
         raise
+
+
+def _creation(ctx: click.Context, name: str, one: Model) -> str | None:
+    """What would go wrong when the golden is made, as far as that can be seen. Raises UsageError for wrong words."""
+    from gpuckpt.cli.create import requested
+    from gpuckpt.cli.creation import unheard
+
+    try:
+        request = requested(ctx, one.golden or name, one.create)
+        request.adapter.launch(request.arguments, port=8000 if request.publish else None, python=None)
+        told = unheard(request)
+    except (click.UsageError, UsageError) as error:
+        cause = error.format_message() if isinstance(error, click.UsageError) else str(error)
+        remedy = "it is what follows `gpuckpt create NAME`; see gpuckpt create --help"
+        raise UsageError(f"models.{name}.create cannot be used", cause=cause, remedy=remedy) from error
+    except NotFoundError as error:
+        told = ": ".join(filter(None, (error.message, error.cause)))
+    return f"{name}: {told}" if told else None
 
 
 def _places(layout: Layout, golden: str) -> list[str] | None:

@@ -83,7 +83,9 @@ def _meant(client: Client, name: str) -> tuple[ModelView | None, list[str]]:
     models = client.state().models
     for one in models:
         if name in (one.name, *one.aliases):
-            return one, [each.name for each in one.replicas]
+            # While its golden is made, the server that is started for that is called after it.
+            starting = [one.golden.name] if any(each.phase == "starting" for each in one.replicas) else []
+            return one, [*(each.name for each in one.replicas), *starting]
     if not any(name == each.name for one in models for each in one.replicas):
         client.check_names((name,))
     return None, [name]

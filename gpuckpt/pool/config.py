@@ -139,7 +139,7 @@ class Front(Struct, frozen=True, kw_only=True):
     body_limit: Annotated[int, config.parse_bytes, "largest request body, in bytes"] = 64 << 20
     bodies: Annotated[int, config.parse_bytes, "all request bodies that are held at once, in bytes"] = 1 << 30
     queue: Annotated[int, config.parse_count, "requests that may wait for one model"] = 256
-    deadline: Annotated[float, config.parse_duration, "longest wait for a replica, in seconds"] = 120.0
+    deadline: Annotated[float, config.parse_duration, "longest wait for a replica, in seconds"] = 600.0
     keep_alive: Annotated[float, config.parse_duration, "between comments to a stream that waits, in seconds"] = 5.0
     header_timeout: Annotated[float, config.parse_duration, "longest wait for a request to be sent, in seconds"] = 20.0
     drain: Annotated[float, config.parse_duration, "longest wait for requests at work when it stops, in seconds"] = 30.0

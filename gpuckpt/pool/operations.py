@@ -205,7 +205,10 @@ class Operations:
             await _done(self._hands.stop(model.name, held.name))
         except GpuckptError as error:
             # It stays in the account until it is really gone: its memory is not free.
-            self.say("failed", model.name, held.name, _why(error))
+            if isinstance(error, BusyError):  # somebody else stops it
+                _log.debug("%s could not be stopped yet: %s", held.name, _why(error))
+            else:
+                self.say("failed", model.name, held.name, _why(error))
             pause = self.retry * 2 ** min(failures, _DOUBLINGS)
             asyncio.get_running_loop().call_later(pause, self._stop_again, model, held, reason, failures + 1)
             return

@@ -135,14 +135,23 @@ class Owner:
             async with asyncio.timeout(deadline):
                 held = await waiter
         except TimeoutError:
-            why = f": {model.trouble}" if model.trouble else ""
-            raise LateError(f"no replica of {name} was free within {deadline:g} s{why}", retry_after=5) from None
+            why = f"{name} was not ready within {deadline:g} s: {model.trouble or self._why_late(model)}"
+            raise LateError(why, retry_after=5) from None
         finally:
             with contextlib.suppress(ValueError):
                 model.waiters.remove(waiter)
             if held is None and waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 self.release(waiter.result())  # it was given in the moment in which the waiting ended
         return Lease(held, tier, self.clock() - began)
+
+    def _why_late(self, model: Of) -> str:
+        phases = {one.phase: one.since for one in model.replicas.values()}
+        for phase, what in ((Phase.STARTING, "its golden is being made"), (Phase.RESTORING, "it is being restored")):
+            if phase in phases:
+                return f"{what}, for {self.clock() - phases[phase]:.0f} s now"
+        if Phase.HOT in phases:
+            return "all its replicas are at work"
+        return "others, at work or pinned, hold the memory that it needs"
 
     def release(self, held: Held) -> None:
         """The request is over."""

@@ -63,6 +63,7 @@ class _Failure(msgspec.Struct, frozen=True):
     """The parts of a failed command's `error` that are passed on."""
 
     message: str
+    cause: str | None = None
     remedy: str | None = None
     log: tuple[str, ...] = ()
     lacking: int = 0
@@ -352,4 +353,6 @@ def _not_made(golden: str, result: proc.Result) -> GpuckptError:
     remedy = error.remedy or remedy
     if result.code == OutOfSpaceError.exit_code:
         return OutOfSpaceError(message, cause=error.message, remedy=remedy, log=error.log, lacking=error.lacking)
-    return CheckpointError(message, cause=error.message, remedy=remedy, log=error.log or said)
+    # Where a server has ended, its last line says most.
+    why = ": ".join(filter(None, (error.message, error.cause, *error.log[-1:])))
+    return CheckpointError(message, cause=why, remedy=remedy, log=error.log or said)

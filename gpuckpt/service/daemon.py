@@ -159,7 +159,9 @@ class _Daemon:
         self._guard.connections = min(config.front.connections, max(100, soft - _SPARE_FILES))
         self._guard.head_seconds = config.front.header_timeout
         if self._guard.connections < config.front.connections:
-            _log.warning("only %d connections at once: raise LimitNOFILE to %d", self._guard.connections, wanted)
+            _log.warning(
+                "only %d connections at once: raise LimitNOFILE= (ulimit -n) to %d", self._guard.connections, wanted
+            )
 
     # ------------------------------------------------------------------ while it runs
 
@@ -225,7 +227,11 @@ def _alone(layout: Layout) -> Iterator[None]:
         with locks.exclusive(layout.replica_locks, "pool", "pool"):
             yield
     except BusyError as error:
-        raise BusyError("a pool runs already", cause=error.cause, remedy="systemctl stop gpuckpt-pool") from error
+        raise BusyError(
+            "a pool runs already",
+            cause=error.cause,
+            remedy="gpuckpt pool drain ends it; systemctl stop gpuckpt-pool, where systemd runs it",
+        ) from error
 
 
 def _cannot_listen(address: str, error: OSError | UnicodeError, otherwise: str) -> PreflightError:

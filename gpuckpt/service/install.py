@@ -77,7 +77,7 @@ def install(
         raise PreflightError(
             "the pool cannot be started now",
             cause="systemd does not run here" if here else f"{root} is not the running system",
-            remedy="install without --now",
+            remedy="install without --now; gpuckpt pool run runs it in a terminal",
         )
     notes: list[str] = []
     first = _first_files(root, config, environment or {})
@@ -113,7 +113,7 @@ def install(
         commands.append(_run("systemd-tmpfiles", "--create", str(units.TMPFILES)))
         commands.append(_run("systemctl", "daemon-reload"))
     elif here:
-        notes.append("systemd does not run here; it reads the units when it starts")
+        notes.append("systemd does not run here; it reads the units when it starts (in a terminal: gpuckpt pool run)")
     if enable:
         commands.append(_run("systemctl", *([] if here else [f"--root={root}"]), "enable", *_ENABLED))
     # What runs goes on as it was, goldens in the store too: a remount only changes its limits.

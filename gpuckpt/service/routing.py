@@ -72,7 +72,9 @@ class Routes:
         target = raw_path + (b"?" + query if query else b"")
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         asked, trouble, unsettled = _Asked(), None, False
-        if body and (kind.endswith(b"json") or (not kind and body[:1] == b"{")):
+        # curl says that a body is a form where nobody says what it is.
+        undeclared = kind in (b"", b"application/x-www-form-urlencoded") and body[:1] == b"{"
+        if body and (kind.endswith(b"json") or undeclared):
             try:
                 if coded := headers.get(b"content-encoding"):
                     raise RoutingError(

@@ -28,7 +28,7 @@ golden = "b"
 pin = "hot"
 idle_freeze = "90s"
 [models.c]
-create = ["--", "serve"]
+create = ["--", "serve", "{socket}"]
 """
 
 
@@ -62,7 +62,7 @@ def test_check_as_json(config: Path) -> None:
     assert document["budget"]["memory"] == 8 << 30 and document["budget"]["store"] > 0
     gold, b, c = (document["models"][name] for name in ("gold", "org/b:7", "c"))
     assert gold["tiers"] == ["tmpfs"] and gold["schedule"][0] == "Mon-Fri 08:00-18:00" and gold["max_replicas"] == 3
-    assert b["golden"] == "b" and b["tiers"] == [] and b["pin"] == "hot" and c["create"] == ["--", "serve"]
+    assert b["golden"] == "b" and b["tiers"] == [] and b["pin"] == "hot" and c["create"] == ["--", "serve", "{socket}"]
     assert document["front"]["listen"] == ["127.0.0.1:9000"] and document["health"]["failures"] == 3
 
 
@@ -102,3 +102,30 @@ def test_check_by_who_may_not_look_into_the_store(config: Path, monkeypatch: pyt
     monkeypatch.setattr(Layout, "tiers", refuse)
     done = do("check", str(config))
     assert done.returncode == 0 and re.search(r"gold +\? ", done.stdout) and done.stderr == ""
+
+
+def test_what_would_keep_a_golden_from_being_made(machine: Layout, tmp_path: Path) -> None:
+    file = tmp_path / "pool.toml"
+    keys = tmp_path / "keys"
+    file.write_text(
+        f'[front]\nkeys = "{keys}"\n'
+        '[models.a]\ncreate = ["--", "serve"]\n'
+        '[models.b]\ncreate = ["--publish", "80", "--", "serve"]\n'
+        '[models.c]\ncreate = ["--", "--model", "/nowhere"]\n'
+        '[models.d]\ncreate = ["--", "serve", "{socket}"]\n'
+    )
+    done = do("check", str(file))
+    assert done.returncode == 0
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == [
+        f"the API keys in {keys} cannot be read",
+        *"abc",
+    ]
+    assert "GPUCKPT_SOCKET" in done.stderr and "$PORT" in done.stderr and "no model at /nowhere" in done.stderr
+
+
+@pytest.mark.parametrize("words", ['["--evn", "A=1", "--", "serve"]', '["--canary", "GET", "--", "serve"]'])
+def test_words_that_create_does_not_take(machine: Layout, tmp_path: Path, words: str) -> None:
+    file = tmp_path / "pool.toml"
+    file.write_text(f"[models.a]\ncreate = {words}\n")
+    done = do("check", str(file))
+    assert done.returncode == 2 and "models.a.create cannot be used" in done.stderr

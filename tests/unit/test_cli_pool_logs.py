@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from gpuckpt.golden.replica import Replica
+from gpuckpt.service.view import GoldenView
 from gpuckpt.store.layout import Layout
 from tests.fake_pool import FakePool, model, replica, view
 from tests.pool_commands import as_json, do, states
@@ -67,6 +68,14 @@ def test_logs_of_a_replica(qwen: FakePool, servers: _Servers) -> None:
     alone = do("logs", "lone")
     assert alone.returncode == 0 and alone.stdout == "e0\ne"
     assert do("logs", "qwen").returncode == 12 and do("logs", "a/b").returncode == 12
+
+
+def test_logs_of_a_server_that_is_started(qwen: FakePool, servers: _Servers) -> None:
+    qwen.view = view(
+        model("qwen", golden=GoldenView(name="lone", tier="none", bytes=0), replicas=[replica("q.3", "starting")])
+    )
+    servers.looks = {"gpuckpt-lone": 9}
+    assert do("logs", "qwen").stdout.splitlines() == ["lone │ e0", "lone │ e1", "lone │ e2"]
 
 
 def test_logs_of_a_model_without_replicas(qwen: FakePool) -> None:

@@ -120,6 +120,21 @@ def test_what_never_fits_is_refused_at_once_and_says_why() -> None:
     run(work())
 
 
+def test_who_waits_too_long_is_told_for_what() -> None:
+    async def work() -> None:
+        async with one(replace(RULES, max_replicas=1, concurrency=1)) as world:
+            world.hands.gates["restore"] = asyncio.Event()
+            with pytest.raises(LateError, match=r"a was not ready within 0\.05 s: it is being restored, for 0 s now"):
+                await world.owner.acquire("a", 0.05)
+            world.hands.gates["restore"].set()
+            await world.hot()
+            await world.owner.acquire("a", 5)
+            with pytest.raises(LateError, match="all its replicas are at work"):
+                await world.owner.acquire("a", 0.05)
+
+    run(work())
+
+
 def test_to_what_a_replica_has_grown_is_no_reason_against_the_next_one_for_ever() -> None:
     async def work() -> None:
         async with one(budget=Budget(memory=100)) as world:

@@ -78,6 +78,7 @@ def test_a_replica_that_ends_while_it_is_adopted_is_removed(
         ((9, "no JSON", "error: it broke\n"), CheckpointError, "error: it broke", 0),
         ((9, "", ""), CheckpointError, "it gave no reason", 0),
         ((9, '{"version": 1, "error": {"message": "m", "cause": null, "log": []}}', "noise"), CheckpointError, "m", 0),
+        ((9, '{"error": {"message": "m", "cause": "c", "log": ["a", "b"]}}', ""), CheckpointError, "m: c: b", 0),
         ((11, '{"error": {"message": "full", "lacking": 7}}', ""), OutOfSpaceError, "full", 7),
     ],
 )

@@ -206,6 +206,19 @@ def test_a_form_on_one_line() -> None:
     assert route(b"x=y&model=Qwen%2FQwen2", headers=kind).model == "q"
 
 
+def test_json_that_curl_calls_a_form() -> None:
+    kind = {b"content-type": b"application/x-www-form-urlencoded"}
+    assert route(b'{"model": "Qwen/Qwen2"}', headers=kind).model == "q"
+    assert refused(b'{"model": ', headers=kind).code == "invalid_json"
+
+
+def test_what_is_compressed_is_refused() -> None:
+    coded = {b"content-type": b"application/json", b"content-encoding": b"gzip"}
+    error = refused(b"\x1f\x8b", headers=coded)
+    assert (error.status, error.code) == (415, "unsupported_encoding") and "gzip" in str(error)
+    assert route(b"\x1f\x8b", headers=coded | {b"x-gpuckpt-model": b"Qwen/Qwen2"}).model == "q"
+
+
 def test_long_forms_take_no_time() -> None:
     """Whatever they are made of: they are looked at on the loop that everybody waits for."""
     kind = {b"content-type": b"multipart/form-data; boundary=XYZ"}

@@ -321,7 +321,7 @@ def test_so_many_connections_as_the_kernel_lets_us_have_files(
     made._follow(Pool(front=Front(connections=wanted, header_timeout=7.0)))
     assert told == ([] if raised is None else [(raised, limits[1])])
     assert made._guard.connections == connections and made._guard.head_seconds == 7.0
-    assert ("raise LimitNOFILE to 22000" in caplog.text) is (connections < wanted)
+    assert ("raise LimitNOFILE= (ulimit -n) to 22000" in caplog.text) is (connections < wanted)
 
 
 def test_sockets_are_called_by_their_addresses() -> None:
