@@ -18,6 +18,7 @@ from gpuckpt.manifest import Launch
 LABEL = "gpuckpt.replica"
 OWNER = "gpuckpt.state"  # the state folder of the gpuckpt that a container belongs to: a machine may have several
 PREFIX = "gpuckpt-"
+_RUN = Path("/run")  # below it OCI runtimes keep their records
 ALIVE = ("running", "paused")  # states in which a container has processes
 
 
@@ -167,8 +168,16 @@ class Podman:
                 # what podman has paused itself it also thaws, and fails where that is done.
                 with contextlib.suppress(GpuckptError, OSError):
                     freezer.thaw(found.pid, found.id)
-            self.api.call("DELETE", f"/containers/{container}", force=True, timeout=0, v=False)
+            try:
+                self._delete(container)
+            except GpuckptError as error:
+                if "state improper" not in str(error.cause):
+                    raise
+                self._delete(container)  # it has ended in this moment, and podman had wanted to kill it
             _forget(found.id)
+
+    def _delete(self, container: str) -> None:
+        self.api.call("DELETE", f"/containers/{container}", force=True, timeout=0, v=False)
 
     def logs(self, container: str, *, most: int | None = None) -> str:
         """What the container printed (both outputs): all, or what is in the last ``most`` bytes of its log."""
@@ -305,6 +314,6 @@ def _forget(container: str) -> None:
     Where conmon was killed, podman does not tell the runtime.
     """
     for runtime in RUNTIMES:
-        if (Path("/run") / runtime / container).is_dir():
+        if (_RUN / runtime / container).is_dir():
             with contextlib.suppress(GpuckptError):  # nothing that counts: a few kilobytes, and nobody runs in them
                 proc.run([runtime, "delete", "--force", container], timeout=10)

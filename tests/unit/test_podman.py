@@ -186,6 +186,37 @@ def test_a_container_that_goes_between_two_looks(tmp_path: Path) -> None:
     assert [asked.method for asked in server.asked] == ["GET", "DELETE"]
 
 
+def test_a_container_that_ends_while_podman_kills_it(tmp_path: Path) -> None:
+    refusals = ["container state improper: stopped"]
+
+    def answer(asked: Asked) -> bytes:
+        if asked.method == "GET":
+            return response(200, INSPECTED)
+        return response(500, {"cause": refusals.pop(), "message": "no"}) if refusals else response(204, None)
+
+    with served(tmp_path, answer) as (podman, server):
+        podman.remove("gpuckpt-gold", OURS)
+        assert [asked.method for asked in server.asked] == ["GET", "DELETE", "DELETE"]
+        refusals += ["another", "it broke"]
+        with pytest.raises(PodmanError, match="DELETE"):
+            podman.remove("gpuckpt-gold", OURS)
+    assert refusals == ["another"]
+
+
+@pytest.mark.parametrize("runtime", [True, False])
+def test_what_the_runtime_keeps_of_a_container_goes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: bool
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr("gpuckpt.containers.podman._RUN", tmp_path)
+    monkeypatch.setattr("gpuckpt.proc.run", lambda argv, **_: ran.append(list(argv)))
+    if runtime:
+        (tmp_path / "runc" / "abc").mkdir(parents=True)
+    with served(tmp_path, lambda asked: response(200, INSPECTED)) as (podman, _):
+        podman.remove("gpuckpt-gold", OURS)
+    assert ran == ([["runc", "delete", "--force", "abc"]] if runtime else [])
+
+
 def test_inspect(tmp_path: Path) -> None:
     with served(tmp_path, response(200, INSPECTED)) as (podman, _):
         found = podman.inspect("gpuckpt-gold")
