@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from socket import SHUT_RDWR, create_connection
@@ -92,7 +92,7 @@ class Endpoint(Struct, frozen=True):
 
     def stream(
         self, method: str, path: str, body: Any, *, timeout: float = 300
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    ) -> Generator[tuple[int, dict[str, Any]], None, None]:
         """Send a JSON request and yield the server-sent events of the answer as they come: (arrival in ns, event).
 
         Raises RequestFailed on an error status, DaemonUnreachableError when the server does not answer or stops

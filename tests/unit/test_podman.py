@@ -192,7 +192,7 @@ def test_a_container_that_ends_while_podman_kills_it(tmp_path: Path) -> None:
     def answer(asked: Asked) -> bytes:
         if asked.method == "GET":
             return response(200, INSPECTED)
-        return response(500, {"cause": refusals.pop(), "message": "no"}) if refusals else response(204, None)
+        return response(500, {"cause": refusals.pop(), "message": "no"}) if refusals else response(204, "")
 
     with served(tmp_path, answer) as (podman, server):
         podman.remove("gpuckpt-gold", OURS)

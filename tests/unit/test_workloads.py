@@ -80,7 +80,7 @@ def test_a_stream_that_is_left_early_is_closed(tmp_path: Path) -> None:
     with served(tmp_path, events({"n": 1}, {"n": 2})) as (endpoint, _):
         stream = endpoint.stream("POST", "/x", {})
         assert next(stream)[1] == {"n": 1}
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
 
 
 def test_an_error_status_of_a_stream_shows_the_answer(tmp_path: Path) -> None:
