@@ -82,12 +82,14 @@ def make_pool(source: Path, results: Path) -> Path:
     document: Document = json.loads((source / "pool.json").read_text())
     target = results / f"{folder_name(document)}-pool"
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("pool.json", "pool.csv"):
+    kept = source / "soak.json"
+    soak: Document | None = json.loads(kept.read_text()) if kept.is_file() else None
+    for name in ("pool.json", "pool.csv", *(["soak.json"] if soak else [])):
         shutil.copyfile(source / name, target / name)
     from benchmarks import pool_figures
 
     drawn = pool_figures.draw(document, target)
-    (target / "README.md").write_text(pool_pages.page(document, target.name, drawn))
+    (target / "README.md").write_text(pool_pages.page(document, target.name, drawn, soak))
     index(results)
     return target
 

@@ -269,6 +269,15 @@ def test_the_report_makes_page_figures_and_index(tmp_path: Path) -> None:
     assert "does not fit into the machine's 24.00 GB" in page
     assert "1 of the attempts of burst failed" in page
     assert "| 64 streams: each event | 0.30 ms | 2.00 ms | 10 |" in page
+    assert "load and chaos" not in page
+    soak = {"minutes": 10.0, "seed": 1, "models": ["a", "b"], "requests": 9, "outcomes": {"ok": 7, "cut": 2}}
+    soak |= {"left": [], "cut_without_a_kill": 0, "chaos": {"daemon": 3}, "events": {"adopted": 4}}
+    soak |= {"doubtful": {"a": ["the"]}}
+    (source / "soak.json").write_text(json.dumps(soak))
+    page = (report.make_pool(source, results) / "README.md").read_text()
+    assert json.loads((folder / "soak.json").read_text()) == soak
+    assert "7 as expected, 0 wrong, 0 without an answer. 2 streams" in page and "Left behind: nothing." in page
+    assert "| the daemon killed (SIGKILL) | 3 |" in page and "a: 'the'" in page
     index = (results / "README.md").read_text()
     assert "| [2026-11-22-xeon-2c-pool](2026-11-22-xeon-2c-pool/README.md) | 104 ms |" in index.replace(
         "0.10 s", "104 ms"
