@@ -1,0 +1,212 @@
+"""The arena: a device's cache memory in blocks, within a fixed budget, and the tables of those who use them.
+
+A :class:`Table` is what one session has of one track: blocks in the order of its tokens, seen as one tensor for each
+plane. Tokens are only ever written behind those that were read, so a block that is full does not change any more, and
+tables share it until one of them writes into it. What a block holds stays the same thing wherever it lies: in a place
+of the arena, or elsewhere for as long as it has been taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .layout import Plane, Track
+from .memory import Memory, Range
+
+
+class OutOfBlocksError(Exception):
+    """There is no free block. Who asks is to see to it beforehand that there is one."""
+
+
+class Block:
+    """A range of tokens of all layers of a track.
+
+    ``tables``: how many have it; ``seen``: in how many it is to be seen, and must lie in the arena; ``place``: where
+    there, or -1; ``home``: what the pager knows of its copy.
+    """
+
+    __slots__ = ("home", "place", "seen", "tables")
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+        self.tables = 1
+        self.seen = 1
+        self.home: Any = None
+
+
+class Arena:
+    """Blocks of a device's memory. For use by one thread."""
+
+    def __init__(self, memory: Memory, limit: int) -> None:
+        """``limit``: the most tokens of a session."""
+        self.memory = memory
+        self.limit = limit
+        self._free = list(range(memory.places - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        """Blocks that nobody has."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A place. Raises OutOfBlocksError."""
+        if not self._free:
+            raise OutOfBlocksError(f"all {self.memory.places} blocks are in use")
+        return self._free.pop()
+
+    def give(self, place: int) -> None:
+        """Nobody uses the place any more."""
+        self._free.append(place)
+
+    def drop(self, block: Block) -> None:
+        """A table does not have the block any more."""
+        block.tables -= 1
+        if not block.tables:
+            if block.place >= 0:
+                self.give(block.place)
+                block.place = -1
+            if block.home is not None:
+                block.home.release()
+                block.home = None
+
+
+class Table:
+    """The tokens that a session, or a branch, has in one track."""
+
+    def __init__(self, arena: Arena, track: Track) -> None:
+        self.arena = arena
+        self.track = track
+        self.blocks: dict[int, Block] = {}  # by number; those that a window has passed are gone
+        self.shown = True  # the blocks lie in the arena and can be seen
+        self._stride = track.end(arena.limit) * track.slab  # of a stream in the range
+        self._range: Range = arena.memory.reserve(track.streams * self._stride)
+        self._views: dict[tuple[int, str], Any] = {}
+        self._room = (0, 0)  # tokens that may be written without a look
+
+    # ------------------------------------------------------------------ reading and writing
+
+    def plane(self, layer: int, name: str) -> Any:
+        """A layer's keys or values as a tensor [1, heads, tokens, size], of which what was written may be touched."""
+        if (found := self._views.get((layer, name))) is None:
+            found = self._views[layer, name] = self._view(self.track.planes[layer, name])
+        return found
+
+    def _view(self, plane: Plane) -> Any:
+        begin = plane.stream * self._stride
+        stream = self._range.bytes[begin : begin + self._stride]
+        tokens, width = self._stride // self.track.record, int(plane.dtype.itemsize)
+        return (
+            stream[: tokens * self.track.record]
+            .view(plane.dtype)
+            .as_strided(
+                (1, plane.heads, tokens, plane.size),
+                (self.track.record // width, plane.size, self.track.record // width, 1),
+                begin // width + plane.offset // width,
+            )
+        )
+
+    def room(self, first: int, end: int) -> None:
+        """See to it that the tokens ``first`` to ``end`` can be written, and that nobody else sees it.
+
+        Raises OutOfBlocksError; :meth:`lacking` tells beforehand.
+        """
+        if self._room[0] <= first and end <= self._room[1]:
+            return
+        for number in self._numbers(first, end):
+            block = self.blocks.get(number)
+            if block is None:
+                self._put(number, Block(self.arena.take()))
+            elif block.tables > 1:
+                memory, place = self.arena.memory, self.arena.take()
+                memory.block(place).copy_(memory.block(block.place))
+                block.seen -= 1
+                self.arena.drop(block)
+                self._put(number, Block(place))
+        numbers = self._numbers(first, end)
+        self._room = (first, numbers.stop * self.track.slab // self.track.record)
+
+    def lacking(self, first: int, end: int) -> int:
+        """How many blocks :meth:`room` would take."""
+        found = (self.blocks.get(number) for number in self._numbers(first, end))
+        return sum(block is None or block.tables > 1 for block in found)
+
+    def _numbers(self, first: int, end: int) -> range:
+        return range(self.track.first(first), self.track.end(end))
+
+    def _put(self, number: int, block: Block) -> None:
+        self.blocks[number] = block
+        self._show(number, block)
+
+    def forget(self, tokens: int) -> None:
+        """The first ``tokens`` are not needed any more: blocks that hold nothing else go."""
+        gone = tokens * self.track.record // self.track.slab
+        for number in [number for number in self.blocks if number < gone]:
+            self._drop(number)
+
+    # ------------------------------------------------------------------ sharing, hiding, ending
+
+    def fork(self) -> Table:
+        """Another table with the same blocks; either of them copies what it writes into."""
+        made = Table(self.arena, self.track)
+        made.shown = False
+        for number, block in self.blocks.items():
+            block.tables += 1
+            made.blocks[number] = block
+        if self.shown:
+            made.show()
+        self._room = (0, 0)
+        return made
+
+    def hide(self) -> list[Block]:
+        """Let go of the places, as far as this table is concerned; returns the blocks that no table sees any more."""
+        if not self.shown:
+            return []
+        for number in self.blocks:
+            self._conceal(number)
+        self.shown, self._room = False, (0, 0)
+        for block in self.blocks.values():
+            block.seen -= 1
+        return [block for block in self.blocks.values() if not block.seen]
+
+    def show(self) -> None:
+        """See all blocks again, which must lie in the arena."""
+        if self.shown:
+            return
+        self.shown = True
+        for number, block in self.blocks.items():
+            block.seen += 1
+            self._show(number, block)
+
+    def close(self) -> None:
+        """The session has ended."""
+        for number in list(self.blocks):
+            self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        block = self.blocks.pop(number)
+        if self.shown:
+            self._conceal(number)
+            block.seen -= 1
+        self.arena.drop(block)
+
+    def _show(self, number: int, block: Block) -> None:
+        for stream in range(self.track.streams):
+            self._range.show(self._at(stream, number), block.place, stream * self.track.slab, self.track.slab)
+
+    def _conceal(self, number: int) -> None:
+        for stream in range(self.track.streams):
+            self._range.hide(self._at(stream, number), self.track.slab)
+
+    def _at(self, stream: int, number: int) -> int:
+        return stream * self._stride + number * self.track.slab
+
+
+def blocks_of(tables: Iterable[Table]) -> Iterator[Block]:
+    """The blocks of several tables, each once."""
+    seen: set[int] = set()
+    for table in tables:
+        for block in table.blocks.values():
+            if id(block) not in seen:
+                seen.add(id(block))
+                yield block

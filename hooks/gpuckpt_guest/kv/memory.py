@@ -1,0 +1,126 @@
+"""A device's memory for caches: where blocks lie, and where they are seen.
+
+Attention wants a session's keys as one tensor; memory that is shared, evicted and brought back piece by piece does not
+lie in one piece. So a piece has two addresses, as a process' memory has: the one where it lies, in a block, and the one
+where a session sees it, in a range. To show a piece elsewhere changes a mapping and copies nothing.
+
+On a CPU the blocks are a memory file, and a range is address space into which parts of that file are mapped
+(mmap(2), MAP_FIXED): kernels compute on the mapped tensors as on any others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+from typing import Any, Protocol
+
+import torch
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_FAILED = ctypes.c_void_p(-1).value
+_NOTHING = 0  # PROT_NONE
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+
+
+class Range(Protocol):
+    """Addresses in which a session sees its blocks."""
+
+    @property
+    def bytes(self) -> Any:
+        """All of it as a tensor of bytes; only what is shown may be touched."""
+        ...
+
+    def show(self, at: int, place: int, offset: int, size: int) -> None:
+        """Have ``size`` bytes of the block in ``place``, from ``offset`` on, appear at ``at``."""
+        ...
+
+    def hide(self, at: int, size: int) -> None:
+        """Have nothing appear there any more."""
+        ...
+
+
+class Memory(Protocol):
+    """The blocks of one device. ``granule``: pieces that are shown begin and end at multiples of it."""
+
+    granule: int
+    places: int
+    size: int
+
+    def block(self, place: int) -> Any:
+        """The block that lies there, as a tensor of ``size`` bytes."""
+        ...
+
+    def reserve(self, size: int) -> Range:
+        """Addresses for so many bytes, of which nothing is there yet."""
+        ...
+
+
+class HostMemory:
+    """The memory of a CPU, limited like that of a device. Pages are taken from the machine when they are first used."""
+
+    granule = mmap.PAGESIZE
+
+    def __init__(self, places: int, size: int) -> None:
+        if size % self.granule:
+            raise ValueError(f"a block of {size} bytes is no multiple of a page")
+        self.places = places
+        self.size = size
+        self._file = os.memfd_create("gpuckpt-kv", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+        os.ftruncate(self._file, places * size)
+        self._blocks = _tensor(_map(None, places * size, self._file, 0), places * size).view(places, size)
+
+    def block(self, place: int) -> Any:
+        return self._blocks[place]
+
+    def reserve(self, size: int) -> HostRange:
+        return HostRange(self._file, self.size, -(-size // self.granule) * self.granule)
+
+
+class HostRange:
+    """Address space of this process."""
+
+    def __init__(self, file: int, block: int, size: int) -> None:
+        self._file = file
+        self._block = block
+        self._base = _map(None, size, None, 0)
+        self.bytes = _tensor(self._base, size)
+
+    def show(self, at: int, place: int, offset: int, size: int) -> None:
+        _map(self._base + at, size, self._file, place * self._block + offset)
+
+    def hide(self, at: int, size: int) -> None:
+        _map(self._base + at, size, None, 0)
+
+
+def _map(at: int | None, size: int, file: int | None, offset: int) -> int:
+    """Map a part of the file, or nothing; returns the address. Raises OSError: there are too many mappings, say."""
+    if file is None:
+        access, flags = _NOTHING, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    else:
+        access, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED
+    flags |= _MAP_FIXED if at is not None else 0
+    found = _libc.mmap(at, size, access, flags, -1 if file is None else file, offset)
+    if found == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return int(found)
+
+
+def _tensor(base: int, size: int) -> Any:
+    """The bytes at an address as a tensor; they are unmapped when nothing refers to them any more, views included."""
+    held = (ctypes.c_char * size).from_address(base)
+    weakref.finalize(held, _libc.munmap, base, size)
+    return torch.frombuffer(held, dtype=torch.uint8)
