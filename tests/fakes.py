@@ -202,7 +202,7 @@ class FakeContainers:
             raise
         return {}
 
-    def restore(self, container: str, *, tcp_established: bool) -> dict[str, int]:
+    def restore(self, container: str, *, tcp_established: bool, limit: float = 600) -> dict[str, int]:
         found = self._find(container)
         try:
             with self.journal.step("restore"):
@@ -241,6 +241,9 @@ class FakeContainers:
             done = subprocess.run([options["action-script"]], env=environment, capture_output=True, check=False)
             if done.returncode != 0:
                 raise GpuckptError("CRIU failed", cause=f"the script of {stage} failed")
+
+    def end_restore(self, container: str) -> None:
+        pass
 
     def remove(self, container: str, owner: Path) -> None:
         with self.journal.step("remove container"):

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, field
 
 from gpuckpt import proc
-from gpuckpt.containers import freezer, logs
+from gpuckpt.containers import freezer, leftovers, logs
 from gpuckpt.containers.api import Api
-from gpuckpt.containers.checks import RUNTIMES
-from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, PreflightError, UsageError
+from gpuckpt.errors import BusyError, DeadlineError, GpuckptError, NotFoundError, PreflightError, UsageError
 from gpuckpt.manifest import Launch
 
 LABEL = "gpuckpt.replica"
 OWNER = "gpuckpt.state"  # the state folder of the gpuckpt that a container belongs to: a machine may have several
 PREFIX = "gpuckpt-"
-_RUN = Path("/run")  # below it OCI runtimes keep their records
 ALIVE = ("running", "paused")  # states in which a container has processes
 
 
@@ -140,19 +139,40 @@ class Podman:
         )
         return dict(answer.get("criu_statistics") or {}) if isinstance(answer, dict) else {}
 
-    def restore(self, container: str, *, tcp_established: bool) -> dict[str, int]:
+    def restore(self, container: str, *, tcp_established: bool, limit: float = 600) -> dict[str, int]:
         """Restore the container from its bundle's ``checkpoint`` folder; returns CRIU's statistics (microseconds).
 
-        podman deletes the images after a restore unless told to keep them; a golden's are always kept.
+        podman deletes the images after a restore unless told to keep them; a golden's are always kept. One that takes
+        longer than ``limit`` seconds is ended: DeadlineError.
         """
-        answer = self.api.call(
-            "POST",
-            f"/containers/{container}/restore",
-            keep=True,
-            printStats=True,
-            tcpEstablished=tcp_established,
-        )
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            leftovers.end_restore(container)
+
+        timer = threading.Timer(limit, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            answer = self.api.call(
+                "POST",
+                f"/containers/{container}/restore",
+                keep=True,
+                printStats=True,
+                tcpEstablished=tcp_established,
+            )
+        except GpuckptError as error:
+            if late.is_set():
+                raise DeadlineError(f"the restore hung: it was ended after {limit:.0f} s", cause=error.cause) from error
+            raise
+        finally:
+            timer.cancel()
         return dict(answer.get("criu_statistics") or {}) if isinstance(answer, dict) else {}
+
+    def end_restore(self, container: str) -> None:
+        """Kill a restore of the container that is still at work though nobody waits for it any more."""
+        leftovers.end_restore(container)
 
     def remove(self, container: str, owner: Path) -> None:
         """Kill and remove the container of the gpuckpt with the state folder ``owner``.
@@ -174,7 +194,7 @@ class Podman:
                 if "state improper" not in str(error.cause):
                     raise
                 self._delete(container)  # it has ended in this moment, and podman had wanted to kill it
-            _forget(found.id)
+            leftovers.forget(found.id)
 
     def _delete(self, container: str) -> None:
         self.api.call("DELETE", f"/containers/{container}", force=True, timeout=0, v=False)
@@ -306,14 +326,3 @@ def _bind(source: str, destination: str, read_only: bool) -> dict[str, Any]:
 def container_name(replica: str) -> str:
     """The name under which podman knows a replica."""
     return PREFIX + replica
-
-
-def _forget(container: str) -> None:
-    """Remove what a removed container has left with the OCI runtime: its records in /run, and control groups.
-
-    Where conmon was killed, podman does not tell the runtime.
-    """
-    for runtime in RUNTIMES:
-        if (_RUN / runtime / container).is_dir():
-            with contextlib.suppress(GpuckptError):  # nothing that counts: a few kilobytes, and nobody runs in them
-                proc.run([runtime, "delete", "--force", container], timeout=10)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 
+_LONGEST = 60.0  # seconds that a restore may take, and the time in which its bytes come from a slow disk
+_SLOWEST = 50e6  # bytes per second
 _MUCH = 256 << 20  # bytes of copied memory from which on it is worth to switch huge pages on
 
 
@@ -209,7 +211,8 @@ def _from_golden(
     bundle = Path(replica.bundle)
     clone.identify(replica)
     _renew_entropy(tools)
-    with _restoring(tools, replica, bundle, tcp_established=options.tcp_established) as restoring:
+    limit = _LONGEST + golden.sizes.total / _SLOWEST
+    with _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring:
         with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
             restoring.until_resumed(partial(_bind, tools, golden))
         phases.split("restore", replica.operation.marks(), first="podman: restore")
@@ -223,9 +226,11 @@ def _from_golden(
 class _Restoring(threading.Thread):
     """podman's restore, which ends some time after the processes run: podman and the runtime have books to keep."""
 
-    def __init__(self, tools: Tools, replica: Replica, *, tcp_established: bool) -> None:
+    def __init__(self, tools: Tools, replica: Replica, *, tcp_established: bool, limit: float) -> None:
         super().__init__(daemon=True)
-        self._restore = partial(tools.containers.restore, replica.container, tcp_established=tcp_established)
+        self._restore = partial(
+            tools.containers.restore, replica.container, tcp_established=tcp_established, limit=limit
+        )
         self._operation = replica.operation
         self.error: BaseException | None = None
 
@@ -253,12 +258,14 @@ class _Restoring(threading.Thread):
 
 
 @contextlib.contextmanager
-def _restoring(tools: Tools, replica: Replica, bundle: Path, *, tcp_established: bool) -> Iterator[_Restoring]:
+def _restoring(
+    tools: Tools, replica: Replica, bundle: Path, *, tcp_established: bool, limit: float
+) -> Iterator[_Restoring]:
     """A restore that ends with the body, which may use the server as soon as its processes run.
 
     An interrupt is not kept waiting: removing the container ends podman's restore of it.
     """
-    restoring = _Restoring(tools, replica, tcp_established=tcp_established)
+    restoring = _Restoring(tools, replica, tcp_established=tcp_established, limit=limit)
     trouble: BaseException | None = None
     try:
         yield restoring

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,12 +204,25 @@ def test_a_container_that_ends_while_podman_kills_it(tmp_path: Path) -> None:
     assert refusals == ["another"]
 
 
+def test_a_restore_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr("gpuckpt.containers.leftovers.end_restore", lambda name: ended.set() if name == "c" else None)
+
+    def answer(asked: Asked) -> bytes:
+        assert ended.wait(30)
+        return response(500, {"cause": "runc was killed", "message": "no"})
+
+    with served(tmp_path, answer) as (podman, _), pytest.raises(DeadlineError, match="the restore hung") as caught:
+        podman.restore("c", tcp_established=False, limit=0.05)
+    assert caught.value.cause is not None and "runc was killed" in caught.value.cause
+
+
 @pytest.mark.parametrize("runtime", [True, False])
 def test_what_the_runtime_keeps_of_a_container_goes_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: bool
 ) -> None:
     ran: list[list[str]] = []
-    monkeypatch.setattr("gpuckpt.containers.podman._RUN", tmp_path)
+    monkeypatch.setattr("gpuckpt.containers.leftovers._RUN", tmp_path)
     monkeypatch.setattr("gpuckpt.proc.run", lambda argv, **_: ran.append(list(argv)))
     if runtime:
         (tmp_path / "runc" / "abc").mkdir(parents=True)

@@ -1,0 +1,45 @@
+"""Restores that hang: they are found by conmon, and ended."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from gpuckpt import proc
+from gpuckpt.containers.leftovers import end_restore
+
+# A shell that is called like conmon, below it one with the runtime's words, below that somebody who sleeps.
+MONITOR = """sh -c "sleep 600; :" runc "$2" & echo up; wait $!; test $? = 137"""
+
+
+@contextmanager
+def monitor(name: str, verb: str, program: str = "conmon") -> Iterator[subprocess.Popen[str]]:
+    words = [program, "-c", MONITOR, "-n", name, verb]
+    with subprocess.Popen(words, executable="/bin/sh", stdout=subprocess.PIPE, text=True) as made:
+        try:
+            assert made.stdout and made.stdout.readline() == "up\n"
+            yield made
+        finally:
+            for pid in reversed(proc.processes_below(made.pid)):
+                subprocess.run(["kill", "-9", str(pid)], check=False, capture_output=True)
+
+
+def test_a_restore_is_ended_and_conmon_can_tell() -> None:
+    with monitor("gpuckpt-a", "restore") as made:
+        below = proc.processes_below(made.pid)
+        assert end_restore("gpuckpt-a") is True
+        assert made.wait(10) == 0
+        assert all(proc.is_killed(pid) for pid in below)
+
+
+@pytest.mark.parametrize(
+    ("name", "verb", "program"),
+    [("gpuckpt-ab", "restore", "conmon"), ("gpuckpt-a", "create", "conmon"), ("gpuckpt-a", "restore", "other")],
+)
+def test_nothing_else_is(name: str, verb: str, program: str) -> None:
+    with monitor(name, verb, program) as made:
+        assert end_restore("gpuckpt-a") is False
+        assert made.poll() is None
