@@ -19,14 +19,44 @@ def end_restore(container: str) -> bool:
 
     CRIU waits for each of the processes that it makes, for ever if one of them is killed at the wrong moment. podman
     waits for CRIU, holding the container's lock, for which everybody waits who asks for the container. conmon, between
-    them, is left alone: it tells podman how it ended.
+    them, goes, too: it would start podman's clean-up and wait for that, and leave the dead unburied meanwhile, whom the
+    runtime takes for alive.
     """
-    found = [pid for pid in _monitors(container) for pid in _children(pid) if b"restore" in _words(pid)]
-    for restoring in found:
-        for pid in reversed(proc.processes_below(restoring)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    found = [monitor for monitor in _monitors(container) if _restores(monitor)]
+    for monitor in found:
+        words = _words(monitor)
+        _signal(monitor, signal.SIGSTOP)  # podman is told, by its end, when the rest is done
+        for pid in proc.processes_below(monitor):
+            if pid != monitor:
+                _signal(pid, signal.SIGKILL)
+        _unmount(os.fsdecode(words[words.index(b"-c") + 1]))
+        _signal(monitor, signal.SIGKILL)
     return bool(found)
+
+
+def _unmount(container: str) -> None:
+    """Take away the root file system that runc shows to CRIU below its own records.
+
+    It removes these with everything below them: a container's files, one by one, if it was killed while that was there.
+    """
+    for runtime in RUNTIMES:
+        root = _RUN / runtime / container / "criu-root"
+        if os.path.ismount(root):
+            proc.run(["umount", "--lazy", root], check=False)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def restores(container: str) -> list[int]:
+    """The runtime's processes that restore the container of that name."""
+    return [pid for monitor in _monitors(container) for pid in _restores(monitor)]
+
+
+def _restores(monitor: int) -> list[int]:
+    return [pid for pid in _children(monitor) if b"restore" in _words(pid)]
 
 
 def forget(container: str) -> None:
@@ -34,6 +64,7 @@ def forget(container: str) -> None:
 
     Where conmon was killed, podman does not tell the runtime.
     """
+    _unmount(container)
     for runtime in RUNTIMES:
         if (_RUN / runtime / container).is_dir():
             with contextlib.suppress(GpuckptError):  # nothing that counts: a few kilobytes, and nobody runs in them

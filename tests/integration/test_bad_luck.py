@@ -13,6 +13,8 @@ import pytest
 from blake3 import blake3
 from msgspec.structs import replace
 
+from gpuckpt import proc
+from gpuckpt.containers.leftovers import restores
 from tests.integration.conftest import GPUCKPT, THP, Bench
 
 
@@ -168,6 +170,28 @@ def test_restore_that_is_interrupted(bench: Bench, number: signal.Signals) -> No
     assert THP.read_text() == before
     (bench.folder / "hooks.d" / "pre-restore" / "10-test").unlink()
     bench.ok("restore", name)
+    assert bench.get(name, "/health") == "ok"
+
+
+def test_a_criu_that_hangs_is_ended_by_the_next_command(bench: Bench) -> None:
+    """podman's service outlives the command that asked it, and would hold the container's lock for as long."""
+    name = bench.name()
+    bench.create(name)
+    reached = bench.folder / "reached"
+    hook(bench, "pre-restore", f"touch {reached}; sleep 1")
+    child = bench.start("restore", name)
+    until(reached.exists)
+    (runtime,) = restores(f"gpuckpt-{name}")
+    criu = [pid for pid in proc.processes_below(runtime) if pid != runtime]
+    assert criu
+    for pid in criu:
+        os.kill(pid, signal.SIGSTOP)
+    child.kill()
+    child.communicate()
+    (bench.folder / "hooks.d" / "pre-restore" / "10-test").unlink()
+    began = time.monotonic()
+    bench.ok("restore", name)
+    assert time.monotonic() - began < 30
     assert bench.get(name, "/health") == "ok"
 
 
