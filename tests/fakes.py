@@ -202,7 +202,7 @@ class FakeContainers:
             raise
         return {}
 
-    def restore(self, container: str, *, tcp_established: bool, limit: float = 600) -> dict[str, int]:
+    def restore(self, container: str, owner: Path, *, tcp_established: bool, limit: float = 600) -> dict[str, int]:
         found = self._find(container)
         try:
             with self.journal.step("restore"):
@@ -242,7 +242,7 @@ class FakeContainers:
             if done.returncode != 0:
                 raise GpuckptError("CRIU failed", cause=f"the script of {stage} failed")
 
-    def end_restore(self, container: str) -> None:
+    def end_restore(self, container: str, owner: Path) -> None:
         pass
 
     def remove(self, container: str, owner: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -14,23 +15,27 @@ from gpuckpt.errors import GpuckptError
 _RUN = Path("/run")  # below it OCI runtimes keep their records
 
 
-def end_restore(container: str) -> bool:
+def end_restore(container: str, owner: Path) -> bool:
     """Kill what restores the container of that name at this moment; False if nothing does.
+
+    ``owner``: the state folder below which its root lies; another gpuckpt's, which may have the name now, goes on.
 
     CRIU waits for each of the processes that it makes, for ever if one of them is killed at the wrong moment. podman
     waits for CRIU, holding the container's lock, for which everybody waits who asks for the container. conmon, between
     them, goes, too: it would start podman's clean-up and wait for that, and leave the dead unburied meanwhile, whom the
     runtime takes for alive.
     """
-    found = [monitor for monitor in _monitors(container) if _restores(monitor)]
+    found = [monitor for monitor in _monitors(container) if _restores(monitor) and _belongs(monitor, owner)]
     for monitor in found:
-        words = _words(monitor)
+        identity = _option(monitor, b"-c")
         _signal(monitor, signal.SIGSTOP)  # podman is told, by its end, when the rest is done
-        for pid in proc.processes_below(monitor):
-            if pid != monitor:
-                _signal(pid, signal.SIGKILL)
-        _unmount(os.fsdecode(words[words.index(b"-c") + 1]))
-        _signal(monitor, signal.SIGKILL)
+        try:
+            for pid in proc.processes_below(monitor):
+                if pid != monitor:
+                    _signal(pid, signal.SIGKILL)
+            _unmount(identity)
+        finally:
+            _signal(monitor, signal.SIGKILL)
     return bool(found)
 
 
@@ -79,6 +84,21 @@ def _monitors(container: str) -> list[int]:
         for entry in os.listdir("/proc")
         if entry.isdigit() and (words := _words(int(entry))) and words[0].endswith(b"conmon") and name in words
     ]
+
+
+def _belongs(monitor: int, owner: Path) -> bool:
+    """Whether the root of the container that a conmon looks after lies below ``owner``, as its bundle says."""
+    try:
+        config = json.loads((Path(_option(monitor, b"-b")) / "config.json").read_text())
+        root = Path(config["root"]["path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return root.resolve().is_relative_to(owner.resolve())
+
+
+def _option(pid: int, option: bytes) -> str:
+    words = _words(pid)
+    return os.fsdecode(words[words.index(option) + 1]) if option in words[:-1] else ""
 
 
 def _children(pid: int) -> list[int]:

@@ -139,17 +139,17 @@ class Podman:
         )
         return dict(answer.get("criu_statistics") or {}) if isinstance(answer, dict) else {}
 
-    def restore(self, container: str, *, tcp_established: bool, limit: float = 600) -> dict[str, int]:
+    def restore(self, container: str, owner: Path, *, tcp_established: bool, limit: float = 600) -> dict[str, int]:
         """Restore the container from its bundle's ``checkpoint`` folder; returns CRIU's statistics (microseconds).
 
         podman deletes the images after a restore unless told to keep them; a golden's are always kept. One that takes
-        longer than ``limit`` seconds is ended: DeadlineError.
+        longer than ``limit`` seconds is ended: DeadlineError. ``owner`` as for :meth:`remove`.
         """
         late = threading.Event()
 
         def end() -> None:
             late.set()
-            leftovers.end_restore(container)
+            leftovers.end_restore(container, owner)
 
         timer = threading.Timer(limit, end)
         timer.daemon = True
@@ -170,9 +170,9 @@ class Podman:
             timer.cancel()
         return dict(answer.get("criu_statistics") or {}) if isinstance(answer, dict) else {}
 
-    def end_restore(self, container: str) -> None:
-        """Kill a restore of the container that is still at work though nobody waits for it any more."""
-        leftovers.end_restore(container)
+    def end_restore(self, container: str, owner: Path) -> None:
+        """Kill a restore of ``owner``'s container that is still at work though nobody waits for it any more."""
+        leftovers.end_restore(container, owner)
 
     def remove(self, container: str, owner: Path) -> None:
         """Kill and remove the container of the gpuckpt with the state folder ``owner``.

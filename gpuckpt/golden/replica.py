@@ -153,7 +153,7 @@ def discard(tools: Tools, replica: Replica) -> None:
         attempt(mark)
     attempt(replica.operation.end_hooks)
     if replica.state not in SETTLED:
-        attempt(tools.containers.end_restore, replica.container)
+        attempt(tools.containers.end_restore, replica.container, tools.layout.state)
     attempt(tools.containers.remove, replica.container, tools.layout.state)
     attempt(tools.overlay.unmount, replica.folder)
     for volume in replica.volumes:

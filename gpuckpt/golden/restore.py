@@ -229,7 +229,11 @@ class _Restoring(threading.Thread):
     def __init__(self, tools: Tools, replica: Replica, *, tcp_established: bool, limit: float) -> None:
         super().__init__(daemon=True)
         self._restore = partial(
-            tools.containers.restore, replica.container, tcp_established=tcp_established, limit=limit
+            tools.containers.restore,
+            replica.container,
+            tools.layout.state,
+            tcp_established=tcp_established,
+            limit=limit,
         )
         self._operation = replica.operation
         self.error: BaseException | None = None

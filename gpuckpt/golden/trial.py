@@ -37,7 +37,7 @@ def trial(
     write_operation(tools, replica, launch, tcp_established=launch.tcp_established, hooks=nothing)
     try:
         try:
-            tools.containers.restore(replica.container, tcp_established=launch.tcp_established)
+            tools.containers.restore(replica.container, tools.layout.state, tcp_established=launch.tcp_established)
         except (GpuckptError, OSError) as error:
             reason = error if isinstance(error, GpuckptError) else GpuckptError(str(error))
             raise _failed(failures.restore_failure(tools, replica, bundle, reason)) from error

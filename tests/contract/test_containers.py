@@ -139,7 +139,7 @@ def test_dump_and_restore_into_another(side: Side) -> None:
     containers.prepare(clone)
     assert containers.inspect(clone).status == "exited"
     link_images(containers.inspect(clone).bundle, images)
-    containers.restore(clone, tcp_established=False)
+    containers.restore(clone, side.tools.layout.state, tcp_established=False)
     assert containers.inspect(clone).status == "running"
     other.operation.require_marks()
     assert (images / "pstree.img").exists(), "a golden's images are kept"

@@ -147,7 +147,7 @@ def test_the_life_of_a_container(tmp_path: Path) -> None:
         podman.start("gpuckpt-gold")
         assert podman.checkpoint("c", leave_running=True, tcp_established=False) == {"frozen_time": 5}
         podman.prepare("c")
-        assert podman.restore("c", tcp_established=True) == {}
+        assert podman.restore("c", OURS, tcp_established=True) == {}
         podman.remove("c", OURS)
     lines = [f"{asked.method} {asked.path.removeprefix('/v4.0.0/libpod/containers')}" for asked in server.asked]
     assert lines == [
@@ -206,14 +206,17 @@ def test_a_container_that_ends_while_podman_kills_it(tmp_path: Path) -> None:
 
 def test_a_restore_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
-    monkeypatch.setattr("gpuckpt.containers.leftovers.end_restore", lambda name: ended.set() if name == "c" else None)
+    monkeypatch.setattr(
+        "gpuckpt.containers.leftovers.end_restore",
+        lambda name, owner: ended.set() if (name, owner) == ("c", OURS) else None,
+    )
 
     def answer(asked: Asked) -> bytes:
         assert ended.wait(30)
         return response(500, {"cause": "runc was killed", "message": "no"})
 
     with served(tmp_path, answer) as (podman, _), pytest.raises(DeadlineError, match="the restore hung") as caught:
-        podman.restore("c", tcp_established=False, limit=0.05)
+        podman.restore("c", OURS, tcp_established=False, limit=0.05)
     assert caught.value.cause is not None and "runc was killed" in caught.value.cause
 
 

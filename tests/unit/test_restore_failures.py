@@ -115,8 +115,8 @@ def test_a_server_that_dies_after_the_restore(world: World, monkeypatch: pytest.
     monkeypatch.setattr(world.adapter, "silent", NEVER)
     kill: Callable[..., dict[str, int]] = world.containers.restore
 
-    def dying(container: str, *, tcp_established: bool, limit: float) -> dict[str, int]:
-        kill(container, tcp_established=tcp_established, limit=limit)
+    def dying(container: str, owner: Path, *, tcp_established: bool, limit: float) -> dict[str, int]:
+        kill(container, owner, tcp_established=tcp_established, limit=limit)
         world.containers.containers[container].status = "exited"
         return {}
 
