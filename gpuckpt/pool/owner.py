@@ -151,7 +151,7 @@ class Owner:
                 return f"{what}, for {self.clock() - phases[phase]:.0f} s now"
         if Phase.HOT in phases:
             return "all its replicas are at work"
-        return "others, at work or pinned, hold the memory that it needs"
+        return "what a replica of it needs is not free yet"
 
     def release(self, held: Held) -> None:
         """The request is over."""
