@@ -132,7 +132,7 @@ def argmaxes(rig: Rig, prompt: Sequence[int], edits: Sequence[Any]) -> list[int]
 
     stepper = rig.loaded.stepper
     ids = rig.torch.tensor([prompt], device=rig.device)
-    forward = stepper.begin(stepper.inputs(ids, past=[0]), rig.loaded.blueprint.session())
+    forward = stepper.begin(stepper.inputs(ids, past=[0]), rig.cache(len(prompt)))
     for _ in range(rig.layers):
         stepper.step(forward)
         for edit in edits:

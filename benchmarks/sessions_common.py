@@ -164,6 +164,13 @@ class Rig:
     def __exit__(self, *_: object) -> None:
         self.engine.stop()
 
+    def cache(self, tokens: int) -> Any:
+        """An empty cache for so many tokens, in an arena of its own."""
+        from hooks.gpuckpt_guest.kv.arena import Arena
+
+        plan = self.loaded.blueprint
+        return plan.session(Arena.small(plan.forms, plan.windows, device=self.device, tables=1, limit=tokens))
+
     @property
     def quick(self) -> bool:
         return bool(self.options.quick)

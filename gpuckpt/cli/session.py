@@ -28,9 +28,11 @@ from gpuckpt.cli.session_view import (
     quoted,
     reached,
     say_end,
+    show_memory,
     show_result,
     show_session,
 )
+from gpuckpt.config import parse_seconds
 from gpuckpt.errors import (
     BusyError,
     DaemonUnreachableError,
@@ -106,6 +108,14 @@ def _endpoint(ctx: click.Context, replica: str, address: str | None) -> Endpoint
             remedy=f"gpuckpt restore {found.golden}",
         )
     return found.endpoint
+
+
+def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    try:
+        found = parse_seconds(value)
+        return float(found)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f"{value}: it {error}") from error
 
 
 def session_ids(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -261,10 +271,53 @@ def resume(client: Client, /, id: str, wait: Literal["none", "token", "end"], as
 @command.command(cls=_Command)
 @_on_replica
 @_id
+@click.option("--durable", is_flag=True, help="Also keep it in files: it is there again after a restart.")
 @format_option
-def suspend(client: Client, /, id: str, as_json: bool) -> None:
+def suspend(client: Client, /, id: str, durable: bool, as_json: bool) -> None:
     """Take an idle or stopped session's cache off the device until it is resumed."""
-    show_session(client.suspend(id), as_json=as_json)
+    show_session(client.suspend(id, durable=durable), as_json=as_json)
+
+
+@command.command(cls=_Command)
+@_on_replica
+@_id
+@click.option("--wait", is_flag=True, help="Return when it has arrived.")
+@format_option
+def prefetch(client: Client, /, id: str, wait: bool, as_json: bool) -> None:
+    """Bring a session's cache back to the device ahead of being needed."""
+    show_session(client.prefetch(id, wait=wait), as_json=as_json)
+
+
+@command.command(cls=_Command)
+@_on_replica
+@_id
+@click.argument("for_", metavar="TIME", callback=_seconds)
+@format_option
+def pin(client: Client, /, id: str, for_: float, as_json: bool) -> None:
+    """Keep a session's cache on the device for TIME (90, 90s, 5m), whoever else needs the memory; 0: no longer."""
+    show_session(client.pin(id, for_), as_json=as_json)
+
+
+@command.command(cls=_Command)
+@_on_replica
+@_id
+@click.argument("for_", metavar="TIME", callback=_seconds)
+@format_option
+def idle(client: Client, /, id: str, for_: float, as_json: bool) -> None:
+    """Say that a session will not go on for TIME (90, 90s, 5m): others may have its memory until shortly before."""
+    show_session(client.idle(id, for_), as_json=as_json)
+
+
+@command.command(cls=_Command)
+@_on_replica
+@format_option
+def memory(client: Client, /, as_json: bool) -> None:
+    """Show the memory for sessions' caches: how much there is on the device and off it, and what was moved."""
+    found = client.engine().memory
+    if as_json:
+        print_json({"memory": found})
+    else:
+        show_memory(found)
 
 
 @command.command(cls=_Command)

@@ -97,6 +97,7 @@ def show_session(one: Session, *, as_json: bool) -> None:
         ("session", one.id + (f", a branch of {one.parent}" if one.parent else "")),
         ("state", one.state + (f": {one.failed}" if one.failed else "")),
         ("tokens", f"{one.tokens}, of which {one.length} are read; cache {size(one.cache_bytes)}"),
+        ("memory", memory_text(one)),
         ("generations", f"{one.turns} ended, {one.passes} passes"),
         ("on the wire", f"{size(one.wire_bytes.received)} received, {size(one.wire_bytes.sent)} sent"),
     ]
@@ -126,6 +127,70 @@ def show_session(one: Session, *, as_json: bool) -> None:
         limits += ["once"] if point.once else []
         facts.append(("breakpoint", f"{point.id}: after {', '.join([after, *limits])}; {point.hits} hits"))
     print_table(["", ""], facts)
+
+
+def memory_text(one: Session) -> str:
+    """Where a session's cache is, in words."""
+    found = one.memory
+    parts = [f"{size(count)} {where}" for where, count in _places(found.bytes) if count]
+    text = {
+        "device": "all of it is there",
+        "arriving": "on its way to the device",
+        "leaving": "on its way out",
+        "away": "off the device",
+        "dropped": "dropped: it is computed again when it is needed",
+    }[found.state]
+    text += f" ({', '.join(parts)})" if parts else ""
+    text += "; waits for room" if found.waiting else ""
+    text += f"; pinned for {seconds(found.pinned)}" if found.pinned else ""
+    text += f"; expected in {seconds(found.expected)}" if found.expected is not None else ""
+    return text + ("; kept in files" if found.durable else "")
+
+
+def _places(bytes: dict[str, int]) -> list[tuple[str, int]]:
+    words = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
+    return [(words.get(name, name), count) for name, count in bytes.items()]
+
+
+def show_memory(found: dict[str, Any]) -> None:
+    """Budgets and traffic of the memory for caches."""
+    rows = [
+        (
+            name,
+            size(found[name]["budget"]),
+            size(used),
+            f"{used / found[name]['budget']:.0%}" if found[name]["budget"] else "–",
+        )
+        for name, used in (
+            ("device", found["device"]["budget"] - found["device"]["free"]),
+            ("host", found["host"]["budget"] - found["host"]["free"]),
+            ("disk", found["disk"]["used"]),
+        )
+    ]
+    print_table(["MEMORY", "BUDGET", "USED", ""], rows, right=["BUDGET", "USED", ""])
+    moved = [
+        (
+            words,
+            size(found[name]["bytes"]),
+            str(found[name]["blocks"]),
+            f"{found[name]['bytes'] / found[name]['seconds'] / 1e9:.1f} GB/s" if found[name]["seconds"] else "–",
+        )
+        for name, words in (("out", "out"), ("in", "in"), ("to_disk", "to disk"))
+    ]
+    print_table(["MOVED", "BYTES", "BLOCKS", "SPEED"], moved, right=["BYTES", "BLOCKS", "SPEED"])
+    spared = found["out"]["spared"]
+    print_table(
+        ["", ""],
+        [
+            ("block", size(found["block_bytes"])),
+            ("longest session", f"{found['longest']} tokens"),
+            ("evicted", f"{found['evicted']} times, {found['preempted']} of them between two tokens"),
+            ("left without a copy", f"{spared} blocks"),
+            ("dropped", f"{found['dropped']} times"),
+            ("waiting for room", f"{found['waiting']} sessions"),
+            *([("disk", found["disk"]["error"])] if found["disk"]["error"] else []),
+        ],
+    )
 
 
 def edit_text(edit: Any) -> str:

@@ -180,9 +180,25 @@ class Client:
         kind: type[Result] | type[Session] = Session if "id" in found else Result
         return self._decoded(data, kind)
 
-    def suspend(self, id: str) -> Session:
-        """Take an idle or stopped session's cache off the device; resume() brings it back."""
-        return self._ask("POST", _path(id, "suspend"), Session)
+    def suspend(self, id: str, *, durable: bool = False, wait: bool = True, timeout: float | None = None) -> Session:
+        """Take an idle or stopped session's cache off the device; resume() brings it back.
+
+        ``durable``: it is kept in files, too, and there again when the server has been restarted.
+        """
+        body = {"durable": durable, "wait": wait}
+        return self._ask("POST", _path(id, "suspend"), Session, body, timeout if wait else self._timeout)
+
+    def prefetch(self, id: str, *, wait: bool = False, timeout: float | None = None) -> Session:
+        """Begin to bring a session's cache back to the device, ahead of being needed."""
+        return self._ask("POST", _path(id, "prefetch"), Session, {"wait": wait}, timeout if wait else self._timeout)
+
+    def pin(self, id: str, seconds: float) -> Session:
+        """Keep a session's cache on the device for so long, whoever else needs the memory; 0: no longer."""
+        return self._ask("POST", _path(id, "pin"), Session, {"seconds": seconds})
+
+    def idle(self, id: str, seconds: float) -> Session:
+        """Say that the session will not go on for so long: others may have the memory, and it is back in time."""
+        return self._ask("POST", _path(id, "idle"), Session, {"seconds": seconds})
 
     def stop_at(self, id: str, breakpoint: Breakpoint) -> tuple[str, ...]:
         """Add a breakpoint, or one for each of its layers, for this and later generations; returns their names."""

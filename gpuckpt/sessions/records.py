@@ -147,6 +147,21 @@ class Pause(Struct, frozen=True):
     wire_bytes: Wire
 
 
+class Memory(Struct, frozen=True):
+    """Where a session's cache is; ``bytes`` on the ``device``, in ``host`` memory and on ``disk``, in whole blocks.
+
+    ``away``: it comes back when it is needed; ``dropped``: it is computed again then. ``waiting``: a pass waits for
+    room. ``pinned`` and ``expected`` are seconds from now. ``durable``: it outlives the server, as it is now.
+    """
+
+    state: Literal["device", "arriving", "leaving", "away", "dropped"]
+    bytes: dict[str, int]
+    waiting: bool
+    pinned: float | None
+    expected: float | None
+    durable: bool
+
+
 class Session(Struct, frozen=True):
     """A session. ``length`` of its ``tokens`` tokens have been read; their keys and values take ``cache_bytes``."""
 
@@ -157,6 +172,7 @@ class Session(Struct, frozen=True):
     tokens: int
     length: int
     cache_bytes: int
+    memory: Memory
     turns: int
     passes: int
     steering: tuple[EditInfo, ...]
@@ -224,7 +240,7 @@ class Lens(Struct, frozen=True):
 
 
 class Engine(Struct, frozen=True):
-    """The model, what the probe at its load found (``verdict``), and counters."""
+    """The model, what the probe at its load found (``verdict``), memory for caches and its traffic, and counters."""
 
     model: str
     identity: str
@@ -235,6 +251,7 @@ class Engine(Struct, frozen=True):
     vocabulary: int
     features: int
     ring: dict[str, int]
+    memory: dict[str, Any]
     counters: dict[str, int]
 
 

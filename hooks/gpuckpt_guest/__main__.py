@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A thread that holds the interpreter gives it up after this long: the default of 5 ms is a whole resume.
     sys.setswitchinterval(0.0005)
     from .api.app import application
+    from .durable import Durable
     from .engine.engine import Engine
+    from .engine.memory import Budgets
     from .engine.model import load
     from .engine.stepper import UnsupportedModelError
 
@@ -39,12 +42,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpuckpt_guest: {options.model} cannot be loaded: {error}", file=sys.stderr)
         return 4
     log.info("%s: %s", loaded.name, loaded.verdict)
-    engine = Engine(
-        loaded,
-        ring_bytes=options.ring_mib << 20,
-        max_batch=options.max_batch,
-        max_sessions=options.max_sessions,
+    budgets = Budgets(
+        device=None if options.kv_mib is None else options.kv_mib << 20,
+        host=None if options.kv_host_mib is None else options.kv_host_mib << 20,
+        disk=options.kv_disk_mib << 20,
+        folder=options.kv_dir,
     )
+    try:
+        engine = Engine(
+            loaded,
+            budgets=budgets,
+            ring_bytes=options.ring_mib << 20,
+            max_batch=options.max_batch,
+            max_sessions=options.max_sessions,
+        )
+        if options.kv_dir is not None:
+            with torch.inference_mode():
+                log.info(
+                    "of the sessions kept in %s %d are here, %d are damaged", options.kv_dir, *Durable(engine).find()
+                )
+    except BlockingIOError:
+        print(f"gpuckpt_guest: another server keeps its sessions in {options.kv_dir}", file=sys.stderr)
+        return 4
+    except (OSError, ValueError) as error:
+        print(f"gpuckpt_guest: there is no memory for sessions: {error}", file=sys.stderr)
+        return 4
     engine.start()
     import uvicorn
 
@@ -78,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-model-len", type=int, help="the most tokens of a session; default: the model's")
     serve.add_argument("--max-batch", type=int, default=64, help="the most sessions in one batch")
     serve.add_argument("--max-sessions", type=int, default=4096)
+    serve.add_argument("--kv-mib", type=int, help="device memory for keys and values; default: most of what is free")
+    serve.add_argument("--kv-host-mib", type=int, help="host memory for those that have left the device")
+    serve.add_argument("--kv-disk-mib", type=int, default=65536, help="and in files, if --kv-dir is given")
+    serve.add_argument("--kv-dir", type=Path, help="folder for them, and for sessions that are to outlive the server")
     serve.add_argument("--ring-mib", type=int, default=64, help="host memory for activations of stopped sessions")
     serve.add_argument("--threads", type=int, help="threads of one operation on the CPU; default: torch's")
     return parser

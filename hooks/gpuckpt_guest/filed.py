@@ -78,6 +78,15 @@ class Pause(Strict):
     carried: list[tuple[Short, Count | Short, Count]] = Field(max_length=4096)
 
 
+class Block(Strict):
+    """A block of keys and values in a file of its own: which of which track, and the digest of its bytes."""
+
+    track: Count
+    number: Count
+    file: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.block$")]
+    digest: Short
+
+
 class Session(Strict):
     """All of it."""
 
@@ -87,6 +96,8 @@ class Session(Strict):
     id: Name
     tokens: Tokens
     length: Count
+    reads: list[Annotated[int, Field(strict=True, ge=1)]] | None = None
+    replay: list[Annotated[int, Field(strict=True, ge=1)]] = Field(default_factory=list)
     cache: list[Layer] = Field(max_length=65536)
     edits: list[FiledEdit] = Field(max_length=1024)
     breakpoints: list[FiledBreakpoint] = Field(max_length=1024)
@@ -95,3 +106,4 @@ class Session(Strict):
     passes: Count
     turn: Turn | None
     pause: Pause | None
+    blocks: list[Block] | None = None

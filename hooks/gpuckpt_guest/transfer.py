@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,13 +24,17 @@ from safetensors.torch import save as save_tensors
 from . import filed
 from .checkpoint import Ring
 from .engine.breakpoints import Breakpoint, Condition
-from .engine.engine import FLOATS, Engine, EngineError, conflict
+from .engine.engine import FLOATS, Engine
+from .engine.errors import EngineError, conflict
 from .engine.sampling import Sampling, Scores
 from .engine.session import Pause, Session, State, Turn, norms
 from .engine.steering import Edit
 from .engine.text import TextStream
+from .kv.pager import Snapshot
 
 VERSION = 1
+# Gives a session the keys and values that lie in blocks of their own.
+Attach = Callable[[Session, Sequence[filed.Block]], None]
 _PAUSE = ("layer", "step", "position", "tokens", "breakpoint", "executed", "replaced")
 _KEY = "gpuckpt_session"
 
@@ -46,6 +51,17 @@ def pack(tensors: Mapping[str, Any], metadata: Mapping[str, Any]) -> bytes:
     if _KEY in metadata:
         metadata = {_KEY: metadata[_KEY] | {"digest": _digest(held, metadata[_KEY])}}
     return bytes(save_tensors(held, {name: json.dumps(value) for name, value in metadata.items()}))
+
+
+def with_blocks(metadata: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The metadata of a session whose keys and values lie in these blocks, in files of their own."""
+    return {_KEY: metadata[_KEY] | {"blocks": list(blocks)}}
+
+
+def pack_session(tensors: Mapping[str, Any], metadata: Mapping[str, Any], snapshot: Snapshot) -> bytes:
+    """What :func:`export` gave, as a file; for any thread. Raises LostError."""
+    columns = {f"cache.{name}": tensor for name, tensor in snapshot.tensors()}
+    return pack({**tensors, **columns}, metadata)
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,10 +101,11 @@ def one_tensor(data: bytes, name: str) -> Any:
     return next(iter(tensors.values()))
 
 
-def export(engine: Engine, session: Session) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The session as tensors and metadata, for :func:`pack`. Called by the engine's thread.
+def export(engine: Engine, session: Session) -> tuple[dict[str, Any], dict[str, Any], Snapshot]:
+    """The session as tensors and metadata, for :func:`pack`, and its keys and values, wherever they lie.
 
-    The tensors are the session's own where they lie in one piece; nothing of them changes while it is stopped or idle.
+    Called by the engine's thread. The snapshot's tensors belong among the others, ``cache.`` in front of their names;
+    any thread may read them, and the engine's is to release it then.
     """
     if session.state is State.RUNNING:
         raise conflict(f"session {session.id} is running; pause it first")
@@ -98,7 +115,7 @@ def export(engine: Engine, session: Session) -> tuple[dict[str, Any], dict[str, 
         kinds = ", ".join(engine.loaded.blueprint.unknown)
         raise conflict(f"sessions of this model cannot be exported: its cache has layers of the kind {kinds}")
     engine.scheduler.batches.settle(session)
-    tensors: dict[str, Any] = {f"cache.{name}": tensor for name, tensor in session.cache.tensors()}
+    tensors: dict[str, Any] = {f"cache.{name}": tensor.clone() for name, tensor in session.cache.states()}
     tensors["random"] = session.random.get_state()
     vectors: list[Any] = []
 
@@ -116,6 +133,8 @@ def export(engine: Engine, session: Session) -> tuple[dict[str, Any], dict[str, 
         "id": session.id,
         "tokens": session.tokens,
         "length": session.cache.length,
+        "reads": session.reads,
+        "replay": list(session.replay),
         "cache": session.cache.facts(),
         "edits": [written(edit) for edit in session.edits.values()],
         "breakpoints": [breakpoint_facts(breakpoint) for breakpoint in session.breakpoints.values()],
@@ -139,13 +158,19 @@ def export(engine: Engine, session: Session) -> tuple[dict[str, Any], dict[str, 
             "edits": [written(edit) for edit in pause.edits],
             "carried": carried,
         }
-    return tensors, {_KEY: facts}
+    return tensors, {_KEY: facts}, engine.memory.pager.snapshot(session.cache)
 
 
-def load(engine: Engine, file: tuple[dict[str, Any], dict[str, Any]], name: str | None) -> Session:
+def load(
+    engine: Engine,
+    file: tuple[dict[str, Any], dict[str, Any]],
+    name: str | None,
+    attach: Attach | None = None,
+) -> Session:
     """A session out of what :func:`unpack` found in a file, as it was. Called by the engine's thread.
 
-    Raises EngineError: the file is malformed, is of another model, or does not hold together; nothing is left behind.
+    ``attach`` gives it its keys and values, where the file does not have them. Raises EngineError: the file is
+    malformed, is of another model, or does not hold together; nothing is left behind.
     """
     tensors, metadata = file
     facts = metadata.get(_KEY)
@@ -159,7 +184,7 @@ def load(engine: Engine, file: tuple[dict[str, Any], dict[str, Any]], name: str 
         raise EngineError(f"the session in the file has a wrong form: {error}", code="malformed") from None
     session = engine.create(name or held.id)
     try:
-        _fill(engine, session, held, tensors)
+        _fill(engine, session, held, tensors, attach)
     except EngineError:
         engine.delete(session)
         raise
@@ -169,12 +194,20 @@ def load(engine: Engine, file: tuple[dict[str, Any], dict[str, Any]], name: str 
     return session
 
 
-def _fill(engine: Engine, session: Session, held: filed.Session, tensors: dict[str, Any]) -> None:
+def _fill(
+    engine: Engine,
+    session: Session,
+    held: filed.Session,
+    tensors: dict[str, Any],
+    attach: Attach | None,
+) -> None:
     loaded = engine.loaded
     if not all(token < loaded.vocabulary for token in held.tokens) or len(held.tokens) > loaded.limit:
         raise ValueError("its tokens are not this model's")
-    if held.length > len(held.tokens):
+    if held.length + sum(held.replay) > len(held.tokens):
         raise ValueError("its cache is longer than its text")
+    if (held.replay and held.pause) or (held.reads is not None and sum(held.reads) != held.length + sum(held.replay)):
+        raise ValueError("the passes that it has made do not fit its text")
     pause, turn = held.pause, held.turn
     if (pause is None) != (turn is None):
         raise ValueError("it was in a generation, but not stopped, or the other way round")
@@ -193,7 +226,12 @@ def _fill(engine: Engine, session: Session, held: filed.Session, tensors: dict[s
     session.tokens = list(held.tokens)
     cached = {key.removeprefix("cache."): tensor for key, tensor in tensors.items() if key.startswith("cache.")}
     stopped = (pause.layer, pause.tokens) if pause else (0, 0)
-    session.cache.load(held.length, [layer.model_dump() for layer in held.cache], cached, loaded.device, stopped)
+    layers = [layer.model_dump() for layer in held.cache]
+    columns = session.cache.load(held.length, layers, cached, loaded.device, stopped, without=attach is not None)
+    if attach is None:
+        engine.memory.adopt(session, columns)
+    else:
+        attach(session, held.blocks or [])
     session.random.set_state(tensors["random"])
 
     def read(edit: filed.FiledEdit) -> Edit:
@@ -211,6 +249,7 @@ def _fill(engine: Engine, session: Session, held: filed.Session, tensors: dict[s
         session.breakpoints[name].hits = item.hits
     session.messages = [message.model_dump() for message in held.messages]
     session.turns, session.passes = held.turns, held.passes
+    session.reads, session.replay = held.reads, deque(held.replay)
     if pause and turn:
         session.turn = _read_turn(engine, turn)
         session.pause = _read_pause(engine.ring, pause, tensors)
@@ -260,7 +299,7 @@ def _read_turn(engine: Engine, held: filed.Turn) -> Turn:
 def _read_pause(ring: Ring, held: filed.Pause, tensors: dict[str, Any]) -> Pause:
     carried: dict[str, dict[Any, Any]] = {}
     for number, (name, key, count) in enumerate(held.carried):
-        handed = [tensors[f"carried.{number}.{index}"].to(ring.device) for index in range(count)]
+        handed = [tensors[f"carried.{number}.{index}"] for index in range(count)]
         carried.setdefault(name, {})[key] = tuple(handed)
     return Pause(
         **{name: getattr(held, name) for name in _PAUSE},

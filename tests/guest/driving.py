@@ -10,6 +10,8 @@ import torch
 from gpuckpt_guest.engine.engine import Engine, Request
 from gpuckpt_guest.engine.model import Loaded, prepare
 from gpuckpt_guest.engine.session import Event, Session, Turn
+from gpuckpt_guest.kv.arena import Arena
+from gpuckpt_guest.kv.cache import SessionCache
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 199
@@ -51,6 +53,12 @@ def model(kind: str = "llama", **more: Any) -> Any:
 def loaded(kind: str = "llama", **more: Any) -> Loaded:
     """The same, probed."""
     return prepare(model(kind, **more), Letters(), name="tiny", identity="tiny")
+
+
+def cache(of: Loaded) -> SessionCache:
+    """An empty cache, in an arena of its own."""
+    plan = of.blueprint
+    return plan.session(Arena.small(plan.forms, plan.windows, device="cpu", tables=1, limit=64))
 
 
 class Driver:

@@ -15,7 +15,9 @@ from hooks.gpuckpt_guest.engine.model import Loaded, prepare
 from hooks.gpuckpt_guest.engine.probe import batch_inputs, carried, decoder_layers
 from hooks.gpuckpt_guest.engine.steering import Edit, apply
 from hooks.gpuckpt_guest.engine.stepper import Forward
-from hooks.gpuckpt_guest.kv.cache import Lanes, SessionCache
+from hooks.gpuckpt_guest.kv.arena import Arena
+from hooks.gpuckpt_guest.kv.cache import SessionCache
+from hooks.gpuckpt_guest.kv.lanes import Lanes
 
 from .catalogue import FEATURES, Architecture
 from .reference import Plain, build
@@ -35,6 +37,12 @@ class Subject:
         self.layout = self.loaded.verdict.layout
         self.layers = self.loaded.verdict.layers
         self.ring = Ring(1 << 16, "cpu")
+        plan = self.loaded.blueprint
+        self._arena = Arena.small(plan.forms, plan.windows, device="cpu", tables=64, limit=512)
+
+    def cache(self) -> SessionCache:
+        """An empty one."""
+        return self.loaded.blueprint.session(self._arena)
 
     def begin(self, cache: SessionCache | Lanes, ids: Any) -> Forward:
         """The prologue of a pass, as the scheduler makes it."""

@@ -123,7 +123,7 @@ STEPS = st.lists(
 @given(steps=STEPS)
 def test_random_histories(steps: list[tuple[str, int, int]]) -> None:
     (track,), size = layout()
-    arena = Arena(HostMemory(9, size), LIMIT)
+    arena = Arena(HostMemory(9, size), [track], LIMIT)
     elsewhere = Elsewhere(arena)
     sessions = [Session(Table(arena, track))]
     number = 0
@@ -167,7 +167,7 @@ def test_random_histories(steps: list[tuple[str, int, int]]) -> None:
 
 def test_a_token_costs_the_same_however_many_there_are() -> None:
     (track,), size = layout()
-    arena = Arena(HostMemory(12, size), LIMIT)
+    arena = Arena(HostMemory(12, size), [track], LIMIT)
     shown: list[int] = []
 
     class Watched(Table):
@@ -184,7 +184,7 @@ def test_a_token_costs_the_same_however_many_there_are() -> None:
 
 def test_a_branch_copies_one_block_and_shares_the_rest() -> None:
     (track,), size = layout()
-    arena = Arena(HostMemory(12, size), LIMIT)
+    arena = Arena(HostMemory(12, size), [track], LIMIT)
     parent = Session(Table(arena, track))
     write(parent, list(range(2800)))
     before = arena.free
@@ -207,7 +207,7 @@ def test_addresses_go_with_the_last_view() -> None:
 
     (track,), size = layout()
     memory = HostMemory(4, size)
-    arena = Arena(memory, LIMIT)
+    arena = Arena(memory, [track], LIMIT)
     gc.collect()
     before = mappings()
     table = Table(arena, track)

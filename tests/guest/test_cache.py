@@ -1,24 +1,32 @@
-"""Caches against plain lists: random histories of reading, forking, flying together, giving up, moving."""
+"""Caches against plain lists: random histories of reading, forking, flying together, giving up, leaving, ending."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
-from gpuckpt_guest.kv.cache import Blueprint, Lanes, SessionCache
+from gpuckpt_guest.kv.arena import Arena
+from gpuckpt_guest.kv.cache import Blueprint, SessionCache
+from gpuckpt_guest.kv.lanes import Lanes
+from gpuckpt_guest.kv.pager import Pager
+from gpuckpt_guest.kv.store import HostMemoryPool
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 WINDOW = 6
 HEADS, SIZE = 2, 3
 
 
-def blueprint() -> Blueprint:
-    return Blueprint(
-        AutoConfig.for_model(
+class Plan:
+    """Caches of a tiny model with a window and without, in an arena with a pager."""
+
+    def __init__(self, limit: int = 4096) -> None:
+        config = AutoConfig.for_model(
             "gemma2",
             num_hidden_layers=2,
             hidden_size=8,
@@ -28,7 +36,32 @@ def blueprint() -> Blueprint:
             sliding_window=WINDOW,
             layer_types=["sliding_attention", "full_attention"],
         )
-    )
+        self.blueprint = Blueprint(config)
+        seen = DynamicCache(config=config)
+        for layer in range(2):
+            seen.update(columns([1]), columns([1]), layer)
+        self.blueprint.learn(seen)
+        self.arena = Arena.small(self.blueprint.forms, self.blueprint.windows, device="cpu", tables=16, limit=limit)
+        self.wakes = Event()
+        pool = HostMemoryPool(self.arena.memory.size * 32, self.arena.memory.size, pinned=False)
+        self.pager = Pager(self.arena, pool, None, self.wakes.set)
+
+    def session(self) -> SessionCache:
+        return self.blueprint.session(self.arena)
+
+    def leave(self, cache: SessionCache) -> None:
+        self.pager.leave(cache)
+        self.until(lambda: self.pager.left(cache))
+
+    def bring(self, cache: SessionCache) -> None:
+        self.pager.bring(cache, "cpu")
+        self.until(lambda: not self.pager.arriving(cache))
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            assert self.wakes.wait(10)
+            self.wakes.clear()
+            self.pager.poll()
 
 
 @dataclass
@@ -73,7 +106,9 @@ class Numbers:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["read", "fork", "fly", "give up", "split", "move"]), st.integers(0, 7), st.integers(1, 9)
+        st.sampled_from(["read", "fork", "fly", "give up", "split", "leave", "end"]),
+        st.integers(0, 7),
+        st.integers(1, 9),
     ),
     max_size=25,
 )
@@ -82,7 +117,7 @@ STEPS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(steps=STEPS)
 def test_random_histories(steps: list[tuple[str, int, int]]) -> None:
-    plan, numbers = blueprint(), Numbers()
+    plan, numbers = Plan(), Numbers()
     sessions = [Model(plan.session())]
     for what, which, count in steps:
         one = sessions[which % len(sessions)]
@@ -97,8 +132,12 @@ def test_random_histories(steps: list[tuple[str, int, int]]) -> None:
             one.cache.abandon()
         elif what == "fork" and len(sessions) < 6:
             sessions.append(Model(one.cache.fork(), list(one.columns)))
-        elif what == "move":
-            one.cache.move("cpu")
+        elif what == "leave":
+            plan.leave(one.cache)
+            plan.bring(one.cache)
+        elif what == "end" and len(sessions) > 1:
+            sessions.remove(one)
+            one.cache.close()
         elif what in ("fly", "split"):
             rows = sessions[: 1 + count % len(sessions)]
             rows = [row for row in rows if row.columns]
@@ -123,19 +162,22 @@ def test_random_histories(steps: list[tuple[str, int, int]]) -> None:
                         cache.commit(1)
                     row.columns += new
                     write(child, 0, [[0]], [row.columns])
-                    child.abandon()
+                    child.close()
             else:
                 lanes.release()
     for one in sessions:
         assert one.cache.length == len(one.columns)
         for layer in range(2):
             write(one.cache, layer, [[7777]], [one.columns])
+        one.cache.close()
+    assert plan.arena.free == plan.arena.memory.places and plan.pager.host.free == 32
+    plan.pager.close()
 
 
 @settings(max_examples=60, deadline=None)
 @given(reads=st.lists(st.integers(1, 9), min_size=1, max_size=6), pending=st.integers(0, 3))
 def test_saved_and_loaded(reads: list[int], pending: int) -> None:
-    plan, numbers = blueprint(), Numbers()
+    plan, numbers = Plan(), Numbers()
     one = Model(plan.session())
     for count in reads:
         new = numbers.take(count)
@@ -147,9 +189,13 @@ def test_saved_and_loaded(reads: list[int], pending: int) -> None:
     if half:
         write(one.cache, 0, [half], [one.columns])
     other = plan.session()
-    plan.learn(one.cache)
-    tensors = {name: tensor.clone() for name, tensor in one.cache.tensors()}
-    other.load(one.cache.length, one.cache.facts(), tensors, "cpu", (1, pending))
+    snapshot = plan.pager.snapshot(one.cache)
+    tensors = dict(snapshot.tensors())
+    snapshot.release()
+    for name, tensor in one.cache.tensors():
+        assert torch.equal(tensors[name], tensor)
+    plan.pager.adopt(other, other.load(one.cache.length, one.cache.facts(), tensors, "cpu", (1, pending)))
+    plan.bring(other)
     if half:
         write(other, 1, [half], [one.columns])
         other.commit(pending)
@@ -159,12 +205,11 @@ def test_saved_and_loaded(reads: list[int], pending: int) -> None:
 
 
 def test_what_does_not_fit_is_not_loaded() -> None:
-    plan = blueprint()
+    plan = Plan()
     one = plan.session()
     for layer in range(2):
         write(one, layer, [[1, 2, 3]], [[]])
     one.commit(3)
-    plan.learn(one)
     tensors, facts = dict(one.tensors()), one.facts()
     for length, wrong_facts, wrong in (
         (4, facts, tensors),
@@ -176,16 +221,15 @@ def test_what_does_not_fit_is_not_loaded() -> None:
             plan.session().load(length, wrong_facts, wrong, "cpu")
 
 
-def test_appending_copies_nothing_but_now_and_then() -> None:
-    """A token costs its own bytes: the buffers move a number of times that grows with the logarithm of the length."""
-    cache = blueprint().session()
-    places = set()
-    for number in range(2000):
+def test_a_window_does_not_keep_what_it_will_never_read() -> None:
+    plan = Plan(limit=1 << 17)
+    cache = plan.session()
+    per_block = max(table.track.slab // table.track.record for table in cache.tables)
+    for _ in range(3):
         for layer in range(2):
-            keys = columns([number])
+            keys = columns(list(range(per_block)))
             cache.update(keys, keys, layer)
-        cache.commit(1)
-        places.add(cache.layers[1].segments[-1].keys.data_ptr())
-    assert len(places) <= 10
-    # And the window's layer does not keep what it will never read.
-    assert cache.layers[0].segments[-1].keys.shape[-2] < 200
+        cache.commit(per_block)
+        cache.room(1)
+    windowed, whole = sorted(cache.tables, key=lambda table: len(table.blocks))
+    assert len(windowed.blocks) <= 2 and len(whole.blocks) >= 3

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from gpuckpt_guest.engine.breakpoints import Condition
-from gpuckpt_guest.engine.engine import EngineError, Variant
+from gpuckpt_guest.engine.engine import Variant
+from gpuckpt_guest.engine.errors import EngineError
 from gpuckpt_guest.engine.sampling import Sampling
 from gpuckpt_guest.engine.session import Session, State
 from gpuckpt_guest.engine.steering import Edit

@@ -206,7 +206,7 @@ def test_a_norm_and_a_head_are_called_directly_where_nothing_else_follows(
     try:
         assert made.verdict.direct_head is direct
         with torch.inference_mode():
-            cache = made.blueprint.session()
+            cache = driving.cache(made)
             forward = made.stepper.begin(made.stepper.inputs(torch.tensor([[3, 1, 4, 1, 5]]), past=[0]), cache)
             for _ in made.stepper.layers:
                 made.stepper.step(forward)

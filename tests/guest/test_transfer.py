@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from gpuckpt_guest import transfer
 from gpuckpt_guest.engine.breakpoints import Condition
-from gpuckpt_guest.engine.engine import EngineError
+from gpuckpt_guest.engine.errors import EngineError
 from gpuckpt_guest.engine.sampling import Sampling
 from gpuckpt_guest.engine.session import Session, State
 from gpuckpt_guest.engine.steering import Edit
@@ -63,7 +63,10 @@ def stopped(driver: Driver, layer: int, step: int, **options: Any) -> Session:
 
 
 def filed(driver: Driver, session: Session) -> bytes:
-    return transfer.pack(*driver.do(transfer.export, driver.engine, session))
+    tensors, metadata, snapshot = driver.do(transfer.export, driver.engine, session)
+    made = transfer.pack_session(tensors, metadata, snapshot)
+    driver.do(snapshot.release)
+    return made
 
 
 def written(data: bytes) -> tuple[Any, dict[str, Any]]:

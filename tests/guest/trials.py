@@ -17,7 +17,8 @@ import torch
 from transformers import DynamicCache
 
 from hooks.gpuckpt_guest.engine.engine import Engine, Request
-from hooks.gpuckpt_guest.kv.cache import Lanes, SessionCache
+from hooks.gpuckpt_guest.kv.cache import SessionCache
+from hooks.gpuckpt_guest.kv.lanes import Lanes
 
 from .catalogue import Architecture
 from .reference import LONG, SHORT, WRITTEN, Answer, cache_difference, difference, held, tensors, text
@@ -55,7 +56,7 @@ class Traffic:
 
     def _forever(self) -> Iterator[None]:
         while True:
-            cache, made = self._subject.loaded.blueprint.session(), Answer()
+            cache, made = self._subject.cache(), Answer()
             while (read := made.next(self._prompt)) is not None:
                 forward = self._subject.begin(cache, torch.tensor([read]))
                 for layer in range(self._subject.layers):
@@ -76,7 +77,7 @@ def cuts(subject: Subject, length: int, *, steered: bool) -> Outcome:
         edit = subject.edit(cut) if steered else None
         if edit is not None:
             wanted = subject.plain.answer(prompt, edit, subject.layout)
-        cache, made = subject.loaded.blueprint.session(), Answer()
+        cache, made = subject.cache(), Answer()
         while (read := made.next(prompt)) is not None:
             step = len(made.logits)
             where = f"cut {cut}, pass {step} of {len(read)} tokens"
@@ -105,15 +106,16 @@ def cuts(subject: Subject, length: int, *, steered: bool) -> Outcome:
 
 
 def padded(subject: Subject) -> Outcome:
-    """A batch of prompts padded on the left, as one cache of several rows, stopped at every cut of four passes."""
+    """A batch of prompts padded on the left, in lanes of several rows, stopped at every cut of four passes."""
     outcome = Outcome()
-    if "attention_mask" not in subject.stepper.takes:
+    if not subject.loaded.verdict.batching:
         return outcome
     texts = [text(length, seed=length) for length in (5, 12, 9)]
     longest = max(map(len, texts))
     ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
     mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-    ours, theirs = subject.loaded.blueprint.session(), DynamicCache(config=subject.plain.model.config)
+    members = [subject.cache() for _ in texts]
+    ours, theirs = Lanes(members, longest), DynamicCache(config=subject.plain.model.config)
     traffic = Traffic(subject, outcome)
     for step in range(4):
         inputs: dict[str, Any] = {"attention_mask": mask}
@@ -135,8 +137,22 @@ def padded(subject: Subject) -> Outcome:
             return outcome
         ids = wanted[:, -1].argmax(-1)[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    outcome.note("padded batch", cache_difference(ours, theirs))
+    ours.release()
+    _compare_rows(outcome, "padded batch", members, theirs)
     return outcome
+
+
+def _compare_rows(outcome: Outcome, where: str, caches: Sequence[SessionCache], theirs: Any) -> None:
+    """What each of the sessions holds, and its row of transformers' own cache, without the padding there."""
+    for row, cache in enumerate(caches):
+        for index, layer in enumerate(theirs.layers):
+            for name, tensor in tensors(layer):
+                kept = tensor[row : row + 1]
+                if name in ("keys", "values"):  # as far as the window still holds it
+                    kept = kept[..., -cache.length :, :]
+                outcome.note(
+                    f"{where}, row {row}, layer {index}, {name}", difference(held(cache.layers[index], name), kept)
+                )
 
 
 def _joined(subject: Subject, caches: Sequence[SessionCache]) -> Any:
@@ -196,15 +212,7 @@ def lanes(subject: Subject) -> Outcome:
             return outcome
         batch.release()
         tokens = [int(row.argmax()) for row in got[:, -1]]
-    for row, cache in enumerate(caches):
-        for index, layer in enumerate(theirs.layers):
-            for name, tensor in tensors(layer):
-                kept = tensor[row : row + 1]
-                if name in ("keys", "values"):  # without the padding, as far as the window still holds it
-                    kept = kept[..., -cache.length :, :]
-                outcome.note(
-                    f"lanes, row {row}, layer {index}, {name}", difference(held(cache.layers[index], name), kept)
-                )
+    _compare_rows(outcome, "lanes", caches, theirs)
     return outcome
 
 
@@ -212,7 +220,7 @@ def _read(subject: Subject, lengths: Sequence[int]) -> tuple[list[SessionCache],
     """Sessions that have read texts of these lengths, and the token that each is about to read."""
     caches, tokens = [], []
     for length in lengths:
-        cache = subject.loaded.blueprint.session()
+        cache = subject.cache()
         logits = subject.whole(cache, torch.tensor([text(length, seed=length)]))
         caches.append(cache)
         tokens.append(int(logits[0, -1].argmax()))
@@ -262,7 +270,7 @@ def forks(subject: Subject) -> Outcome:
     prompt = text(SHORT, seed=SHORT)
     wanted = subject.plain.answer(prompt)
     for cut in range(0, subject.layers + 1, 2):
-        root = subject.loaded.blueprint.session()
+        root = subject.cache()
         ids = torch.tensor([prompt])
         stopped = subject.stop(subject.run(subject.begin(root, ids), cut))
         child = root.fork()

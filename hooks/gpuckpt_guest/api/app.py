@@ -17,9 +17,10 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import lifecycle
-from ..engine.engine import NAME_RULE, Engine, EngineError
+from ..engine.engine import NAME_RULE, Engine
+from ..engine.errors import EngineError
 from ..engine.session import State
-from . import files, openai, schema, sessions, stops
+from . import files, memory, openai, schema, sessions, stops
 from .bridge import Bridge, Gone, bridge_of
 
 _PAGE = Path(__file__).with_name("page.html")
@@ -36,6 +37,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         (429, "too many sessions"),
         (500, "the generation failed"),
         (503, "the engine has stopped"),
+        (507, "host memory for caches is used up"),
     )
 }
 
@@ -53,7 +55,7 @@ def application(engine: Engine, *, body_limit: int = 4 << 30) -> ASGIApp:
     )
     app.state.bridge = Bridge(engine)
     app.state.created = int(time.time())
-    for part in (openai, sessions, stops, files):
+    for part in (openai, sessions, stops, memory, files):
         app.include_router(part.router)
     app.add_api_route("/health", _health, methods=["GET"], tags=["server"], response_model=schema.Done)
     app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["server"], response_class=PlainTextResponse)
@@ -85,7 +87,7 @@ def _exposition(engine: Engine) -> str:
         states[session.state] += 1
     lines = ["# TYPE gpuckpt_guest_sessions gauge"]
     lines += [f'gpuckpt_guest_sessions{{state="{state}"}} {count}' for state, count in states.items()]
-    scheduler = engine.scheduler
+    scheduler, memory = engine.scheduler, engine.memory.report()
     for name, kind, value in (
         ("requests_running", "gauge", states[State.RUNNING]),
         ("layers_run_total", "counter", scheduler.layers_run),
@@ -93,6 +95,13 @@ def _exposition(engine: Engine) -> str:
         ("batch_size_max", "gauge", scheduler.largest_batch),
         ("checkpoint_ring_bytes", "gauge", engine.ring.size),
         ("checkpoints_spilled_total", "counter", engine.ring.spilled),
+        ("memory_waiting", "gauge", engine.memory.residency.waiting),
+        ("memory_device_free_bytes", "gauge", memory["device"]["free"]),
+        ("memory_host_free_bytes", "gauge", memory["host"]["free"]),
+        ("memory_disk_used_bytes", "gauge", memory["disk"]["used"]),
+        ("paged_out_bytes_total", "counter", memory["out"]["bytes"]),
+        ("paged_in_bytes_total", "counter", memory["in"]["bytes"]),
+        ("evicted_total", "counter", memory["evicted"]),
         ("cache_bytes", "gauge", sum(s.cache.bytes() for s in engine.sessions.values() if s.state != State.RUNNING)),
     ):
         lines += [f"# TYPE gpuckpt_guest_{name} {kind}", f"gpuckpt_guest_{name} {value}"]

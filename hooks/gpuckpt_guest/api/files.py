@@ -10,7 +10,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from .. import transfer
-from ..engine.engine import missing
+from ..engine.errors import conflict, missing
+from ..kv.pager import Snapshot
+from ..kv.store import LostError
 from . import schema
 from .bridge import bridge_of
 from .forms import info
@@ -34,13 +36,17 @@ async def export(id: str, request: HttpRequest) -> Response:
     """The session, stopped or idle, as one safetensors file: to keep, or for `POST /v1/sessions/import` elsewhere."""
     bridge = bridge_of(request)
 
-    def taken() -> tuple[dict[str, Any], dict[str, Any]]:
-        tensors, metadata = transfer.export(bridge.engine, bridge.engine.session(id))
-        # Copies: the session may go on while the file is written.
-        return {name: tensor.clone() for name, tensor in tensors.items()}, metadata
+    def taken() -> tuple[dict[str, Any], dict[str, Any], Snapshot]:
+        return transfer.export(bridge.engine, bridge.engine.session(id))
 
-    tensors, metadata = await bridge.do(taken)
-    return Response(await asyncio.to_thread(transfer.pack, tensors, metadata), media_type=SAFETENSORS)
+    tensors, metadata, snapshot = await bridge.do(taken)
+    try:
+        file = await asyncio.to_thread(transfer.pack_session, tensors, metadata, snapshot)
+    except LostError as error:
+        raise conflict(f"session {id} cannot be exported: {error}") from error
+    finally:
+        await asyncio.shield(bridge.do(snapshot.release))
+    return Response(file, media_type=SAFETENSORS)
 
 
 @router.post("/sessions/import", response_model=schema.SessionInfo, status_code=201, openapi_extra=BINARY_BODY)

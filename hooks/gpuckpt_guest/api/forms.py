@@ -12,7 +12,8 @@ import torch
 
 from .. import transfer
 from ..engine.breakpoints import Condition
-from ..engine.engine import Engine, EngineError, missing
+from ..engine.engine import Engine
+from ..engine.errors import EngineError, missing
 from ..engine.session import Session, State, Turn, norms
 from ..engine.steering import Edit
 from . import schema
@@ -80,8 +81,9 @@ def info(engine: Engine, session: Session) -> dict[str, Any]:
         "parent": session.parent,
         "created": session.created,
         "tokens": len(session.tokens),
-        "length": session.cache.length,
+        "length": session.length,
         "cache_bytes": session.cache.bytes() if session.state is not State.RUNNING else 0,
+        "memory": engine.memory.where(session),
         "turns": session.turns,
         "passes": session.passes,
         "steering": [edit_info(edit) for edit in session.edits.values()],

@@ -12,7 +12,8 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from ..engine.engine import Engine, EngineError, Request, missing
+from ..engine.engine import Engine, Request
+from ..engine.errors import EngineError, missing
 from ..engine.sampling import Sampling, Scores
 from ..engine.session import Session, Turn
 from .bridge import Bridge, Mailbox, bridge_of, sse, unless_gone

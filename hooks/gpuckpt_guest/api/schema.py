@@ -118,6 +118,34 @@ class ResumeSpec(Strict):
     wait: Literal["none", "paused", "token", "end"] = "end"
 
 
+Seconds = Annotated[float, Field(ge=0, le=7 * 86400, allow_inf_nan=False)]
+
+
+class SuspendSpec(Strict):
+    """Leave the device. `durable`: it is also kept in files, and found again when the server has been restarted."""
+
+    durable: StrictBool = False
+    wait: StrictBool = Field(True, description="answer when it has left")
+
+
+class PrefetchSpec(Strict):
+    """Come back to the device, ahead of being needed."""
+
+    wait: StrictBool = Field(False, description="answer when it has arrived")
+
+
+class PinSpec(Strict):
+    """Stay on the device for so many `seconds`; 0: as long as nobody else needs the memory, as all do."""
+
+    seconds: Seconds
+
+
+class IdleSpec(Strict):
+    """The client expects to go on in so many `seconds`: until then others may have the memory."""
+
+    seconds: Seconds
+
+
 class SteerSpec(Strict):
     """Edits at the stop, or standing rules for all passes to come."""
 
@@ -211,6 +239,21 @@ class PauseInfo(BaseModel):
     wire_bytes: dict[str, int] = Field(description="received and sent by requests for this session since the stop")
 
 
+class MemoryInfo(BaseModel):
+    """Where a session's cache is. `bytes` on the device, in host memory and on disk, in whole blocks.
+
+    `device`: all of it is there; `arriving` and `leaving`: it is on its way; `away`: it comes back when it is needed;
+    `dropped`: it is computed again then. `waiting`: a pass waits for room. `pinned`, `expected`: seconds from now.
+    """
+
+    state: Literal["device", "arriving", "leaving", "away", "dropped"]
+    bytes: dict[str, int]
+    waiting: bool
+    pinned: float | None
+    expected: float | None
+    durable: bool
+
+
 class SessionInfo(BaseModel):
     """A session. `length` tokens of its `tokens` have been read; their keys and values take `cache_bytes`."""
 
@@ -221,6 +264,7 @@ class SessionInfo(BaseModel):
     tokens: int
     length: int
     cache_bytes: int
+    memory: MemoryInfo
     turns: int
     passes: int
     steering: list[dict[str, Any]]
@@ -291,6 +335,7 @@ class EngineInfo(BaseModel):
     vocabulary: int
     features: int
     ring: dict[str, int]
+    memory: dict[str, Any] = Field(description="budgets for caches, what is used of them, and what was copied")
     counters: dict[str, int]
 
 

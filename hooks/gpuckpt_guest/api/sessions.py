@@ -10,7 +10,8 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
-from ..engine.engine import Engine, EngineError, Request, conflict
+from ..engine.engine import Engine, Request
+from ..engine.errors import EngineError, conflict
 from ..engine.sampling import Sampling
 from ..engine.session import Session, Turn
 from . import schema
@@ -46,6 +47,7 @@ def _engine_info(engine: Engine) -> dict[str, Any]:
         "vocabulary": loaded.vocabulary,
         "features": loaded.features,
         "ring": {"bytes": engine.ring.size, "spilled": engine.ring.spilled},
+        "memory": engine.memory.report(),
         "counters": {
             "layers_run": scheduler.layers_run,
             "tokens_sampled": scheduler.passes.tokens_sampled,

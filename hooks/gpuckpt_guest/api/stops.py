@@ -9,12 +9,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from .. import transfer
-from ..engine.engine import Variant, conflict, missing
+from ..engine.engine import Variant
+from ..engine.errors import conflict, missing
 from ..engine.session import Session, Turn
 from . import schema
 from .bridge import Mailbox, bridge_of, until
 from .files import BINARY, BINARY_BODY, SAFETENSORS
 from .forms import edits_from, info, result, stop_at
+from .memory import moved
 from .text import token_text
 
 router = APIRouter(prefix="/v1", tags=["sessions"])
@@ -50,12 +52,11 @@ async def resume(id: str, spec: schema.ResumeSpec, request: HttpRequest) -> Any:
 
     def begin() -> tuple[Session, Turn | None]:
         session = bridge.engine.session(id)
-        if spec.wait == "paused":
-            bridge.engine.wake(session)
-            return session, None
         bridge.engine.resume(session, None if spec.wait == "none" else box)
         return session, session.turn
 
+    if spec.wait == "paused":
+        return await moved(request, id, bridge.engine.wake, "woken", wait=True)
     session, turn = await bridge.do(begin)
     if turn is None:
         return await bridge.do(info, bridge.engine, session)
@@ -65,19 +66,6 @@ async def resume(id: str, spec: schema.ResumeSpec, request: HttpRequest) -> Any:
     # Not by the engine's thread, which is in a layer of the next pass already: nothing here changes under it but the
     # end of a list. Written as it is: to check what was just made takes longer than all the rest of an answer.
     return JSONResponse(result(bridge.engine, session, turn))
-
-
-@router.post("/sessions/{id}/suspend", response_model=schema.SessionInfo)
-async def suspend(id: str, request: HttpRequest) -> dict[str, Any]:
-    """Take an idle or stopped session's cache off the device."""
-    bridge = bridge_of(request)
-
-    def suspended() -> dict[str, Any]:
-        session = bridge.engine.session(id)
-        bridge.engine.suspend(session)
-        return info(bridge.engine, session)
-
-    return await bridge.do(suspended)
 
 
 @router.post("/sessions/{id}/breakpoints", response_model=schema.Created, status_code=201)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..engine.engine import EngineError
+from ..engine.errors import EngineError
 
 
 def encode(tokenizer: Any, text: str, *, first: bool = True) -> list[int]:

@@ -24,6 +24,8 @@ from .. import lifecycle
 from ..checkpoint import Ring
 from . import sampling
 from .breakpoints import Breakpoint, Condition
+from .errors import EngineError, conflict, full, missing
+from .memory import Budgets, SessionMemory
 from .model import Loaded
 from .sampling import Sampling
 from .scheduler import Scheduler
@@ -37,25 +39,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST = 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
-
-
-class EngineError(Exception):
-    """A request that cannot be met. ``status`` is the HTTP status that says so, ``code`` a word for programs."""
-
-    def __init__(self, message: str, *, status: int = 400, code: str = "bad_request") -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-
-
-def missing(what: str, name: str) -> EngineError:
-    """There is no such thing."""
-    return EngineError(f"there is no {what} {name!r}", status=404, code="not_found")
-
-
-def conflict(message: str) -> EngineError:
-    """It is there, but not in a state that allows this."""
-    return EngineError(message, status=409, code="conflict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +73,32 @@ class Engine:
     """Sessions of one model. Call :meth:`start`, then :meth:`do` from any thread."""
 
     def __init__(
-        self, loaded: Loaded, *, ring_bytes: int = 64 << 20, max_batch: int = 64, max_sessions: int = 4096
+        self,
+        loaded: Loaded,
+        *,
+        budgets: Budgets | None = None,
+        ring_bytes: int = 64 << 20,
+        max_batch: int = 64,
+        max_sessions: int = 4096,
     ) -> None:
+        """Raises ValueError or OSError if the memory that ``budgets`` asks for cannot be had."""
         self.loaded = loaded
         self.ring = Ring(ring_bytes, loaded.device)
         self.max_sessions = max_sessions
         self.sessions: dict[str, Session] = {}
         self.vectors: dict[str, Any] = {}
-        self.scheduler = Scheduler(loaded, self.ring, max_batch=max_batch, ended=self._ended)
         self.fault = ""
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="gpuckpt-engine", daemon=True)
         self._numbers = 0
         self._leaving: set[Session] = set()
+        self.memory = SessionMemory(
+            loaded, budgets or Budgets(), self.sessions.values, lambda: self._commands.put((self._poll, Future()))
+        )
+        self.scheduler = Scheduler(
+            loaded, self.ring, self.memory.batches, self.memory.residency, max_batch=max_batch, ended=self._ended
+        )
+        lifecycle.on_restore(lambda _: self.do(self.memory.residency.renew))
 
     # ------------------------------------------------------------------ the thread
 
@@ -114,6 +110,7 @@ class Engine:
         """End between two layers; what is running is lost."""
         self._commands.put(None)
         self._thread.join()
+        self.memory.close()
         self.fault = self.fault or "the engine has been stopped"
         self._refuse()
 
@@ -135,8 +132,9 @@ class Engine:
                     torch.cuda.set_device(self.loaded.device)  # a thread begins on the first one
                 while self._obey():
                     if self.scheduler.busy:
+                        self.memory.worked()
                         self.scheduler.run()
-                    if not self.scheduler.busy:
+                    if self.scheduler.done:
                         self.scheduler.rest()
             except BaseException as error:
                 # A fault of the engine itself: better no answer than a wrong one.
@@ -149,8 +147,13 @@ class Engine:
         """Call what has come; waits if there is nothing else to do. False: stop."""
         while True:
             try:
-                command = self._commands.get(block=not self.scheduler.busy)
+                busy = self.scheduler.busy
+                command = self._commands.get(not busy, None if busy else self.memory.next_time())
             except queue.Empty:
+                if not busy:
+                    self._poll()
+                    if self.scheduler.done:
+                        self.memory.rest()
                 return True
             if command is None:
                 return False
@@ -164,6 +167,13 @@ class Engine:
             except Exception as error:
                 _log.exception("a request failed")
                 future.set_exception(error)
+            self.scheduler.look()
+
+    def _poll(self) -> None:
+        """Caches have come or gone, or it is time that one does."""
+        for session in self.memory.poll():
+            self.scheduler.refuse(session)
+        self.scheduler.look()
 
     def _refuse(self) -> None:
         for session in list(self.sessions.values()):
@@ -196,7 +206,7 @@ class Engine:
         self._numbers += 1
         made = Session(
             id=name,
-            cache=self.loaded.blueprint.session(),
+            cache=self.loaded.blueprint.session(self.memory.arena),
             random=sampling.generator(seed),
             number=self._numbers,
             ephemeral=ephemeral,
@@ -223,7 +233,7 @@ class Engine:
 
     def delete(self, session: Session) -> None:
         """Remove a session in whatever state; what it was generating ends as cancelled."""
-        if session.turn and not session.pause and not self.scheduler.drop(session):
+        if not self.scheduler.drop(session) and session.turn:
             session.turn.cancelled = True  # its pass lands first
             self._leaving.add(session)
             return
@@ -236,6 +246,7 @@ class Engine:
             session.turn.reason = "cancelled"
             session.emit({"type": "done", "reason": "cancelled", "tokens": len(session.turn.generated)})
             session.turn = None
+        self.memory.forget(session)
         session.emit({"type": "deleted"})
         self.sessions.pop(session.id, None)
         self._leaving.discard(session)
@@ -258,7 +269,7 @@ class Engine:
         bad = next((token for token in request.read if not 0 <= token < self.loaded.vocabulary), None)
         if bad is not None:
             raise EngineError(f"there is no token {bad}: the vocabulary has {self.loaded.vocabulary}")
-        total = session.cache.length + len(tokens)
+        total = session.length + len(tokens)
         if total >= self.loaded.limit:
             raise EngineError(
                 f"{total} tokens leave no room in the {self.loaded.limit} that a session can have", code="too_long"
@@ -288,10 +299,12 @@ class Engine:
         turn = session.turn
         if turn is None:
             return
-        if session.pause and self.loaded.blueprint.recurrent:
+        if session.halfway and self.loaded.blueprint.recurrent:
             turn.cancelled = True  # its state is half-way: the pass must land
-            self.scheduler.resume([session])
-        elif session.pause or self.scheduler.drop(session):
+            if session.pause:
+                self.wake(session)
+                self.scheduler.resume([session])
+        elif self.scheduler.drop(session):
             self.scheduler.passes.drop_pause(session)
             session.cache.abandon()
             self.scheduler.passes.end(session, turn, "cancelled")
@@ -320,14 +333,14 @@ class Engine:
         session.breakpoints[name] = Breakpoint(id=name, **{"condition": Condition(), **what})
         return name
 
-    def wake(self, session: Session) -> None:
-        """Bring a suspended session's cache back to the device; it goes on being idle or stopped."""
-        if session.suspended:
-            session.cache.move(self.loaded.device)
-            if session.pause:
-                session.pause.move(self.loaded.device)
-            session.suspended = False
-            session.emit({"type": "woken"})
+    def wake(self, session: Session) -> bool:
+        """Have a session's cache brought back to the device, if it is not there, and let it be suspended no more.
+
+        It is told "woken" when it has arrived. False: it is there.
+        """
+        if session.failed:
+            raise conflict(f"session {session.id} has failed ({session.failed}); delete it")
+        return self.memory.wake(session)
 
     def resume(self, session: Session, sink: Sink | None = None) -> None:
         """Let a paused session go on, waking it first; a suspended one that is idle is only woken."""
@@ -343,20 +356,34 @@ class Engine:
         self.scheduler.resume([session])
         session.emit({"type": "resumed"})
 
-    def suspend(self, session: Session) -> int:
-        """Take an idle or paused session's cache off the device; returns the bytes that it holds."""
+    def suspend(self, session: Session, *, durable: bool = False) -> bool:
+        """Have an idle or paused session's cache leave the device; it is told "suspended" when it has left.
+
+        ``durable``: when it would outlive the server, too. False: it has left already.
+        """
         if session.state is State.RUNNING:
             raise conflict(f"session {session.id} is running; pause it first")
         if session.failed:
             raise conflict(f"session {session.id} has failed: {session.failed}")
-        if not session.suspended:
-            self.scheduler.batches.settle(session)
-            session.cache.move("cpu")
-            if session.pause:
-                session.pause.move("cpu")
-            session.suspended = True
-            session.emit({"type": "suspended"})
-        return session.cache.bytes()
+        self.scheduler.batches.settle(session)
+        if durable and self.memory.keep is None:
+            raise EngineError(
+                "there is no folder to keep sessions in: start the server with --kv-dir", code="nowhere_to_keep"
+            )
+        if not self.memory.fits(session, durable=durable):
+            raise full(session.id)
+        return self.memory.suspend(session, durable=durable)
+
+    def pin(self, session: Session, seconds: float) -> None:
+        """Keep a session's cache on the device for so long, and bring it there if it is not; 0: no longer."""
+        if session.suspended and seconds:
+            raise conflict(f"session {session.id} is suspended; resume it first")
+        if not self.memory.pin(session, seconds):
+            raise conflict("pinned sessions would hold more than three quarters of the device's memory for caches")
+
+    def expect(self, session: Session, seconds: float) -> None:
+        """The session's client expects to go on in so many seconds."""
+        self.memory.expect(session, seconds)
 
     def _can_work(self, session: Session) -> None:
         if session.failed:
@@ -522,6 +549,8 @@ class Engine:
             child.pause.checkpoint.users += 1
             child.pause.edits = [*parent.pause.edits, *variant.edits]
             child.pause.carried = {name: dict(held) for name, held in parent.pause.carried.items()}
+        child.reads = None if parent.reads is None else list(parent.reads)
+        child.replay = copy.copy(parent.replay)
         for edit in variant.standing:
             self._rule(child, edit)
         self.sessions[child.id] = child

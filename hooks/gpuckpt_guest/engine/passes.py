@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..checkpoint import Ring
-from ..kv.cache import Lanes, SessionCache
+from ..kv.cache import SessionCache
+from ..kv.lanes import Lanes
 from . import sampling
 from .batches import Batches
 from .breakpoints import Breakpoint, Stop
@@ -44,6 +45,8 @@ class Flight:
     split: tuple[int, Any] | None = None
     cache: SessionCache | Lanes | None = None
     forward: Forward | None = None
+    coming: bool = False  # its cache is still arriving
+    again: bool = False  # it was run before, and its cache was dropped: all that it gives is keys and values
 
     @property
     def fresh(self) -> bool:
@@ -70,7 +73,7 @@ class Passes:
 
     def begin(self, flight: Flight) -> Forward:
         """The prologue, and where the pass goes on, the hidden state that it stopped with."""
-        cache = flight.cache = self._batches.cache(flight.rows)
+        cache = flight.cache = self._batches.cache(flight.rows, flight.tokens)
         forward = self._prologue(flight, cache)
         if flight.split is not None:
             forward.layer, forward.hidden = flight.split
@@ -88,7 +91,7 @@ class Passes:
             kept = self._kept.pop(flight.pauses[0], None)
             if kept is not None and kept.cache is cache:
                 return kept
-        ids = torch.tensor([session.unread[: flight.tokens] for session in flight.rows], device=self._loaded.device)
+        ids = torch.tensor([session.ahead[: flight.tokens] for session in flight.rows], device=self._loaded.device)
         if isinstance(cache, Lanes):
             inputs = batch_inputs(self._stepper, ids, cache)
         else:
@@ -101,6 +104,8 @@ class Passes:
             state, restore_us = self._ring.restore(pause.checkpoint)
             for edit in pause.edits:
                 state = apply(edit, state, self._layout, pause.position)
+            if pause.edits or pause.replaced:
+                session.reads = None
             states.append(state)
             if session.turn:
                 session.turn.restore_us = restore_us
@@ -108,7 +113,8 @@ class Passes:
         forward.layer, forward.executed = first.layer, first.executed
         forward.hidden = self._layout.join(states)
         for name, container in carried(forward):
-            container.update(first.carried.get(name, {}))
+            for key, values in first.carried.get(name, {}).items():
+                container[key] = tuple(value.to(self._loaded.device) for value in values)
         self.let_go(flight)
 
     def let_go(self, flight: Flight) -> None:
@@ -123,6 +129,12 @@ class Passes:
             self._release(session.pause)
             session.pause = None
 
+    def drop_onward(self, session: Session) -> None:
+        """Forget from where it was to go on, if it waits for that."""
+        if session.onward:
+            self._release(session.onward)
+            session.onward = None
+
     def _release(self, pause: Pause) -> None:
         self._kept.pop(pause, None)
         self._ring.release(pause.checkpoint)
@@ -131,7 +143,7 @@ class Passes:
 
     def boundary(self, flight: Flight) -> Flight | None:
         """Edit, and stop who is to stop; returns the flight that goes on: itself, one of the others, or none."""
-        if not any(session.edits or session.breakpoints for session in flight.rows):
+        if flight.again or not any(session.edits or session.breakpoints for session in flight.rows):
             return flight
         forward = flight.forward
         assert forward is not None
@@ -154,6 +166,7 @@ class Passes:
 
     def _edit(self, flight: Flight, row: int, edit: Edit, position: int) -> None:
         forward = flight.forward
+        flight.rows[row].reads = None
         assert forward is not None
         if len(flight.rows) == 1:
             forward.hidden = apply(edit, forward.hidden, self._layout, position)
@@ -206,7 +219,7 @@ class Passes:
                 checkpoint=self._ring.save(hidden),
                 breakpoint=breakpoint.id,
                 executed=forward.executed,
-                carried={name: dict(container) for name, container in carried(forward)},
+                carried={name: _kept(container) for name, container in carried(forward)},
                 norms=list(session.norms),
                 wire=(session.wire_received, session.wire_sent),
             )
@@ -233,6 +246,13 @@ class Passes:
         assert forward is not None and cache is not None
         if forward.executed != len(self._stepper.layers):
             raise LayerCountError(f"{forward.executed} of {len(self._stepper.layers)} layers ran in a pass")
+        if flight.again:
+            (session,) = flight.rows
+            cache.commit(session.replay.popleft())
+            if session.turn and session.turn.cancelled:
+                self.end(session, session.turn, "cancelled")
+                return []
+            return [session]
         logits = self._stepper.head(forward)[:, -1]
         # Asked for all rows at once: on a GPU each question waits for the device. A sum is finite where all is, and
         # on a CPU ten times cheaper than looking at each.
@@ -242,6 +262,10 @@ class Passes:
         on = []
         for row, session in enumerate(flight.rows):
             session.passes += 1
+            if len(flight.rows) > 1:
+                session.reads = None
+            elif session.reads is not None:
+                session.reads.append(flight.tokens)
             turn = session.turn
             assert turn is not None
             try:
@@ -264,6 +288,8 @@ class Passes:
             return
         self._batches.settle(session)
         session.cache.uncommit(flight.tokens)
+        if session.reads:
+            session.reads.pop()
 
     def _choose(self, session: Session, turn: Turn, logits: Any, greedy: int) -> bool:
         turn.step += 1
@@ -316,6 +342,11 @@ class Passes:
         session.turn = None
         session.turns += 1
         self._ended(session)
+
+
+def _kept(container: Any) -> dict[Any, Any]:
+    """What layers have handed on, in host memory: it may be a part of the cache, which can leave while a pass stops."""
+    return {key: tuple(value.detach().to("cpu", copy=True) for value in values) for key, values in container.items()}
 
 
 def _measured(norms: list[tuple[int, Any]]) -> list[tuple[int, Any]]:

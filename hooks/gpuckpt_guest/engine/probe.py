@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ..kv.cache import Blueprint, Lanes, SessionCache
+from ..kv.arena import Arena
+from ..kv.cache import Blueprint, SessionCache
+from ..kv.lanes import Lanes
 from . import tail
 from .steering import Layout
 from .stepper import Forward, Stepper, UnsupportedModelError
@@ -72,8 +74,10 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
     before = _module_state(stepper.model)
     # The model as it is comes first: its layers have then shown whether they return a tensor or a tuple.
     plain = [_plain(stepper, prompt) for prompt in prompts]
-    layout = _layout(stepper, blueprint)
-    runs = [_Run(stepper, blueprint.session(), prompt) for prompt in prompts]
+    blueprint.learn(plain[0][1])
+    caches = _Caches(blueprint, stepper.model.device)
+    layout = _layout(stepper, caches.new())
+    runs = [_Run(stepper, caches.new(), prompt) for prompt in prompts]
     carries = False
     cuts = 0
     shorter, random = None, torch.Generator().manual_seed(1)
@@ -98,10 +102,10 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
     for run, (_, cached) in zip(runs, plain, strict=True):
         if difference := _compare(run.cache, cached):
             raise UnsupportedModelError(_why(stepper.model, before, f"its cache differs: {difference}"))
-    if shorter is not None and tail.agrees(shorter, stepper, _several(stepper, blueprint.session()), random):
+    if shorter is not None and tail.agrees(shorter, stepper, _several(stepper, caches.new()), random):
         stepper.tail = shorter
-    blueprint.learn(runs[0].cache)
-    alone = _alone(stepper, blueprint, layout, carries, plain, prompts)
+    alone = _alone(stepper, blueprint, caches, carries, plain, prompts)
+    caches.close()
     return Verdict(
         architecture=type(stepper.model).__name__,
         layers=len(stepper.layers),
@@ -117,6 +121,25 @@ def probe(stepper: Stepper, blueprint: Blueprint) -> Verdict:
 
 
 _STEPS = 3
+# The probe's caches: so many, each of a few tokens.
+_CACHES, _LIMIT = 12, 64
+
+
+class _Caches:
+    """The engine's own caches, in an arena of the probe's."""
+
+    def __init__(self, blueprint: Blueprint, device: Any) -> None:
+        self._blueprint = blueprint
+        self._arena = Arena.small(blueprint.forms, blueprint.windows, device=device, tables=_CACHES, limit=_LIMIT)
+        self._made: list[SessionCache] = []
+
+    def new(self) -> SessionCache:
+        self._made.append(self._blueprint.session(self._arena))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for cache in self._made:
+            cache.close()
 
 
 def _check_configuration(config: Any) -> None:
@@ -134,8 +157,7 @@ def _several(stepper: Stepper, cache: SessionCache) -> Forward:
     return stepper.begin(stepper.inputs(ids, past=[0] * _ROWS), cache)
 
 
-def _layout(stepper: Stepper, blueprint: Blueprint) -> Layout:
-    cache = blueprint.session()
+def _layout(stepper: Stepper, cache: SessionCache) -> Layout:
     empty = {name: tensor.shape for name, tensor in cache.tensors()}
     hidden = _several(stepper, cache).hidden
     shape = tuple(hidden.shape)
@@ -240,7 +262,7 @@ def _tensors(layer: Any) -> Iterator[tuple[str, Any]]:
 def _alone(
     stepper: Stepper,
     blueprint: Blueprint,
-    layout: Layout,
+    made: _Caches,
     carries: bool,
     plain: Sequence[tuple[list[Any], Any]],
     prompts: Sequence[Any],
@@ -254,7 +276,7 @@ def _alone(
         return "it takes no attention mask"
     caches = []
     for prompt in prompts:
-        cache = blueprint.session()
+        cache = made.new()
         forward = stepper.begin(stepper.inputs(prompt, past=[0]), cache)
         for _ in stepper.layers:
             stepper.step(forward)
@@ -271,7 +293,7 @@ def _alone(
         ),
     ]
     if not blueprint.recurrent:  # their prompts are read one by one
-        trials.append(("prompts", [blueprint.session() for _ in prompts], alike, [plain[0][0][0]]))
+        trials.append(("prompts", [made.new() for _ in prompts], alike, [plain[0][0][0]]))
     for what, members, ids, logits in trials:
         wanted = torch.cat(logits)
         try:
@@ -286,7 +308,7 @@ def _alone(
 
 
 def _together(stepper: Stepper, caches: Sequence[SessionCache], ids: Any) -> Any:
-    lanes = Lanes(caches)
+    lanes = Lanes(caches, ids.shape[1])
     forward = stepper.begin(batch_inputs(stepper, ids, lanes), lanes)
     for _ in stepper.layers:
         stepper.step(forward)

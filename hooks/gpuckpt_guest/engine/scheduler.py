@@ -5,6 +5,9 @@ turns, and those that read one token take every second turn however many long pr
 that are about to read one token fly together; one that becomes ready meanwhile joins when that flight has landed. Short
 prompts of one length fly together too: to read the model's weights costs them more than to compute.
 
+A flight is launched when its sessions have their memory (residency.py). One whose cache is still arriving flies alone,
+layer by layer as they come, and others take its turns while it waits.
+
 Everything here runs on the engine's thread.
 """
 
@@ -15,10 +18,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ..checkpoint import Ring
-from ..kv.cache import Lanes
+from ..kv.lanes import Lanes
 from .batches import Batches
 from .model import Loaded
 from .passes import Flight, LayerCountError, Passes
+from .residency import Residency
 from .session import Session
 
 # Of prompts that are read together: from about so many tokens on, computing outweighs reading weights, and a layer,
@@ -31,52 +35,80 @@ _log = logging.getLogger("gpuckpt_guest")
 class Scheduler:
     """Runs the passes of the sessions that have a turn."""
 
-    def __init__(self, loaded: Loaded, ring: Ring, *, max_batch: int, ended: Callable[[Session], None]) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        ring: Ring,
+        batches: Batches,
+        residency: Residency,
+        *,
+        max_batch: int,
+        ended: Callable[[Session], None],
+    ) -> None:
         self._loaded = loaded
         self._stepper = loaded.stepper
         self._max_batch = max_batch if loaded.verdict.batching else 1
-        self.batches = Batches(possible=loaded.verdict.batching)
+        self.batches = batches
+        self.residency = residency
         self.passes = Passes(loaded, ring, self.batches, ended)
         self._ready: list[Session] = []
+        self._resuming: list[list[Session]] = []  # those of one list have stopped at the same place of the same pass
         self._short: deque[Flight] = deque()
         self._long: deque[Flight] = deque()
         self._last_long = False
+        self._news = False  # something has changed since it was last looked who can be admitted
+        self._stuck = False  # all flights wait for bytes
+        residency.flying = self._flying
         self.layers_run = 0
         self.largest_batch = 0
 
     @property
     def busy(self) -> bool:
-        """Whether there is something to run."""
-        return bool(self._ready or self._short or self._long)
+        """Whether there is something to run, or to look at; else it takes :meth:`look` for anything to change."""
+        if self._news and (self._ready or self._resuming):
+            return True
+        return bool(self._short or self._long) and not self._stuck
+
+    @property
+    def done(self) -> bool:
+        """Whether nobody has anything to run."""
+        return not (self._ready or self._resuming or self._short or self._long)
+
+    def look(self) -> None:
+        """Something may have changed: there is more memory, say, or bytes have arrived."""
+        self._news, self._stuck = True, False
 
     def ready(self, session: Session) -> None:
         """The session has tokens to read."""
         assert session not in self._ready
         self._ready.append(session)
+        self.look()
 
     def resume(self, sessions: Sequence[Session]) -> None:
         """Let sessions that are stopped at the same place of the same pass go on, in as few batches as may be."""
-        for rows in _groups(sessions, self._max_batch):
-            pauses = [session.pause for session in rows if session.pause]
-            assert len(pauses) == len(rows)
-            for session in rows:
-                session.pause = None
-            self._launch(Flight(rows, pauses[0].tokens, pauses=pauses))
+        for session in sessions:
+            session.onward, session.pause = session.pause, None
+        self._resuming.append(list(sessions))
+        self.look()
 
     def drop(self, session: Session) -> bool:
         """Take the session out if that can be done between layers; False: its pass must land first."""
-        if session in self._ready:
-            self._ready.remove(session)
-            return True
+        self.look()
         for flights in (self._short, self._long):
-            for flight in flights:
+            for flight in list(flights):
                 if session in flight.rows:
                     begun = flight.forward is not None or not flight.fresh
                     if len(flight.rows) > 1 or (begun and self._loaded.blueprint.recurrent):
                         return False
                     flights.remove(flight)
                     self._abandon(flight)
-                    return True
+        if session in self._ready:
+            self._ready.remove(session)
+        for rows in self._resuming:
+            if session in rows:
+                rows.remove(session)
+        self.passes.drop_onward(session)
+        self.residency.forget(session)
         return True
 
     def rest(self) -> None:
@@ -85,11 +117,13 @@ class Scheduler:
 
     def run(self) -> None:
         """One quantum: a layer, with the prologue if it is the first, or the head and the choice of tokens."""
-        self._admit()
-        flights = self._next()
-        if flights is None:
+        if self._news:
+            self._news = False
+            self._admit()
+        flight = self._next()
+        if flight is None:
+            self._stuck = True
             return
-        flight = flights.popleft()
         try:
             on = self._advance(flight)
         except LayerCountError:
@@ -99,43 +133,98 @@ class Scheduler:
             self._fail(flight, error)
             return
         if on is flight:
-            flights.append(flight)
+            (self._short if flight.tokens == 1 else self._long).append(flight)
         elif on is not None:
             self._launch(on)
 
     # ------------------------------------------------------------------ what flies
 
-    def _next(self) -> deque[Flight] | None:
-        if self._short and self._long:
-            self._last_long = not self._last_long
-            return self._long if self._last_long else self._short
-        return self._short or self._long or None
+    def _next(self) -> Flight | None:
+        """The flight whose turn it is, of those whose next layer has its bytes."""
+        order = (self._short, self._long) if self._last_long else (self._long, self._short)
+        for flights in order:
+            for _ in range(len(flights)):
+                flight = flights.popleft()
+                if self._has_bytes(flight):
+                    self._last_long = flights is self._long
+                    return flight
+                flights.append(flight)
+        return None
+
+    def _has_bytes(self, flight: Flight) -> bool:
+        layer = flight.forward.layer if flight.forward else flight.pauses[0].layer if flight.pauses else 0
+        pager = self.residency.pager
+        return all(
+            not session.cache.arrivals or bool(session.failed) or pager.ready(session.cache, layer)
+            for session in flight.rows
+        )
+
+    def _flying(self) -> Sequence[object]:
+        return [flight.cache for flights in (self._short, self._long) for flight in flights]
 
     def _admit(self) -> None:
+        self._admit_stopped()
         if not self._ready:
             return
         # A recurrent layer that has no state yet cannot share a batch with those that have one.
         unready = self._loaded.blueprint.recurrent
         prompts: dict[tuple[int, int], list[Session]] = {}
         for session in list(self._ready):
-            tokens = len(session.unread)
-            if tokens > 1 or (unready and not session.cache.length):
+            tokens = session.next_tokens
+            coming = not session.cache.shown or bool(session.cache.arrivals)
+            if tokens > 1 or session.replay or coming or (unready and not session.cache.length):
+                if not self.residency.admit(session, tokens):
+                    continue
                 self._ready.remove(session)
-                prompts.setdefault((tokens, session.cache.length), []).append(session)
+                if session.replay or coming or tokens == 1:
+                    self._launch(Flight([session], tokens, again=bool(session.replay), coming=coming))
+                else:
+                    prompts.setdefault((tokens, session.cache.length), []).append(session)
         for (tokens, _), alike in prompts.items():
             for rows in _groups(alike, 1 if unready else min(self._max_batch, _TOGETHER // tokens)):
-                self._launch(Flight(rows, tokens))
-        if not self._ready or self._short:
+                self._together(rows, tokens)
+        if not self._ready or any(not flight.coming for flight in self._short):
             return
-        waiting = sorted(self._ready, key=lambda session: session.number)
-        self._ready.clear()
+        waiting = sorted((one for one in self._ready if one.next_tokens == 1), key=lambda session: session.number)
+        waiting = [session for session in waiting if self.residency.admit(session, 1)]
+        for session in waiting:
+            self._ready.remove(session)
         groups = _groups(waiting, self._max_batch)
-        self.batches.keep(groups, [flight.cache for flight in self._long])
+        self.batches.keep(groups, self._flying())
         for rows in groups:
-            self._launch(Flight(rows))
+            self._together(rows, 1)
+
+    def _admit_stopped(self) -> None:
+        for rows in self._resuming:
+            whole = len(rows) > 1
+            admitted = [
+                session
+                for session in rows
+                if session.onward and self.residency.admit(session, session.onward.tokens, whole=whole)
+            ]
+            rows[:] = [session for session in rows if session not in admitted]
+            for group in _groups(admitted, self._max_batch):
+                tokens = next(session.onward.tokens for session in group if session.onward)
+                for some in self._split(group, tokens):
+                    pauses = [session.onward for session in some if session.onward]
+                    for session in some:
+                        session.onward = None
+                    self._launch(Flight(some, tokens, pauses=pauses))
+        self._resuming = [rows for rows in self._resuming if rows]
+
+    def _split(self, rows: list[Session], tokens: int) -> list[list[Session]]:
+        """The sessions together if there is memory for lanes; else each alone."""
+        if len(rows) == 1 or self.batches.affordable(rows, tokens):
+            return [rows]
+        return [[session] for session in rows]
+
+    def _together(self, rows: list[Session], tokens: int) -> None:
+        for some in self._split(rows, tokens):
+            self._launch(Flight(some, tokens))
 
     def _launch(self, flight: Flight) -> None:
         self.largest_batch = max(self.largest_batch, len(flight.rows))
+        flight.cache = self.batches.cache(flight.rows, flight.tokens)
         (self._short if flight.tokens == 1 else self._long).append(flight)
 
     # ------------------------------------------------------------------ one quantum
@@ -149,23 +238,40 @@ class Scheduler:
         if forward is None:
             fresh = flight.fresh
             forward = self.passes.begin(flight)
-            if fresh and (on := self.passes.boundary(flight)) is not flight:
+            if fresh and (on := self._boundary(flight)) is not flight:
                 return on
         if forward.layer < len(self._stepper.layers):
             self._stepper.step(forward)
             self.layers_run += 1
-            return self.passes.boundary(flight)
-        self._ready += self.passes.land(flight)
+            return self._boundary(flight)
+        rows = list(flight.rows)
+        on_their_way = self.passes.land(flight)
+        for session in rows:
+            self.residency.release(session)
+        self._ready += on_their_way
+        self.look()
         return None
+
+    def _boundary(self, flight: Flight) -> Flight | None:
+        rows = flight.rows
+        on = self.passes.boundary(flight)
+        if on is not flight:
+            for session in rows:
+                if session.pause:
+                    self.residency.release(session)
+            self.look()
+        return on
 
     def _ground(self, flight: Flight) -> None:
         """Before it begins, leave out those who have failed since they were admitted."""
-        if flight.forward is None and any(session.failed for session in flight.rows):
+        lost = next((session.failed for session in flight.rows if session.failed), "")
+        if lost and (flight.forward is not None or not flight.fresh):
+            raise RuntimeError(lost)
+        if lost:
             failed = [session for session in flight.rows if session.failed]
-            if not flight.fresh:
-                raise RuntimeError(failed[0].failed)
             flight.rows = [session for session in flight.rows if not session.failed]
             for session in failed:
+                self.residency.forget(session)
                 if session.turn:
                     session.turn.error = session.failed
                     self.passes.end(session, session.turn, "error")
@@ -178,6 +284,8 @@ class Scheduler:
             self.batches.hand_back(flight.cache)
         for session in flight.rows:
             session.cache.abandon()
+            self.residency.release(session)
+        self.look()
 
     def _fail(self, flight: Flight, error: Exception) -> None:
         # A layer writes its state in place: once one has run, or has begun to, there is no going back.
@@ -187,12 +295,19 @@ class Scheduler:
             if session.pause:  # it had stopped, before what failed
                 continue
             if begun and self._loaded.blueprint.recurrent:
-                session.failed = "a pass failed half-way and its recurrent state cannot be put back"
+                session.failed = session.failed or "a pass failed half-way and its recurrent state cannot be put back"
             if session in self._ready:
                 self._ready.remove(session)
             if session.turn:
                 session.turn.error = f"the pass failed: {error}"
                 self.passes.end(session, session.turn, "error")
+
+    def refuse(self, session: Session) -> None:
+        """What it has read was lost while it waited to go on: its generation ends."""
+        if self.drop(session) and session.turn:
+            self.passes.drop_pause(session)
+            session.turn.error = session.failed
+            self.passes.end(session, session.turn, "error")
 
 
 def _groups(sessions: Sequence[Session], size: int) -> list[list[Session]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,18 +72,12 @@ class Pause:
     checkpoint: Checkpoint
     breakpoint: str
     executed: int
-    carried: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    carried: dict[str, dict[Any, Any]] = field(default_factory=dict)  # what layers handed on, in host memory
     norms: list[tuple[int, Any]] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)  # made when it goes on
     replaced: bool = False  # the activation was uploaded
     began_ns: int = field(default_factory=time.monotonic_ns)
     wire: tuple[int, int] = (0, 0)  # bytes received and sent by this session's requests up to here
-
-    def move(self, device: Any) -> None:
-        """Bring what layers handed on to ``device``; the hidden state is in host memory anyway."""
-        for held in self.carried.values():
-            for key, values in held.items():
-                held[key] = tuple(value.to(device) for value in values)
 
 
 def norms(pause: Pause) -> list[tuple[int, float]]:
@@ -111,6 +106,7 @@ class Session:
     text: str = ""  # what the generation that ended last has written, in so many tokens
     written: int = 0
     pause: Pause | None = None
+    onward: Pause | None = None  # from where it is to go on, as soon as there is room
     parent: str | None = None
     ephemeral: bool = False
     suspended: bool = False
@@ -122,6 +118,17 @@ class Session:
     messages: list[dict[str, Any]] = field(default_factory=list)
     wire_received: int = 0
     wire_sent: int = 0
+    # How many tokens each of its passes has read, if each ran alone and nothing was edited: read again like that, they
+    # give the same bits. None: they would not.
+    reads: list[int] | None = field(default_factory=list)
+    replay: deque[int] = field(default_factory=deque)  # passes that are to be run again, the cache having been dropped
+    # Seconds of the monotonic clock: when it was last at work, when its cache came to the device, until when it is to
+    # stay there, when its client expects to go on.
+    used: float = field(default_factory=time.monotonic)
+    came: float = field(default_factory=time.monotonic)
+    pinned: float = 0.0
+    expected: float | None = None
+    durable: bool = False
     # Of the pass at work, if it is watched: by layers, lengths, or states whose lengths nobody has asked for yet.
     norms: list[tuple[int, Any]] = field(default_factory=list)
 
@@ -137,9 +144,37 @@ class Session:
         return State.RUNNING if self.turn else State.IDLE
 
     @property
+    def halfway(self) -> Pause | None:
+        """Where its pass is between two layers, whether it has been asked to go on or not."""
+        return self.pause or self.onward
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has read, those included that are to be read again."""
+        return self.cache.length + sum(self.replay)
+
+    @property
     def unread(self) -> list[int]:
         """Tokens that no completed pass has read."""
+        return self.tokens[self.length :]
+
+    @property
+    def ahead(self) -> list[int]:
+        """Tokens that the next passes read: those first whose passes are run again."""
         return self.tokens[self.cache.length :]
+
+    @property
+    def next_tokens(self) -> int:
+        """How many of them the next pass reads."""
+        return self.replay[0] if self.replay else len(self.tokens) - self.cache.length
+
+    def forget_cache(self) -> None:
+        """Drop the cache: its passes are run again before the session goes on."""
+        assert self.reads is not None
+        self.replay = deque(self.reads)
+        emptied = self.cache.empty()
+        self.cache.close()
+        self.cache = emptied
 
     def edits_at(self, layer: int) -> list[Edit]:
         """Standing rules for the hidden state after ``layer`` layers."""

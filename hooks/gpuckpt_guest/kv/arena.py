@@ -8,11 +8,11 @@ of the arena, or elsewhere for as long as it has been taken out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .layout import Plane, Track
-from .memory import Memory, Range
+from .layout import Forms, Plane, Track, tracks
+from .memory import Memory, Range, grain, memory
 
 
 class OutOfBlocksError(Exception):
@@ -23,35 +23,90 @@ class Block:
     """A range of tokens of all layers of a track.
 
     ``tables``: how many have it; ``seen``: in how many it is to be seen, and must lie in the arena; ``place``: where
-    there, or -1; ``home``: what the pager knows of its copy.
+    there, or -1; ``home``: its copy elsewhere, the same as what lies in the arena unless ``dirty``; ``moving``: how
+    many copies of it are under way, and it keeps its place and home until they are made; ``arrival``: what brings it
+    back.
     """
 
-    __slots__ = ("home", "place", "seen", "tables")
+    __slots__ = ("arrival", "dirty", "home", "moving", "place", "seen", "tables")
 
-    def __init__(self, place: int) -> None:
+    def __init__(self, place: int, home: Any = None) -> None:
         self.place = place
         self.tables = 1
-        self.seen = 1
-        self.home: Any = None
+        self.seen = int(place >= 0)
+        self.dirty = home is None
+        self.home = home
+        self.moving = 0
+        self.arrival: Any = None
 
 
 class Arena:
     """Blocks of a device's memory. For use by one thread."""
 
-    def __init__(self, memory: Memory, limit: int) -> None:
-        """``limit``: the most tokens of a session."""
+    def __init__(self, memory: Memory, tracks: Sequence[Track], limit: int, *, pieces: int = 1 << 62) -> None:
+        """``limit``: the most tokens of a session; ``pieces``: the most that the memory can show at once."""
         self.memory = memory
+        self.tracks = tuple(tracks)
         self.limit = limit
+        self.pieces = pieces  # that can still be shown
+        self.released: Callable[[Block], None] = lambda block: None  # told of blocks that nobody has any more
         self._free = list(range(memory.places - 1, -1, -1))
+        self._charged = 0
+
+    @classmethod
+    def build(
+        cls,
+        forms: Forms,
+        windows: Mapping[int, int | None],
+        *,
+        device: Any,
+        budget: int,
+        limit: int,
+        least: int | None = None,
+    ) -> Arena:
+        """An arena of ``budget`` bytes for a model's caches.
+
+        ``least``: bytes of the smallest piece; by default so many that all can be shown at once. Raises ValueError if
+        the budget does not hold a single block for each track.
+        """
+        rules = grain(device)
+        made, size = tracks(forms, windows, rules.granule, budget // rules.pieces if least is None else least)
+        places = budget // size
+        if places < max(1, len(made)):
+            raise ValueError(
+                f"{budget} bytes for caches hold no session: at least {size * max(1, len(made))} are needed"
+            )
+        return cls(memory(device, places, size), made, _longest(made, places, limit), pieces=rules.pieces)
+
+    @classmethod
+    def small(cls, forms: Forms, windows: Mapping[int, int | None], *, device: Any, tables: int, limit: int) -> Arena:
+        """An arena for so many sessions of at most ``limit`` tokens each."""
+        rules = grain(device)
+        made, size = tracks(forms, windows, rules.granule)
+        places = tables * sum(track.end(limit) for track in made)
+        return cls(memory(device, max(1, places), size), made, limit, pieces=rules.pieces)
 
     @property
     def free(self) -> int:
         """Blocks that nobody has."""
-        return len(self._free)
+        return max(0, len(self._free) + self._charged // -self.memory.size)
+
+    @property
+    def charged(self) -> int:
+        """Bytes of the budget that are used outside of the blocks."""
+        return self._charged
+
+    def charge(self, bytes: int) -> None:
+        """So many bytes of the device's memory are used, or not any more, by what does not lie in blocks."""
+        self._charged += bytes
+
+    def trim(self) -> None:
+        """Give the pages of free places back to the machine, where it can use them."""
+        self.memory.trim(self._free)
 
     def take(self) -> int:
         """A place. Raises OutOfBlocksError."""
-        if not self._free:
+        if not self.free:
             raise OutOfBlocksError(f"all {self.memory.places} blocks are in use")
         return self._free.pop()
 
@@ -62,13 +117,27 @@ class Arena:
     def drop(self, block: Block) -> None:
         """A table does not have the block any more."""
         block.tables -= 1
-        if not block.tables:
-            if block.place >= 0:
-                self.give(block.place)
-                block.place = -1
-            if block.home is not None:
-                block.home.release()
-                block.home = None
+        if not block.tables and not block.moving:
+            self.end(block)
+
+    def end(self, block: Block) -> None:
+        """Nobody has the block any more."""
+        if block.place >= 0:
+            self.give(block.place)
+            block.place = -1
+        self.released(block)
+
+
+def _longest(made: Sequence[Track], places: int, limit: int) -> int:
+    """The most tokens, at most ``limit``, that an arena can hold if they are read in one pass."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(track.end(middle) for track in made) <= places:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 class Table:
@@ -93,17 +162,8 @@ class Table:
         return found
 
     def _view(self, plane: Plane) -> Any:
-        begin = plane.stream * self._stride
-        stream = self._range.bytes[begin : begin + self._stride]
-        tokens, width = self._stride // self.track.record, int(plane.dtype.itemsize)
-        return (
-            stream[: tokens * self.track.record]
-            .view(plane.dtype)
-            .as_strided(
-                (1, plane.heads, tokens, plane.size),
-                (self.track.record // width, plane.size, self.track.record // width, 1),
-                begin // width + plane.offset // width,
-            )
+        return self.track.shaped(
+            plane, self._range.bytes, self._stride // self.track.record, plane.stream * self._stride
         )
 
     def room(self, first: int, end: int) -> None:
@@ -113,6 +173,8 @@ class Table:
         """
         if self._room[0] <= first and end <= self._room[1]:
             return
+        if end > self.arena.limit:
+            raise ValueError(f"{end} tokens are more than the {self.arena.limit} that a session can have")
         for number in self._numbers(first, end):
             block = self.blocks.get(number)
             if block is None:
@@ -120,9 +182,12 @@ class Table:
             elif block.tables > 1:
                 memory, place = self.arena.memory, self.arena.take()
                 memory.block(place).copy_(memory.block(block.place))
+                self._conceal(number)
                 block.seen -= 1
                 self.arena.drop(block)
                 self._put(number, Block(place))
+            else:
+                block.dirty = True
         numbers = self._numbers(first, end)
         self._room = (first, numbers.stop * self.track.slab // self.track.record)
 
@@ -130,6 +195,11 @@ class Table:
         """How many blocks :meth:`room` would take."""
         found = (self.blocks.get(number) for number in self._numbers(first, end))
         return sum(block is None or block.tables > 1 for block in found)
+
+    def copied(self, first: int, end: int) -> list[Block]:
+        """The blocks that :meth:`room` would copy, because others have them too."""
+        found = (self.blocks.get(number) for number in self._numbers(first, end))
+        return [block for block in found if block is not None and block.tables > 1]
 
     def _numbers(self, first: int, end: int) -> range:
         return range(self.track.first(first), self.track.end(end))
@@ -141,8 +211,21 @@ class Table:
     def forget(self, tokens: int) -> None:
         """The first ``tokens`` are not needed any more: blocks that hold nothing else go."""
         gone = tokens * self.track.record // self.track.slab
-        for number in [number for number in self.blocks if number < gone]:
+        while self.blocks and (number := next(iter(self.blocks))) < gone:
             self._drop(number)
+
+    def trim(self, tokens: int) -> None:
+        """Nothing behind the first ``tokens`` is needed: blocks that hold nothing else go."""
+        end = self.track.end(tokens)
+        while self.blocks and (number := next(reversed(self.blocks))) >= end:
+            self._drop(number)
+            self._room = (0, 0)
+
+    def adopt(self, blocks: Mapping[int, Block]) -> None:
+        """Have these blocks, which lie elsewhere. The table is empty and becomes hidden."""
+        assert not self.blocks
+        self.shown = False
+        self.blocks = dict(blocks)
 
     # ------------------------------------------------------------------ sharing, hiding, ending
 
@@ -191,10 +274,12 @@ class Table:
         self.arena.drop(block)
 
     def _show(self, number: int, block: Block) -> None:
+        self.arena.pieces -= self.track.streams
         for stream in range(self.track.streams):
             self._range.show(self._at(stream, number), block.place, stream * self.track.slab, self.track.slab)
 
     def _conceal(self, number: int) -> None:
+        self.arena.pieces += self.track.streams
         for stream in range(self.track.streams):
             self._range.hide(self._at(stream, number), self.track.slab)
 

@@ -11,10 +11,13 @@ else a block would be as many pieces as there are layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+LAYOUT = 1  # the version of all that is said here: blocks on a disk are read by who reads this one
 _LEAST = 1 << 20  # bytes of a block: below, a copy's fixed cost shows
 _MOST = 64 << 20  # and above, half a block for each session that ends within one is much
 _ALIGN = 16  # bytes; records of other types and odd sizes stay where vector instructions like them
@@ -58,6 +61,38 @@ class Track:
         """How many blocks so many tokens reach into."""
         return -(-tokens * self.record // self.slab)
 
+    def shaped(self, plane: Plane, bytes: Any, tokens: int, skip: int) -> Any:
+        """A plane of so many tokens [1, heads, tokens, size]; its stream begins ``skip`` bytes into ``bytes``."""
+        width = int(plane.dtype.itemsize)
+        step = self.record // width
+        whole = bytes.narrow(0, 0, bytes.numel() // width * width).view(plane.dtype)
+        first = int(whole.storage_offset()) + (skip + plane.offset) // width
+        return whole.as_strided((1, plane.heads, tokens, plane.size), (step, plane.size, step, 1), first)
+
+    def columns(self, layer: int, name: str, low: int, high: int, content: Callable[[int], Any]) -> Any:
+        """A copy of a layer's keys or values of the tokens ``low`` to ``high``; ``content``: the bytes of a block."""
+        plane = self.planes[layer, name]
+        parts = [
+            content(number).narrow(0, plane.stream * self.slab, self.slab)
+            for number in range(self.first(low), self.end(high))
+        ]
+        return self.shaped(plane, torch.cat(parts), high - low, self._skip(low))
+
+    def blocks(self, columns: Mapping[tuple[int, str], Any], low: int) -> dict[int, Any]:
+        """The blocks that hold these columns, which begin with the token ``low``, as tensors of bytes by number."""
+        high = low + max(int(tensor.shape[-2]) for tensor in columns.values())
+        numbers = range(self.first(low), self.end(high))
+        image = torch.zeros(self.streams, len(numbers) * self.slab, dtype=torch.uint8)
+        for where, tensor in columns.items():
+            plane = self.planes[where]
+            self.shaped(plane, image[plane.stream], int(tensor.shape[-2]), self._skip(low)).copy_(tensor)
+        whole = image.view(self.streams, len(numbers), self.slab).transpose(0, 1).reshape(len(numbers), -1)
+        return dict(zip(numbers, whole, strict=True))
+
+    def _skip(self, low: int) -> int:
+        """Bytes from the begin of the block that holds the first byte of a token to that byte."""
+        return low * self.record - self.first(low) * self.slab
+
     def lowest(self, length: int) -> int:
         """The first token that one behind ``length`` others may attend to."""
         return max(0, length - self.window + 1) if self.window else 0
@@ -66,17 +101,19 @@ class Track:
 Forms = Mapping[int, Mapping[str, tuple[int, int, Any]]]
 
 
-def tracks(forms: Forms, windows: Mapping[int, int | None], granule: int) -> tuple[list[Track], int]:
+def tracks(forms: Forms, windows: Mapping[int, int | None], granule: int, least: int = 0) -> tuple[list[Track], int]:
     """The tracks of a model and the size of a block, the same for all.
 
     ``forms``: of each layer with a cache, by ``keys`` and ``values``: heads, size, type. ``windows``: of each layer.
+    ``granule``: pieces that are shown are multiples of it, and of at least ``least`` bytes.
     """
     groups: dict[int | None, list[int]] = {}
     for layer in sorted(forms):
         groups.setdefault(windows[layer], []).append(layer)
     most = max(1, _MOST // granule)
     streams = {window: min(len(layers), most) for window, layers in groups.items()}
-    block = max((-(-_LEAST // (count * granule)) * count * granule for count in streams.values()), default=_LEAST)
+    pieces = [(count, -(-max(_LEAST // count, least, 1) // granule) * granule) for count in streams.values()]
+    block = max((count * piece for count, piece in pieces), default=-(-_LEAST // granule) * granule)
     made = []
     for window, layers in groups.items():
         count = streams[window]

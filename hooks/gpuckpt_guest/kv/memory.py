@@ -14,6 +14,8 @@ import ctypes
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +32,14 @@ _libc.mmap.argtypes = [
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED = ctypes.c_void_p(-1).value
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _NOTHING = 0  # PROT_NONE
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+
+
+# Tensors of bytes: from where, to where.
+Pairs = Sequence[tuple[Any, Any]]
 
 
 class Range(Protocol):
@@ -52,9 +60,8 @@ class Range(Protocol):
 
 
 class Memory(Protocol):
-    """The blocks of one device. ``granule``: pieces that are shown begin and end at multiples of it."""
+    """``places`` blocks of ``size`` bytes on one device."""
 
-    granule: int
     places: int
     size: int
 
@@ -66,14 +73,48 @@ class Memory(Protocol):
         """Addresses for so many bytes, of which nothing is there yet."""
         ...
 
+    def trim(self, places: Sequence[int]) -> None:
+        """What lies in these places is not needed: the machine may have the memory, until they are used again."""
+        ...
+
+    def written(self) -> Any:
+        """A moment for :meth:`read`: what the calling thread has asked for up to now is to be done before."""
+        ...
+
+    def read(self, pairs: Pairs, ready: Any) -> None:
+        """Copy from blocks to host memory; for any thread. Returns when it is done."""
+        ...
+
+    def write(self, pairs: Pairs) -> None:
+        """Copy from host memory to blocks; for any thread. Returns when it is done."""
+        ...
+
+
+@dataclass(frozen=True)
+class Grain:
+    """What a device's memory can show: pieces of multiples of ``granule`` bytes, at most ``pieces`` at once."""
+
+    granule: int
+    pieces: int
+
+
+def grain(device: Any) -> Grain:
+    """The device's. On a CPU each piece is a mapping, of which a process can have so many (vm.max_map_count)."""
+    with open("/proc/sys/vm/max_map_count") as file:
+        most = int(file.read())
+    return Grain(mmap.PAGESIZE, most // 2)
+
+
+def memory(device: Any, places: int, size: int) -> Memory:
+    """Blocks on the device."""
+    return HostMemory(places, size)
+
 
 class HostMemory:
     """The memory of a CPU, limited like that of a device. Pages are taken from the machine when they are first used."""
 
-    granule = mmap.PAGESIZE
-
     def __init__(self, places: int, size: int) -> None:
-        if size % self.granule:
+        if size % mmap.PAGESIZE:
             raise ValueError(f"a block of {size} bytes is no multiple of a page")
         self.places = places
         self.size = size
@@ -86,7 +127,23 @@ class HostMemory:
         return self._blocks[place]
 
     def reserve(self, size: int) -> HostRange:
-        return HostRange(self._file, self.size, -(-size // self.granule) * self.granule)
+        return HostRange(self._file, self.size, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+
+    def trim(self, places: Sequence[int]) -> None:
+        for place in places:
+            code = _libc.fallocate(self._file, _PUNCH_HOLE | _KEEP_SIZE, place * self.size, self.size)
+            if code:
+                raise OSError(ctypes.get_errno(), "free blocks could not give their pages back")
+
+    def written(self) -> None:
+        return None
+
+    def read(self, pairs: Pairs, ready: None) -> None:
+        self.write(pairs)
+
+    def write(self, pairs: Pairs) -> None:
+        for source, target in pairs:
+            target.copy_(source)
 
 
 class HostRange:
@@ -95,10 +152,13 @@ class HostRange:
     def __init__(self, file: int, block: int, size: int) -> None:
         self._file = file
         self._block = block
+        self._size = size
         self._base = _map(None, size, None, 0)
         self.bytes = _tensor(self._base, size)
 
     def show(self, at: int, place: int, offset: int, size: int) -> None:
+        if not 0 <= at <= self._size - size:  # what lies behind belongs to others
+            raise ValueError(f"{at} to {at + size} is outside of the {self._size} bytes that are reserved")
         _map(self._base + at, size, self._file, place * self._block + offset)
 
     def hide(self, at: int, size: int) -> None:

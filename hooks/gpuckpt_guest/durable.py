@@ -1,0 +1,172 @@
+"""Sessions that outlive the server: blocks in files, and for each session a file that says which are its.
+
+The folder belongs to one model and one server at a time::
+
+    layout.json                 where what lies in a block
+    sessions/NAME.safetensors   a session as it is exported, but with names and digests of the blocks of its keys
+    HEX.block                   one block each; those that no session names are removed at the start
+
+A session is kept once its file has been renamed into place, when all of its blocks are on the disk. Until then, and if
+the server is killed at any moment, what was kept before is there as it was: blocks are never written to again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import filed, transfer
+from .engine.engine import Engine
+from .engine.errors import EngineError
+from .engine.session import Session
+from .kv.arena import Block
+from .kv.store import File, Home, publish, sync
+
+_log = logging.getLogger("gpuckpt_guest")
+_SUFFIX = ".safetensors"
+
+
+class Durable:
+    """Keeps sessions of an engine that has a folder, and finds them again."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Raises OSError."""
+        files = engine.memory.files
+        assert files is not None
+        self._engine = engine
+        self._files = files
+        self._folder = files.folder / "sessions"
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._kept: dict[Session, list[File]] = {}
+        engine.memory.keep = self._keep
+        engine.memory.dropped = self._drop
+
+    # ------------------------------------------------------------------ keeping
+
+    def _keep(self, session: Session) -> None:
+        """Begin to keep a session that has left the device; it is told "suspended", or "failed", when that is done."""
+        pager = self._engine.memory.pager
+        blocks = list(session.cache.blocks())
+        missing = [block for block in blocks if block.home is not None and block.home.file is None]
+        left = len(missing)
+
+        def written(_: Block, error: Exception | None) -> None:
+            nonlocal left
+            left -= 1
+            if error is not None:
+                self._failed(session, error)
+            elif not left:
+                self._publish(session, blocks)
+
+        if not missing:
+            self._publish(session, blocks)
+        for block in missing:
+            pager.persist(block, written)
+
+    def _publish(self, session: Session, blocks: Sequence[Block]) -> None:
+        if not session.suspended or session.id not in self._engine.sessions:
+            return  # it has been resumed, or deleted, meanwhile
+        if any(block.home is None or block.home.file is None for block in blocks):
+            return  # one of them could not be written, and that has been told
+        files = [block.home.file for block in blocks]
+        tensors, metadata, snapshot = transfer.export(self._engine, session)
+        snapshot.release()
+        facts = transfer.with_blocks(metadata, self._named(session))
+        for file in files:
+            file.users += 1
+        target = self._folder / f"{session.id}{_SUFFIX}"
+
+        def work() -> None:
+            sync(self._files.folder)
+            publish(target, transfer.pack(tensors, facts))
+
+        def then(_: Any, error: Exception | None) -> None:
+            if error is not None or session.id not in self._engine.sessions:
+                self._release(files)
+                if error is not None:
+                    self._failed(session, error)
+                else:
+                    target.unlink(missing_ok=True)
+                return
+            before, self._kept[session] = self._kept.get(session, []), files
+            self._release(before)
+            session.durable = session.suspended
+            session.emit({"type": "suspended", "durable": True})
+
+        self._engine.memory.pager.do(work, then)
+
+    def _named(self, session: Session) -> list[dict[str, Any]]:
+        return [
+            {"track": track, "number": number, "file": block.home.file.path.name, "digest": block.home.file.digest}
+            for track, table in enumerate(session.cache.tables)
+            for number, block in table.blocks.items()
+        ]
+
+    def _failed(self, session: Session, error: Exception) -> None:
+        _log.error("session %s could not be kept: %s", session.id, error)
+        session.emit({"type": "not_kept", "error": str(error)})
+
+    def _drop(self, session: Session) -> None:
+        """The session has ended."""
+        if session in self._kept:
+            (self._folder / f"{session.id}{_SUFFIX}").unlink(missing_ok=True)
+            self._release(self._kept.pop(session))
+
+    def _release(self, files: Sequence[File]) -> None:
+        for file in files:
+            self._engine.memory.pager.drop_file(file)
+
+    # ------------------------------------------------------------------ finding again
+
+    def find(self) -> tuple[int, int]:
+        """Take up what was kept, before the engine is started; returns how many sessions, and how many were damaged.
+
+        Those that are damaged are put aside: ``NAME.damaged``. Files that belong to none are removed.
+        """
+        found = damaged = 0
+        for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+            try:
+                self._take_up(path)
+                found += 1
+            except (EngineError, OSError) as error:
+                _log.error("%s cannot be taken up: %s", path, error)
+                path.rename(path.with_suffix(".damaged"))
+                damaged += 1
+        for path in self._folder.glob("*.tmp"):
+            path.unlink(missing_ok=True)
+        known = {file.path for files in self._kept.values() for file in files}
+        for path in self._files.found():
+            if path not in known:
+                with suppress(OSError):
+                    path.unlink()
+        return found, damaged
+
+    def _take_up(self, path: Path) -> None:
+        tensors, metadata = transfer.unpack(path.read_bytes())
+        mine: list[File] = []
+
+        def attach(session: Session, named: Sequence[filed.Block]) -> None:
+            cache = session.cache
+            for track, table in enumerate(cache.tables):
+                blocks: dict[int, Block] = {}
+                for item in sorted((item for item in named if item.track == track), key=lambda item: item.number):
+                    file = File(self._files.folder / item.file, item.digest)
+                    if not file.path.is_file() or file.path.stat().st_size != self._files.size:
+                        raise ValueError(f"its block {item.file} is missing, or was cut short")
+                    file.users = 2  # the block, and what is kept
+                    mine.append(file)
+                    blocks[item.number] = Block(-1, Home(self._engine.memory.pager.host, file=file))
+                wanted = cache.numbers(table)
+                if list(blocks) != list(wanted):
+                    raise ValueError("its blocks are not those of what it has read")
+                table.adopt(blocks)
+            cache.move("cpu")
+            cache.leave()
+
+        session = transfer.load(self._engine, (tensors, metadata), None, attach)
+        self._files.written += len(mine)
+        self._kept[session] = mine
+        session.suspended = session.durable = True

@@ -1,0 +1,295 @@
+"""Which sessions' caches lie on the device: admission of passes, and what leaves to make room for them.
+
+A pass begins when all that it reads lies in the arena, or is on its way, and it has the blocks that it writes into:
+then it cannot run out of memory. Who finds no room waits, in the order of coming, and room is made: caches that nobody
+uses leave (kv/policy.py says which), and after a while those of sessions that generate, too, between two passes. So if
+there are more sessions than memory they take turns, and none of them fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ..kv import policy
+from ..kv.arena import Arena
+from ..kv.pager import Pager
+from ..kv.policy import Candidate, Costs
+from .batches import Batches
+from .session import Session
+
+# Until something was measured: bytes per second of a slow bus, seconds of a small model.
+_BANDWIDTH, _PASS_S, _TOKEN_S = 4e9, 0.02, 0.001
+_BLEND = 0.1  # how much a new measurement counts
+
+
+@dataclass
+class Counters:
+    """What has happened so far."""
+
+    evicted: int = 0  # because others needed the memory
+    dropped: int = 0  # without being copied: to be computed again
+    preempted: int = 0  # between two passes of a generation
+    waited_s: list[float] = field(default_factory=list)  # of the last passes that had to wait
+
+
+class Residency:
+    """Decides who is in the arena. For use by the engine's thread."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        pager: Pager,
+        batches: Batches,
+        device: object,
+        sessions: Callable[[], Iterable[Session]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.arena = arena
+        self.pager = pager
+        self.counters = Counters()
+        self._batches = batches
+        self._device = device
+        self._sessions = sessions
+        self._clock = clock
+        self.flying: Callable[[], Sequence[object]] = lambda: ()  # the caches of passes on their way
+        self._granted: set[Session] = set()  # have a pass on its way
+        self._waiting: dict[Session, float] = {}  # for memory, since when
+        self._pass_s, self._token_s = _PASS_S, _TOKEN_S
+
+    # ------------------------------------------------------------------ what is known
+
+    @property
+    def costs(self) -> Costs:
+        """What copying and computing cost, as measured so far."""
+        out, into = self.pager.out, self.pager.into
+        return Costs(
+            out.bytes / out.seconds if out.seconds else _BANDWIDTH,
+            into.bytes / into.seconds if into.seconds else _BANDWIDTH,
+            self._pass_s,
+            self._token_s,
+        )
+
+    def measured(self, tokens: int, seconds: float) -> None:
+        """A pass of one session that read so many tokens has taken so long."""
+        if tokens == 1:
+            self._pass_s += _BLEND * (seconds - self._pass_s)
+        elif seconds > self._pass_s:
+            self._token_s += _BLEND * ((seconds - self._pass_s) / (tokens - 1) - self._token_s)
+
+    @property
+    def waiting(self) -> int:
+        """How many sessions wait for memory."""
+        return len(self._waiting)
+
+    def waits(self, session: Session) -> bool:
+        """Whether this one does."""
+        return session in self._waiting
+
+    def next_time(self) -> float | None:
+        """Seconds until there is something to be done although nobody has asked: a pin ends, or one is expected."""
+        now, found = self._clock(), []
+        for session in self._sessions():
+            if self._waiting and session.pinned > now:
+                found.append(session.pinned - now)
+            if session.expected is not None and not session.cache.shown and not session.suspended:
+                found.append(max(0.0, session.expected - now - self._early(session)))
+        return min(found, default=None)
+
+    # ------------------------------------------------------------------ admission
+
+    def admit(self, session: Session, tokens: int, *, whole: bool = False) -> bool:
+        """Whether a pass of ``tokens`` may begin. If so it keeps its memory until :meth:`release`.
+
+        ``whole``: only once all of its cache has arrived; else the first layers may run while others are on their way.
+        If not: what is needed is begun, and whoever waits is to ask again when anything has changed.
+        """
+        cache = session.cache
+        need = self._need(session, tokens)
+        reserve = 0 if cache.shown and self._in_tenure(session) else self._before(session)
+        if need > max(0, self.arena.free - reserve) and need:
+            self._wait(session)
+            self.make_room()
+            return False
+        if not cache.shown:
+            self._bring(session)
+        if whole and self.pager.arriving(cache):
+            return False
+        if any(block.arrival is not None for block in self._shared(session, tokens)):
+            return False  # it is copied before it is written to
+        cache.room(tokens)
+        self._served(session)
+        self._granted.add(session)
+        session.expected = None
+        return True
+
+    def release(self, session: Session) -> None:
+        """Its pass is over, or has stopped."""
+        self._granted.discard(session)
+        session.used = self._clock()
+
+    def granted(self, session: Session) -> bool:
+        """Whether it has a pass on its way."""
+        return session in self._granted
+
+    def forget(self, session: Session) -> None:
+        """It does not want anything any more."""
+        self._waiting.pop(session, None)
+        self._granted.discard(session)
+
+    def _need(self, session: Session, tokens: int) -> int:
+        cache = session.cache
+        need = cache.lacking(tokens) if tokens else 0
+        if not cache.shown:
+            need += self.pager.absent(cache) - (-cache.held_outside() // self.arena.memory.size)
+        return need
+
+    def _shared(self, session: Session, tokens: int) -> Iterable[object]:
+        return (block for table in session.cache.tables for block in table.copied(session.cache.length, tokens))
+
+    def _bring(self, session: Session) -> None:
+        self.pager.bring(session.cache, self._device, session.halfway.layer if session.halfway else 0)
+        session.came = self._clock()
+
+    def _wait(self, session: Session) -> None:
+        self._waiting.setdefault(session, self._clock())
+
+    def _served(self, session: Session) -> None:
+        since = self._waiting.pop(session, None)
+        if since is not None:
+            self.counters.waited_s.append(self._clock() - since)
+            del self.counters.waited_s[:-1000]
+
+    def _before(self, session: Session) -> int:
+        """Blocks that are kept for who has waited longest."""
+        first = next(iter(self._waiting), None)
+        return 0 if first is None or first is session else self._need(first, self._wanted(first))
+
+    @staticmethod
+    def _wanted(session: Session) -> int:
+        """Tokens that its next pass reads."""
+        if session.halfway:
+            return session.halfway.tokens
+        return session.next_tokens if session.turn else 0
+
+    def _in_tenure(self, session: Session) -> bool:
+        held = sum(block.place >= 0 for block in session.cache.blocks()) * self.arena.memory.size
+        return self._clock() - session.came < policy.tenure(held, self.costs)
+
+    # ------------------------------------------------------------------ making room
+
+    def make_room(self) -> None:
+        """See to it that who has waited longest will find room."""
+        first = next(iter(self._waiting), None)
+        if first is None:
+            return
+        wanted = self._need(first, self._wanted(first)) - self.arena.free - self.pager.leaving
+        if wanted <= 0:
+            return
+        self._batches.keep((), self.flying())  # lanes are copies
+        wanted = self._need(first, self._wanted(first)) - self.arena.free - self.pager.leaving
+        idle = [one for one in self._movable(first) if one.turn is None or one.pause]
+        turns = [one for one in self._movable(first) if one.turn is not None and not one.pause]
+        wanted -= self._evict(idle, wanted)
+        wanted -= self._evict([one for one in turns if not self._in_tenure(one)], wanted)
+        if wanted > 0 and not self._granted and not self.pager.leaving:
+            # Nobody can go on, so nobody would ever leave: one who has only just come has to.
+            self._evict([one for one in turns if self._in_tenure(one)], wanted)
+
+    def _movable(self, but: Session) -> list[Session]:
+        now = self._clock()
+        return [
+            session
+            for session in self._sessions()
+            if session is not but
+            and session.cache.shown
+            and session not in self._granted
+            and session.pinned <= now
+            and not session.failed
+            and not self.pager.arriving(session.cache)
+        ]
+
+    def _evict(self, sessions: Iterable[Session], blocks: int) -> int:
+        """Have some of them leave; returns how many blocks that will free."""
+        if blocks <= 0:
+            return 0
+        known = dict(enumerate(sessions))
+        candidates = [self._candidate(number, session) for number, session in known.items()]
+        candidates = [candidate for candidate in candidates if candidate.bytes]
+        size = self.arena.memory.size
+        chosen = policy.leaving(candidates, blocks * size, self.costs, self.pager.space * size)
+        before = self.arena.free + self.pager.leaving
+        for choice in chosen:
+            session = known[choice.key]
+            self.counters.evicted += 1
+            self.counters.preempted += session.turn is not None and session.pause is None
+            if choice.drop:
+                self.counters.dropped += 1
+                session.forget_cache()
+            else:
+                self.leave(session)
+        return self.arena.free + self.pager.leaving - before
+
+    def _candidate(self, key: int, session: Session) -> Candidate:
+        size, now = self.arena.memory.size, self._clock()
+        freed = copied = 0.0
+        for block in session.cache.blocks():
+            if block.place >= 0 and block.seen:
+                freed += size / block.seen
+                copied += size / block.seen * (block.dirty or block.home is None)
+        reads = session.reads if session.halfway is None else None
+        return Candidate(
+            key,
+            int(freed) + session.cache.outside,
+            int(copied),
+            now - session.used,
+            None if session.expected is None else session.expected - now,
+            None if reads is None else self.costs.replay(len(reads), sum(reads) - len(reads)),
+        )
+
+    def leave(self, session: Session) -> None:
+        """Begin to take the session's cache out of the arena."""
+        self._batches.settle(session)
+        self.pager.leave(session.cache)
+
+    # ------------------------------------------------------------------ bringing back for its own sake
+
+    def fetch(self, session: Session) -> bool:
+        """Begin to bring the session back, although it has nothing to compute; False: it waits for room."""
+        if session.cache.shown:
+            return True
+        if self._need(session, 0) > max(0, self.arena.free - self._before(session)):
+            self._wait(session)
+            self.make_room()
+            return False
+        self._bring(session)
+        self._served(session)
+        return True
+
+    def fetch_expected(self) -> None:
+        """Bring back those who are expected soon, if there is room that nobody waits for."""
+        if self._waiting:
+            return
+        now = self._clock()
+        for session in self._sessions():
+            if (
+                session.expected is not None
+                and session.expected - now <= self._early(session)
+                and not session.suspended
+                and not session.cache.shown
+                and self._need(session, 0) <= self.arena.free
+            ):
+                self._bring(session)
+                session.expected = None
+
+    def _early(self, session: Session) -> float:
+        return policy.early(self.pager.absent(session.cache) * self.arena.memory.size, self.costs)
+
+    def renew(self) -> None:
+        """The clock may have jumped: the process has been restored elsewhere. What was said of times is forgotten."""
+        now = self._clock()
+        for session in self._sessions():
+            session.used = session.came = now
+            session.pinned, session.expected = 0.0, None

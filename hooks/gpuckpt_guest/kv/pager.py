@@ -1,0 +1,539 @@
+"""The pager: takes caches out of the arena and brings them back, while the device goes on with other work.
+
+All decisions are made by the engine's thread; threads, one for each direction and one for the disk, only copy, and what
+they have done is noted when the engine's thread calls :meth:`Pager.poll`. A block is in one of these states:
+
+* in its place, seen by at least one table: it may be written, and is ``dirty`` from then on;
+* in its place, seen by none: it is on its way out, or waits for a slot of host memory;
+* in no place: its home has the only copy.
+
+A block that is brought back keeps its home as long as nobody else needs the memory: unless it has been written to, it
+goes out a second time without being copied. Tokens are only ever written at the end: that is all blocks but the last.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .arena import Arena, Block, OutOfBlocksError, Table
+from .cache import SessionCache
+from .layout import Track
+from .store import BlockFiles, File, Home, HostMemoryPool
+
+_log = logging.getLogger("gpuckpt_guest")
+
+# Bytes of one piece of work for a thread: enough to hide its own costs, little enough to hear from it often.
+_WORK = 8 << 20
+# Bytes of the layers that come together: fewer, and copies are small; more, and the first layer waits for others.
+_GROUP = 1 << 20
+_SPILLS = 2  # files that are being written at a time
+
+Then = Callable[[Any, Exception | None], None]
+
+
+@dataclass
+class Traffic:
+    """What has been copied one way: bytes, and the seconds that it took."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+    blocks: int = 0
+    spared: int = 0  # blocks that needed no copy
+
+
+@dataclass(eq=False)
+class Arrival:
+    """Blocks on their way into the arena. ``landed``: the streams whose bytes are there, by track."""
+
+    blocks: list[Block]
+    steps: int
+    landed: set[tuple[int, int]] = field(default_factory=set)
+    error: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it has arrived."""
+        return not self.steps
+
+
+class _Hand(threading.Thread):
+    """A thread that does one piece of work after the other."""
+
+    def __init__(self, name: str, landed: Callable[[Then, Any, Exception | None], None]) -> None:
+        super().__init__(name=f"gpuckpt-{name}", daemon=True)
+        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Then] | None] = queue.SimpleQueue()
+        self._landed = landed
+        self.start()
+
+    def do(self, work: Callable[[], Any], then: Then) -> None:
+        self._work.put((work, then))
+
+    def run(self) -> None:
+        with torch.inference_mode():
+            while (item := self._work.get()) is not None:
+                work, then = item
+                result, failure = None, None
+                try:
+                    result = work()
+                except Exception as error:  # for who asked for it
+                    failure = error
+                self._landed(then, result, failure)
+                del item, work, then, result, failure
+
+    def end(self) -> None:
+        self._work.put(None)
+        self.join()
+
+
+class Pager:
+    """Moves blocks between an arena, host memory and files. For use by the engine's thread."""
+
+    def __init__(
+        self, arena: Arena, host: HostMemoryPool, files: BlockFiles | None, wake: Callable[[], object]
+    ) -> None:
+        """``wake`` is called by other threads when there is something for :meth:`poll`."""
+        self.arena = arena
+        self.host = host
+        self.files = files
+        self.out, self.into, self.spilled = Traffic(), Traffic(), Traffic()
+        self._wake = wake
+        self._done: deque[tuple[Then, Any, Exception | None]] = deque()
+        self._hands = {name: _Hand(f"kv-{name}", self._landed) for name in ("out", "in", "disk")}
+        self._waiting: deque[Block] = deque()  # for a slot
+        self._held: dict[int, Block] = {}  # the block in each slot, the longest there first
+        self._outgoing = 0
+        self._spilling = 0
+        self._numbers = {id(track): number for number, track in enumerate(arena.tracks)}
+        self._bounce = files.bounce() if files else None
+        arena.released = self.release
+
+    def close(self) -> None:
+        """Wait for what is under way; nothing can be moved any more."""
+        for hand in self._hands.values():
+            hand.end()
+        if self.files:
+            self.files.close()
+
+    # ------------------------------------------------------------------ the other threads
+
+    def _landed(self, then: Then, result: Any, error: Exception | None) -> None:
+        self._done.append((then, result, error))
+        self._wake()
+
+    def poll(self) -> None:
+        """Take note of what has been copied."""
+        while self._done:
+            then, result, error = self._done.popleft()
+            then(result, error)
+        self._pump()
+
+    # ------------------------------------------------------------------ out
+
+    @property
+    def space(self) -> int:
+        """How many blocks can still be taken out."""
+        reusable = sum(block.place >= 0 and not block.moving for block in self._held.values())
+        disk = self.files.free if self.files else 0
+        return self.host.free + reusable + disk - len(self._waiting)
+
+    def leave(self, cache: SessionCache) -> None:
+        """Begin to take a cache out; what nobody else sees leaves the arena as it is copied."""
+        cache.move("cpu")
+        cache.leave()
+        for block in cache.hide():
+            self._send(block)
+        self._pump()
+
+    @property
+    def leaving(self) -> int:
+        """How many blocks are on their way out."""
+        return self._outgoing + len(self._waiting)
+
+    def left(self, cache: SessionCache) -> bool:
+        """Whether all of it that can leave has left."""
+        return not cache.shown and all(block.place < 0 or block.seen for block in cache.blocks())
+
+    def _send(self, block: Block) -> None:
+        if block.moving or block.seen:
+            return  # looked at again when it has landed
+        if block.home is not None and not block.dirty:
+            self.out.spared += 1
+            self._vacate(block)
+        else:
+            self._waiting.append(block)
+
+    def _vacate(self, block: Block) -> None:
+        self.arena.give(block.place)
+        block.place = -1
+
+    def _pump(self) -> None:
+        """Hand slots to the blocks that wait for one, and see that there will be more."""
+        batch: list[tuple[Block, Home]] = []
+        while self._waiting:
+            block = self._waiting[0]
+            if block.seen or block.moving or not block.tables:  # needed again, or gone
+                self._waiting.popleft()
+                continue
+            slot = self._slot()
+            if slot < 0:
+                break
+            self._waiting.popleft()
+            self.release(block)  # what it held before it was written to
+            block.moving, block.dirty = block.moving + 1, False
+            self._held[slot] = block
+            self._outgoing += 1
+            batch.append((block, Home(self.host, slot)))
+            if len(batch) * self.host.size >= _WORK:
+                self._copy_out(batch)
+                batch = []
+        if batch:
+            self._copy_out(batch)
+        self._spill()
+
+    def _slot(self) -> int:
+        if not self.host.free:
+            # Copies of what lies in the arena as well, or in a file, can be done without.
+            spare = next(
+                (
+                    slot
+                    for slot, block in self._held.items()
+                    if block.home is not None and not block.moving and (block.place >= 0 or block.home.file is not None)
+                ),
+                -1,
+            )
+            if spare < 0:
+                return -1
+            self._forget_slot(self._held[spare])
+        return self.host.take()
+
+    def _forget_slot(self, block: Block) -> None:
+        home = block.home
+        del self._held[home.slot]
+        home.vacate()
+        if home.file is None:
+            block.home, block.dirty = None, True
+
+    def _copy_out(self, batch: Sequence[tuple[Block, Home]]) -> None:
+        memory, pool = self.arena.memory, self.host
+        pairs = [(memory.block(block.place), pool.bytes(home.slot)) for block, home in batch]
+        ready = memory.written()
+
+        def work() -> float:
+            began = time.perf_counter()
+            memory.read(pairs, ready)
+            return time.perf_counter() - began
+
+        def then(seconds: Any, error: Exception | None) -> None:
+            if error is None:
+                self.out.bytes += len(batch) * pool.size
+                self.out.seconds += seconds
+                self.out.blocks += len(batch)
+            for block, home in batch:
+                self._is_out(block, home, error)
+
+        self._hands["out"].do(work, then)
+
+    def _is_out(self, block: Block, home: Home, error: Exception | None) -> None:
+        block.moving -= 1
+        self._outgoing -= 1
+        if error is not None:
+            _log.error("a block could not be copied to host memory: %s", error)
+            block.dirty = True
+        if not block.tables or block.dirty:  # it is gone, or has been seen and written to again meanwhile
+            del self._held[home.slot]
+            home.release()
+        else:
+            block.home = home
+            if not block.seen:
+                self._vacate(block)
+        if error is None:
+            self.settle(block)
+
+    def settle(self, block: Block) -> None:
+        """What has landed may have been wanted elsewhere meanwhile."""
+        if block.moving:
+            return
+        if not block.tables:
+            self.arena.end(block)
+        elif block.place >= 0 and not block.seen:
+            self._send(block)
+
+    # ------------------------------------------------------------------ to files
+
+    def _spill(self) -> None:
+        """Write blocks that lie in host memory only into files, if others wait for their slots."""
+        if self.files is None:
+            return
+        wanted = len(self._waiting)
+        for block in list(self._held.values()):
+            if self._spilling >= min(_SPILLS, wanted) or not self.files.free:
+                return
+            home = block.home
+            if home is not None and home.file is None and block.place < 0 and not block.moving:
+                self._spilling += 1
+                self.persist(block, self._is_spilled)
+
+    def _is_spilled(self, _: Block, error: Exception | None) -> None:
+        self._spilling -= 1
+        if error is None:
+            self._pump()
+
+    def persist(self, block: Block, then: Callable[[Block, Exception | None], None]) -> None:
+        """Write a block that has a slot into a file; it keeps both."""
+        files, home = self.files, block.home
+        assert files is not None and home is not None
+        content = self.host.bytes(home.slot)
+        block.moving += 1  # the slot stays until it is written
+        files.written += 1
+
+        def work() -> tuple[File, float]:
+            began = time.perf_counter()
+            return files.write(content), time.perf_counter() - began
+
+        def noted(found: Any, error: Exception | None) -> None:
+            block.moving -= 1
+            if error is not None:
+                files.written -= 1
+                files.error = str(error)
+            else:
+                file, seconds = found
+                self.spilled.bytes += files.size
+                self.spilled.seconds += seconds
+                self.spilled.blocks += 1
+                if block.tables and block.home is home and not block.dirty:
+                    home.file = file
+                else:
+                    self.drop_file(file)
+            self.settle(block)
+            then(block, error)
+
+        self._hands["disk"].do(work, noted)
+
+    def do(self, work: Callable[[], Any], then: Then) -> None:
+        """Have the disk's thread do something, behind what it has been given."""
+        self._hands["disk"].do(work, then)
+
+    def drop_file(self, file: File) -> None:
+        """One of its users is done with the file."""
+        file.drop()
+        if not file.users and self.files:
+            self.files.written -= 1
+            self.files.error = ""  # there is room again
+
+    # ------------------------------------------------------------------ in
+
+    def bring(self, cache: SessionCache, device: Any, first: int = 0) -> None:
+        """Begin to bring a cache back, the layers from ``first`` on before those in front of them.
+
+        The arena must have as many free blocks as :meth:`absent` says. :meth:`ready` tells when a layer may run.
+        """
+        away = [(table, number, block) for table in cache.tables for number, block in table.blocks.items()]
+        away = [item for item in away if item[2].place < 0]
+        for _, _, block in away:
+            block.place = self.arena.take()
+        cache.show()
+        cache.move(device)
+        cache.enter()
+        if away:
+            self._copy_in(away, first)
+        found = {id(block.arrival): block.arrival for block in cache.blocks() if block.arrival is not None}
+        cache.arrivals = list(found.values())
+
+    def absent(self, cache: SessionCache) -> int:
+        """How many blocks bringing it back takes."""
+        return sum(block.place < 0 for block in cache.blocks())
+
+    def ready(self, cache: SessionCache, layer: int) -> bool:
+        """Whether all that a layer reads has arrived."""
+        if not cache.arrivals:
+            return True
+        cache.arrivals = [arrival for arrival in cache.arrivals if not arrival.done or arrival.error]
+        for number, track in enumerate(self.arena.tracks):
+            plane = track.planes.get((layer, "keys"))
+            if plane is not None and any((number, plane.stream) not in arrival.landed for arrival in cache.arrivals):
+                return False
+        return True
+
+    def arriving(self, cache: SessionCache) -> bool:
+        """Whether anything of it is still on the way."""
+        cache.arrivals = [arrival for arrival in cache.arrivals if not arrival.done or arrival.error]
+        return bool(cache.arrivals)
+
+    def _copy_in(self, away: Sequence[tuple[Table, int, Block]], first: int) -> None:
+        filed = [item for item in away if item[2].home.slot < 0]
+        held = [item for item in away if item[2].home.slot >= 0]
+        steps: list[tuple[list[tuple[int, int]], Callable[[], None]]] = []
+        for track, streams in _groups(away, first):
+            mine = [block for owner, _, block in held if owner.track is track]
+            landed = [(self._numbers[id(track)], stream) for stream in streams]
+            steps.append((landed, self._reading(mine, streams.start * track.slab, len(streams) * track.slab)))
+        arrival = Arrival([block for _, _, block in away], len(steps) + bool(filed))
+        for block in arrival.blocks:
+            block.moving, block.arrival = block.moving + 1, arrival
+        if filed:
+            # A digest is of a whole block: what comes from files is there for all layers before the first one is.
+            self._step(arrival, self._reading_files([block for _, _, block in filed]), [])
+        for landed, work in steps:
+            self._step(arrival, work, landed)
+        self.into.blocks += len(away)
+
+    def _reading(self, blocks: Sequence[Block], begin: int, size: int) -> Callable[[], None]:
+        memory = self.arena.memory
+        pairs = [
+            (
+                self.host.bytes(block.home.slot).narrow(0, begin, size),
+                memory.block(block.place).narrow(0, begin, size),
+            )
+            for block in blocks
+        ]
+        self.into.bytes += len(pairs) * size
+        return lambda: memory.write(pairs)
+
+    def _reading_files(self, blocks: Sequence[Block]) -> Callable[[], None]:
+        files, memory, bounce = self.files, self.arena.memory, self._bounce
+        assert files is not None
+        pairs = [(block.home.file, memory.block(block.place)) for block in blocks]
+        self.into.bytes += len(pairs) * files.size
+
+        def work() -> None:
+            for file, target in pairs:
+                files.read(file, bounce)
+                memory.write([(bounce, target)])
+
+        return work
+
+    def _step(self, arrival: Arrival, work: Callable[[], None], landed: Iterable[tuple[int, int]]) -> None:
+        def timed() -> float:
+            began = time.perf_counter()
+            work()
+            return time.perf_counter() - began
+
+        def then(seconds: Any, error: Exception | None) -> None:
+            arrival.steps -= 1
+            if error is not None:
+                arrival.error = str(error)
+            else:
+                self.into.seconds += seconds
+                if not arrival.error:
+                    arrival.landed.update(landed)
+            if arrival.done:
+                self._is_in(arrival)
+
+        self._hands["in"].do(timed, then)
+
+    def _is_in(self, arrival: Arrival) -> None:
+        for block in arrival.blocks:
+            block.moving, block.arrival = block.moving - 1, None
+            self.settle(block)
+
+    def release(self, block: Block) -> None:
+        """Nobody needs the block's copies any more."""
+        home = block.home
+        if home is None:
+            return
+        if home.slot >= 0:
+            del self._held[home.slot]
+        file, home.file = home.file, None
+        home.release()
+        if file is not None:
+            self.drop_file(file)
+        block.home = None
+
+    # ------------------------------------------------------------------ without the device
+
+    def adopt(self, cache: SessionCache, columns: Mapping[Table, Mapping[tuple[int, str], Any]]) -> None:
+        """Put columns into an empty cache, in host memory. Raises OutOfBlocksError if there is not enough of it."""
+        packed = {table: table.track.blocks(held, table.track.lowest(cache.length)) for table, held in columns.items()}
+        slots: list[int] = []
+        for _ in range(sum(len(blocks) for blocks in packed.values())):
+            if (slot := self._slot()) < 0:
+                for taken in slots:
+                    self.host.give(taken)
+                raise OutOfBlocksError("host memory for caches is used up")
+            slots.append(slot)
+        cache.move("cpu")
+        cache.leave()
+        for table in cache.tables:
+            made: dict[int, Block] = {}
+            for number, content in packed.get(table, {}).items():
+                slot = slots.pop()
+                self.host.bytes(slot)[: content.numel()].copy_(content)
+                made[number] = self._held[slot] = Block(-1, Home(self.host, slot))
+            table.adopt(made)
+
+    def snapshot(self, cache: SessionCache) -> Snapshot:
+        """What a cache holds now, for another thread to read wherever it lies; nothing is brought back for it."""
+        return Snapshot(self, cache)
+
+
+class Snapshot:
+    """Keys and values of a session as they are; to be released by the engine's thread."""
+
+    def __init__(self, pager: Pager, cache: SessionCache) -> None:
+        self._pager = pager
+        self._planes = list(cache.planes())
+        self._blocks = list(cache.blocks())
+        for block in self._blocks:
+            block.moving += 1  # it keeps its place and its copies
+        self._sources = {
+            table: {number: self._source(block) for number, block in table.blocks.items()} for table in cache.tables
+        }
+
+    def _source(self, block: Block) -> Any:
+        if block.home is None or block.dirty:
+            return self._pager.arena.memory.block(block.place)
+        return self._pager.host.bytes(block.home.slot) if block.home.slot >= 0 else block.home.file
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """Copies by name, as of :meth:`SessionCache.tensors`; for any thread. Raises LostError."""
+        files = self._pager.files
+
+        def read(source: Any) -> Any:
+            if not isinstance(source, File):
+                return source.cpu()
+            assert files is not None
+            made = files.bounce()
+            files.read(source, made)
+            return made
+
+        # Each file is read once; what lies in memory is taken from there for each layer.
+        contents = {
+            table: {number: read(source) if isinstance(source, File) else source for number, source in sources.items()}
+            for table, sources in self._sources.items()
+        }
+        for where, table, layer, name, low, high in self._planes:
+            held = contents[table]
+            yield where, table.track.columns(layer, name, low, high, lambda number, held=held: read(held[number]))
+
+    def release(self) -> None:
+        """It has been read."""
+        for block in self._blocks:
+            block.moving -= 1
+            self._pager.settle(block)
+        self._blocks = []
+
+
+def _groups(away: Sequence[tuple[Table, int, Block]], first: int) -> list[tuple[Track, range]]:
+    """Streams that come together, those with layer ``first`` before all others: (track, streams)."""
+    found: list[tuple[int, Track, range]] = []
+    tracks = {id(table.track): table.track for table, _, _ in away}
+    for track in tracks.values():
+        layer_of: dict[int, int] = {}
+        for (layer, _), plane in track.planes.items():
+            layer_of[plane.stream] = max(layer, layer_of.get(plane.stream, 0))
+        step = max(1, _GROUP // track.slab)
+        for begin in range(0, track.streams, step):
+            streams = range(begin, min(begin + step, track.streams))
+            last = layer_of[streams[-1]]
+            found.append((last + (last < first) * (1 << 30), track, streams))
+    found.sort(key=lambda item: item[0])
+    return [(track, streams) for _, track, streams in found]
