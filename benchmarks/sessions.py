@@ -13,36 +13,20 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment, harness
+from benchmarks import environment, harness, parts
 from benchmarks.journal import Document
-from benchmarks.suite import Budget, rest, say
+from benchmarks.parts import Part
+from benchmarks.suite import rest, say
 from benchmarks.targets import Target, targets
 from gpuckpt.errors import InterruptedByUser
 
 VERSION = 1
-_LIMIT = 1.5  # times its budget: a part that takes longer is ended
-
-
-@dataclass(frozen=True)
-class Part:
-    """One process: `benchmarks.sessions_NAME` on a model, for so many seconds; ``key`` is its place in the result."""
-
-    name: str
-    model: str
-    seconds: float
-    options: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}-{self.model}"
 
 
 # Shapes and the folders that hold them. The 0.5B shape runs in float32: many processors have no instructions for its
@@ -181,88 +165,16 @@ def _resume(resumed: dict[str, Document]) -> Document:
 # ---------------------------------------------------------------------- running
 
 
-class Runner:
-    """Starts the parts one after the other; what failed is in ``failures``."""
+class Runner(parts.Runner):
+    """Also: the exactness test, and a peer with an environment of its own."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.python = environment.prefix() / "server" / "bin" / "python"
-        self.work: Path = options.out / "sessions"
-        self.failures: dict[str, str] = {}
+        super().__init__(options, "sessions", MODELS)
         self.unavailable: dict[str, str] = {}
-        self.budget = Budget(options.budget)
-        self.commit: str | None = None
 
-    def run(self, name: str, argv: Sequence[str | Path], seconds: float) -> bool:
-        """Whether a process in the server's environment ended well; its words go where ours go."""
-        environ = {
-            **os.environ,
-            "PYTHONPATH": str(harness.ROOT),
-            "TORCHDYNAMO_DISABLE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "TQDM_DISABLE": "1",
-        }
-        process = subprocess.Popen(
-            [str(word) for word in argv],
-            cwd=harness.ROOT,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            status: int | str = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            status = f"it took more than {seconds:g} s"
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(timeout=20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-        if status != 0:
-            self.failures[name] = status if isinstance(status, str) else f"it ended with status {status}"
-            say(f"  {name} failed: {self.failures[name]}")
-        return status == 0
-
-    def model(self, shape: str) -> Path:
-        """The folder of a model; makes it where there is none."""
-        folder: Path = environment.prefix() / "models" / MODELS[shape]
-        script = harness.ROOT / "scripts" / "make_model.py"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.run(f"model {shape}", [self.python, script, "--shape", shape, folder], 300)
-        return folder
-
-    def part(self, part: Part, peer: Path | None) -> Document | None:
+    def measure(self, part: Part, peer: Path | None) -> Document | None:
         """One part's document."""
-        if self.budget.spent:
-            self.failures[part.key] = "the budget was spent before it began"
-            return None
-        say(f"[{self.budget.elapsed:5.0f} s] {part.key}")
-        out = self.work / f"{part.key}.json"
-        out.unlink(missing_ok=True)
-        argv: list[str | Path] = [self.python, "-m", f"benchmarks.sessions_{part.name}", "--model"]
-        argv += [environment.prefix() / "models" / MODELS[part.model], "--out", out, "--budget", str(part.seconds)]
-        argv += ["--device", self.options.device, "--seed", str(self.options.seed), *part.options]
-        if part.name == "resume" and peer:
-            argv += ["--nnsight", peer]
-        if not self.run(part.key, argv, _LIMIT * part.seconds + 60):
-            return None
-        made = self.document(part.key)
-        if made is not None:  # a later run with --only may take it over
-            made["commit"] = self.commit
-            out.write_text(json.dumps(made, indent=1) + "\n")
-        return made
-
-    def document(self, key: str) -> Document | None:
-        """What a part wrote the last time, if it did."""
-        file = self.work / f"{key}.json"
-        if not file.exists():
-            return None
-        made: Document = json.loads(file.read_text())
-        return made
+        return self.part(part, *(("--nnsight", peer) if part.name == "resume" and peer else ()))
 
     def earlier(self, wanted: Sequence[Part]) -> tuple[dict[str, Document], list[str]]:
         """With --only: the documents of the parts that are not measured now, and their keys."""
@@ -356,7 +268,7 @@ def _measure(runner: Runner, wanted: Sequence[Part], document: Document) -> tupl
     document["load_average"] = environment.load()
     measured, taken = runner.earlier(wanted)
     for part in wanted:
-        if (made := runner.part(part, peer)) is not None:
+        if (made := runner.measure(part, peer)) is not None:
             measured[part.key] = made
     only = runner.options.only
     exact = None

@@ -348,7 +348,12 @@ def parser(name: str, about: str | None, *, n: int, budget: float) -> argparse.A
 
 
 def main(
-    name: str, made: argparse.ArgumentParser, body: Callable[[Rig], Document], argv: Sequence[str] | None = None
+    name: str,
+    made: argparse.ArgumentParser,
+    body: Callable[[Any], Document],
+    argv: Sequence[str] | None = None,
+    *,
+    rig: type[Rig] = Rig,
 ) -> int:
     """Parse, load, measure, write; returns the exit status. Nothing is written if the measurement fails.
 
@@ -359,7 +364,7 @@ def main(
     load = os.getloadavg()
     try:
         with interrupts():
-            document = _measured(name, options, body, load)
+            document = _measured(name, options, body, load, rig)
     except InterruptedByUser as interrupted:
         print(interrupted.message, file=sys.stderr)
         return interrupted.exit_code
@@ -369,9 +374,9 @@ def main(
 
 
 def _measured(
-    name: str, options: argparse.Namespace, body: Callable[[Rig], Document], load: Sequence[float]
+    name: str, options: argparse.Namespace, body: Callable[[Any], Document], load: Sequence[float], kind: type[Rig]
 ) -> Document:
-    with Rig(options) as rig:
+    with kind(options) as rig:
         say(f"{name}: {json.dumps(rig.facts())}")
         result = body(rig)
         return {

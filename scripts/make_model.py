@@ -22,6 +22,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden": 256, "layers": 4, "heads": 4, "kv": 2, "intermediate": 1024, "vocabulary": 8192},
     "0.5b": {"hidden": 896, "layers": 24, "heads": 14, "kv": 2, "intermediate": 4864, "vocabulary": 151936},
     "1.5b": {"hidden": 1536, "layers": 28, "heads": 12, "kv": 2, "intermediate": 8960, "vocabulary": 151936},
+    # For measuring KV paging: 49 kB of keys and values a token (float32) beside layers that are quickly computed.
+    "kv-heavy": {"hidden": 512, "layers": 12, "heads": 8, "kv": 8, "intermediate": 1024, "vocabulary": 8192},
     # GPT-2's smallest, in float32 as it was published (0.5 GB): what the benchmarks of the session engine run.
     "gpt2-124m": {"hidden": 768, "layers": 12, "heads": 12, "positions": 1024, "vocabulary": 50257},
 }

@@ -32,7 +32,6 @@ from gpuckpt.cli.session_view import (
     show_result,
     show_session,
 )
-from gpuckpt.config import parse_seconds
 from gpuckpt.errors import (
     BusyError,
     DaemonUnreachableError,
@@ -111,6 +110,8 @@ def _endpoint(ctx: click.Context, replica: str, address: str | None) -> Endpoint
 
 
 def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    from gpuckpt.config import parse_seconds
+
     try:
         found = parse_seconds(value)
         return float(found)  # type: ignore[arg-type]
@@ -314,6 +315,8 @@ def idle(client: Client, /, id: str, for_: float, as_json: bool) -> None:
 def memory(client: Client, /, as_json: bool) -> None:
     """Show the memory for sessions' caches: how much there is on the device and off it, and what was moved."""
     found = client.engine().memory
+    if found is None:
+        raise NotFoundError(f"{reached()} does not say", cause="it runs a guest server of an earlier version")
     if as_json:
         print_json({"memory": found})
     else:

@@ -13,7 +13,7 @@ from gpuckpt.cli.render import CONTROLS, print_json, print_table, say, seconds, 
 from gpuckpt.errors import GpuckptError
 
 if TYPE_CHECKING:
-    from gpuckpt.sessions import Client, Event, Result, Session
+    from gpuckpt.sessions import Client, Event, Memory, Result, Session
 
 
 def print_stream(stream: Iterator[Event]) -> Event:
@@ -97,7 +97,7 @@ def show_session(one: Session, *, as_json: bool) -> None:
         ("session", one.id + (f", a branch of {one.parent}" if one.parent else "")),
         ("state", one.state + (f": {one.failed}" if one.failed else "")),
         ("tokens", f"{one.tokens}, of which {one.length} are read; cache {size(one.cache_bytes)}"),
-        ("memory", memory_text(one)),
+        *([("memory", memory_text(one.memory))] if one.memory else []),
         ("generations", f"{one.turns} ended, {one.passes} passes"),
         ("on the wire", f"{size(one.wire_bytes.received)} received, {size(one.wire_bytes.sent)} sent"),
     ]
@@ -129,9 +129,8 @@ def show_session(one: Session, *, as_json: bool) -> None:
     print_table(["", ""], facts)
 
 
-def memory_text(one: Session) -> str:
+def memory_text(found: Memory) -> str:
     """Where a session's cache is, in words."""
-    found = one.memory
     parts = [f"{size(count)} {where}" for where, count in _places(found.bytes) if count]
     text = {
         "device": "all of it is there",

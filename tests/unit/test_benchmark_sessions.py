@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks import sessions, sessions_branch, sessions_checkpoint, sessions_common, sessions_interference
 from benchmarks.harness import ROOT
-from benchmarks.sessions import TARGETS, Part, Runner, merge, table
+from benchmarks.parts import Part
+from benchmarks.sessions import TARGETS, Runner, merge, table
 from benchmarks.sessions_common import Child, Watch, beyond, paired, quantity
 from benchmarks.sessions_resume import Phase
 from benchmarks.suite import Unavailable
@@ -298,7 +299,7 @@ def test_a_process_that_fails_is_noted_and_one_that_hangs_is_ended(tmp_path: Pat
 def test_no_part_begins_when_the_budget_is_spent(tmp_path: Path) -> None:
     made = runner(tmp_path)
     made.budget.seconds = 0
-    assert made.part(Part("checkpoint", "tiny", 1), None) is None
+    assert made.part(Part("checkpoint", "tiny", 1)) is None
     assert "budget" in made.failures["checkpoint-tiny"]
 
 

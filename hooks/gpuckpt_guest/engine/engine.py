@@ -82,7 +82,6 @@ class Engine:
         max_sessions: int = 4096,
     ) -> None:
         """Raises ValueError or OSError if the memory that ``budgets`` asks for cannot be had."""
-        self.loaded = loaded
         self.ring = Ring(ring_bytes, loaded.device)
         self.max_sessions = max_sessions
         self.sessions: dict[str, Session] = {}
@@ -95,6 +94,8 @@ class Engine:
         self.memory = SessionMemory(
             loaded, budgets or Budgets(), self.sessions.values, lambda: self._commands.put((self._poll, Future()))
         )
+        # What memory cannot hold is as much too long as what the model cannot read.
+        self.loaded = loaded = replace(loaded, limit=self.memory.arena.limit)
         self.scheduler = Scheduler(
             loaded, self.ring, self.memory.batches, self.memory.residency, max_batch=max_batch, ended=self._ended
         )

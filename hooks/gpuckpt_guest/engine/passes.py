@@ -43,6 +43,7 @@ class Flight:
     tokens: int = 1
     pauses: list[Pause] = field(default_factory=list)
     split: tuple[int, Any] | None = None
+    seconds: float = 0.0  # that it has computed
     cache: SessionCache | Lanes | None = None
     forward: Forward | None = None
     coming: bool = False  # its cache is still arriving

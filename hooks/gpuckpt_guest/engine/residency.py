@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..kv import policy
-from ..kv.arena import Arena
+from ..kv.arena import Arena, Block
 from ..kv.pager import Pager
 from ..kv.policy import Candidate, Costs
 from .batches import Batches
@@ -146,7 +146,7 @@ class Residency:
             need += self.pager.absent(cache) - (-cache.held_outside() // self.arena.memory.size)
         return need
 
-    def _shared(self, session: Session, tokens: int) -> Iterable[object]:
+    def _shared(self, session: Session, tokens: int) -> Iterable[Block]:
         return (block for table in session.cache.tables for block in table.copied(session.cache.length, tokens))
 
     def _bring(self, session: Session) -> None:

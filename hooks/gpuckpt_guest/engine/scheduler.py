@@ -14,6 +14,7 @@ Everything here runs on the engine's thread.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -124,6 +125,7 @@ class Scheduler:
         if flight is None:
             self._stuck = True
             return
+        began = time.perf_counter()
         try:
             on = self._advance(flight)
         except LayerCountError:
@@ -132,10 +134,13 @@ class Scheduler:
             _log.exception("a pass failed")
             self._fail(flight, error)
             return
+        flight.seconds += time.perf_counter() - began
         if on is flight:
             (self._short if flight.tokens == 1 else self._long).append(flight)
         elif on is not None:
             self._launch(on)
+        elif len(flight.rows) == 1 and flight.fresh and not flight.rows[0].pause:
+            self.residency.measured(flight.tokens, flight.seconds)
 
     # ------------------------------------------------------------------ what flies
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ..weights import PagedWeights
+
 Inputs = dict[str, Any]
 
 
@@ -83,6 +85,8 @@ class Stepper:
         self.takes = {name for name in ("position_ids", "attention_mask", "logits_to_keep") if name in parameters}
         # Logits of the last token only, where the model can: the head over a long prompt is the dearest layer of all.
         self.keep = {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
+        # Brings a layer's weights, where not all are on the device.
+        self.weights: PagedWeights | None = None
         # The shorter way to the logits, if the probe has found that there is one.
         self.tail: Callable[[Any], Any] | None = None
 
@@ -162,6 +166,8 @@ class _Gate:
         tape = self.stepper._tape
         if tape is not None:
             return tape(self.index, args, kwargs)
+        if self.stepper.weights is not None:
+            self.stepper.weights.need(self.index)
         returned = self.forward(*args, **kwargs)
         self.stepper._arity[self.index] = len(returned) if isinstance(returned, (tuple, list)) else 0
         return returned

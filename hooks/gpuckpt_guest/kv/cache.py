@@ -128,7 +128,7 @@ class SessionCache(Cache):
             table.close()
         self.arena.charge(-self.outside)
         self.outside = 0
-        self.layers = []
+        self.layers: list[Any] = []
 
     # ------------------------------------------------------------------ where it lies
 
@@ -344,5 +344,5 @@ def _maker(layer: Any) -> _Maker | None:
     if kind is LinearAttentionLayer:
         return lambda *_: LinearAttentionLayer(number_of_states=layer.number_of_states)
     if kind in (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer):
-        return lambda *where: SessionHybridLayer(*where, layer.number_of_states)
+        return lambda span, window, index, table: SessionHybridLayer(span, window, index, table, layer.number_of_states)
     return None

@@ -510,9 +510,12 @@ class Snapshot:
             table: {number: read(source) if isinstance(source, File) else source for number, source in sources.items()}
             for table, sources in self._sources.items()
         }
+
+        def content(table: Table) -> Callable[[int], Any]:
+            return lambda number: read(contents[table][number])
+
         for where, table, layer, name, low, high in self._planes:
-            held = contents[table]
-            yield where, table.track.columns(layer, name, low, high, lambda number, held=held: read(held[number]))
+            yield where, table.track.columns(layer, name, low, high, content(table))
 
     def release(self) -> None:
         """It has been read."""

@@ -106,7 +106,9 @@ class BlockFiles:
 
     def close(self) -> None:
         """Let others use the folder."""
-        os.close(self._lock)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def write(self, content: Any) -> File:
         """Write a block into a file of its own. Raises OSError; nothing is left behind then."""

@@ -1,0 +1,165 @@
+"""More sessions than memory: all are answered, with the tokens that they would have had to themselves.
+
+Each session reads a prompt of its own and then, three times over, is asked to go on, in an order that is drawn anew
+each time, several at once. The memory on the device is demand / factor. The same turns with memory for all give the
+tokens to compare with. Samples of what lies where are taken while it runs, for the figure.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from benchmarks import kv_common
+from benchmarks.journal import Document
+from benchmarks.kv_common import KvRig
+from benchmarks.sessions_common import Watch, quantity
+from benchmarks.suite import say
+
+SESSIONS = 50
+TURNS, WRITE, READ = 3, 12, 4  # after the prompt's own turn, which writes as many
+AT_ONCE = 8
+FACTORS = (1.15, 2.0, 4.0)
+_SAMPLE = 0.05
+
+
+def body(rig: KvRig) -> Document:
+    quick = rig.quick
+    sessions = 8 if quick else SESSIONS
+    length = min(rig.options.prompt, 64 if quick else rig.options.prompt)
+    prompts = [rig.prompt(length + rig.chance.randrange(length // 2)) for _ in range(sessions)]
+    orders = [rig.shuffled(range(sessions)) for _ in range(TURNS)]
+    more = [[rig.prompt(READ) for _ in range(sessions)] for _ in range(TURNS)]
+    longest = [len(prompt) + TURNS * (READ + WRITE) + WRITE for prompt in prompts]
+    # In whole blocks, as they are taken.
+    demand = sum(-(-tokens * rig.token_bytes // rig.block) for tokens in longest) * rig.block
+    work = (prompts, orders, more)
+    alone = Run(rig, work, places=demand // rig.block + 2 * AT_ONCE, slots=0)
+    say(f"  undisturbed: {alone.seconds:.1f} s")
+    made: Document = {
+        "sessions": sessions,
+        "tokens": {"prompt": quantity([float(len(prompt)) for prompt in prompts]), "written": (TURNS + 1) * WRITE},
+        "demand_bytes": demand,
+        "undisturbed": alone.document(),
+        "factors": {},
+    }
+    for factor in FACTORS[1:2] if quick else FACTORS:
+        run = Run(rig, work, places=max(4, int(demand / factor) // rig.block), slots=demand // rig.block + 8)
+        mismatches = sum(one != other for one, other in zip(run.tokens, alone.tokens, strict=True))
+        say(f"  {factor:g} times the memory: {run.seconds:.1f} s, {mismatches} sessions with other tokens")
+        made["factors"][f"{factor:g}"] = run.document() | {
+            "demand_over_budget": round(demand / run.budget, 4),
+            "token_mismatches": mismatches,
+            "seconds_over_undisturbed": round(run.seconds / alone.seconds, 4),
+        }
+    return made
+
+
+class Run:
+    """One engine's run over the work."""
+
+    def __init__(self, rig: KvRig, work: Any, *, places: int, slots: int) -> None:
+        prompts, orders, more = work
+        self.budget = places * rig.block
+        self.samples: list[list[float]] = []
+        self.first_ms: list[float] = []
+        self.away_ms: list[float] = []
+        with rig.serving(places=places, slots=slots, max_batch=1) as engine:
+            self._engine = engine
+            began = time.perf_counter()
+            ended = threading.Event()
+            sampler = threading.Thread(target=self._sample, args=(rig, began, ended), name="samples")
+            sampler.start()
+            try:
+                sessions = [rig.do(engine.create) for _ in prompts]
+                self.resumed = [0] * len(sessions)
+                self._round(rig, sessions, range(len(sessions)), prompts)
+                for order, texts in zip(orders, more, strict=True):
+                    self._round(rig, sessions, order, texts)
+                    for number in order:
+                        self.resumed[number] += 1
+            finally:
+                ended.set()
+                sampler.join()
+            self.seconds = time.perf_counter() - began
+            self.tokens = [list(session.tokens) for session in sessions]
+            self.completed = sum(
+                len(session.tokens) == len(prompt) + TURNS * (READ + WRITE) + WRITE
+                for session, prompt in zip(sessions, prompts, strict=True)
+            )
+            self.report = rig.do(engine.memory.report)
+            self.waited = list(engine.memory.residency.counters.waited_s)
+
+    def _round(self, rig: KvRig, sessions: Any, order: Any, texts: Any) -> None:
+        """Each session's turn, so many at once."""
+        under_way: list[tuple[float, bool, Watch, Watch]] = []
+        for number in order:
+            if len(under_way) >= AT_ONCE:
+                self._finish(under_way.pop(0))
+            session = sessions[number]
+            away = rig.do(lambda session=session: not session.cache.shown)
+            first = Watch()
+            session.listeners[:] = [first]
+            began, watch = rig.begin(session, texts[number], WRITE)
+            under_way.append((began, away, first, watch))
+        for one in under_way:
+            self._finish(one)
+
+    def _finish(self, one: tuple[float, bool, Watch, Watch]) -> None:
+        began, away, first, watch = one
+        at, _ = first.until("token")
+        watch.until("done")
+        (self.away_ms if away else self.first_ms).append((at - began) * 1000)
+
+    def _sample(self, rig: KvRig, began: float, ended: threading.Event) -> None:
+        while not ended.wait(_SAMPLE):
+            # Read from beside: numbers that may be a moment old.
+            memory = self._engine.memory
+            size = memory.arena.memory.size
+            self.samples.append(
+                [
+                    round(time.perf_counter() - began, 3),
+                    (memory.arena.memory.places - memory.arena.free) * size,
+                    (memory.pager.host.slots - memory.pager.host.free) * size,
+                    memory.pager.out.bytes,
+                    memory.pager.into.bytes,
+                    memory.residency.waiting,
+                ]
+            )
+
+    def document(self) -> Document:
+        """All that was seen, as JSON."""
+        report = self.report
+        return {
+            "seconds": round(self.seconds, 3),
+            "budget_bytes": self.budget,
+            "completed": self.completed,
+            "resumed_least": min(self.resumed),
+            "first_token_ms": {
+                "here": quantity(self.first_ms) if self.first_ms else None,
+                "away": quantity(self.away_ms) if self.away_ms else None,
+            },
+            "waited_ms": quantity([seconds * 1000 for seconds in self.waited]) if self.waited else None,
+            "out_bytes": report["out"]["bytes"],
+            "in_bytes": report["in"]["bytes"],
+            "out_gbps": _speed(report["out"]),
+            "in_gbps": _speed(report["in"]),
+            "blocks_left_without_a_copy": report["out"]["spared"],
+            "evicted": report["evicted"],
+            "preempted": report["preempted"],
+            "dropped": report["dropped"],
+            "device_bytes_most": int(max((sample[1] for sample in self.samples), default=0)),
+            "samples": {
+                "columns": ["seconds", "device_bytes", "host_bytes", "out_bytes", "in_bytes", "waiting"],
+                "rows": self.samples[:: max(1, len(self.samples) // 1500)],
+            },
+        }
+
+
+def _speed(traffic: Any) -> float | None:
+    return round(traffic["bytes"] / traffic["seconds"] / 1e9, 4) if traffic["seconds"] else None
+
+
+if __name__ == "__main__":
+    raise SystemExit(kv_common.run("kv_oversubscribe", __doc__, body, n=10, budget=900))
