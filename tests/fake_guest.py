@@ -91,6 +91,20 @@ ENGINE: dict[str, Any] = {
     "vocabulary": 8192,
     "features": 8,
     "ring": {"bytes": 64, "spilled": 0},
+    "memory": {
+        "block_bytes": 1 << 20,
+        "device": {"budget": 64 << 20, "free": 16 << 20, "outside_blocks": 0},
+        "host": {"budget": 32 << 20, "free": 32 << 20},
+        "disk": {"budget": 0, "used": 0, "error": ""},
+        "longest": 2048,
+        "waiting": 1,
+        "evicted": 3,
+        "preempted": 1,
+        "dropped": 0,
+        "out": {"bytes": 3 << 20, "seconds": 0.003, "blocks": 3, "spared": 2},
+        "in": {"bytes": 0, "seconds": 0.0, "blocks": 0, "spared": 0},
+        "to_disk": {"bytes": 0, "seconds": 0.0, "blocks": 0, "spared": 0},
+    },
     "counters": {"layers_run": 0},
 }
 TOKEN = {"type": "token", "session": "demo", "token": 7, "step": 0, "text": " one"}

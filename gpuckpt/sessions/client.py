@@ -394,6 +394,8 @@ class Client:
             return BusyError(message, remedy="choose another name; or go on with it, or remove it (gpuckpt session rm)")
         if status == 409:
             return BusyError(message, remedy="gpuckpt session show tells in which state it is")
+        if status == 507:
+            return OutOfSpaceError(message, remedy="gpuckpt session memory tells what there is and what is used")
         if status == 429:
             return OutOfSpaceError(message, remedy="gpuckpt session rm removes sessions")
         if status == 503:

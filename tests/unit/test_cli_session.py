@@ -24,7 +24,20 @@ from gpuckpt.sessions import Tensor, tensors
 from gpuckpt.store.layout import Layout
 from gpuckpt.workload.base import SOCKET_NAME
 from tests.command_line import Done, run
-from tests.fake_guest import DONE, IDLE, PAUSED, RESULT, SESSION, TOKEN, FakeGuest, answer, hang_up, problem, stream
+from tests.fake_guest import (
+    DONE,
+    ENGINE,
+    IDLE,
+    PAUSED,
+    RESULT,
+    SESSION,
+    TOKEN,
+    FakeGuest,
+    answer,
+    hang_up,
+    problem,
+    stream,
+)
 
 SUBCOMMANDS = sorted(session.command.commands)
 START = "POST /v1/sessions"
@@ -198,6 +211,49 @@ def test_start_as_json_and_detached(guest: FakeGuest) -> None:
     done = do("start", "one", "demo", "--prompt", "Hi", "--detach")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "demo: running, 0 tokens\n")
     assert [body["wait"] for body in guest.bodies(GENERATE)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "order", "body"),
+    [
+        (["suspend", "one", "demo"], "suspend", {"durable": False, "wait": True}),
+        (["suspend", "one", "demo", "--durable"], "suspend", {"durable": True, "wait": True}),
+        (["prefetch", "one", "demo"], "prefetch", {"wait": False}),
+        (["prefetch", "one", "demo", "--wait"], "prefetch", {"wait": True}),
+        (["pin", "one", "demo", "5min"], "pin", {"seconds": 300.0}),
+        (["idle", "one", "demo", "1.5"], "idle", {"seconds": 1.5}),
+    ],
+)
+def test_where_the_cache_is_to_be(guest: FakeGuest, words: list[str], order: str, body: dict[str, Any]) -> None:
+    away = SESSION["memory"] | {
+        "state": "away", "bytes": {"device": 0, "host": 3 << 20, "disk": 1 << 20},
+        "waiting": True, "pinned": 29.5, "expected": 12.0, "durable": True,
+    }  # fmt: skip
+    guest.on(f"POST /v1/sessions/demo/{order}", answer(IDLE | {"memory": away}))
+    done = do(*words)
+    assert done.returncode == 0 and guest.bodies(f"POST /v1/sessions/demo/{order}") == [body]
+    shown = " ".join(done.stdout.split())
+    assert "off the device (3.0 MiB in host memory, 1.0 MiB on disk)" in shown
+    assert "waits for room; pinned for 29.500 s; expected in 12.000 s; kept in files" in shown
+
+
+@pytest.mark.parametrize("word", ["soon", "", "-5", "5 parsecs"])
+def test_a_time_that_is_none(guest: FakeGuest, word: str) -> None:
+    done = do("pin", "one", "demo", "--", word)
+    assert done.returncode == 2 and "seconds" in done.stderr
+
+
+def test_memory(guest: FakeGuest) -> None:
+    guest.on("GET /v1/engine", answer(ENGINE))
+    done = do("memory", "one")
+    shown = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "device 64.0 MiB 48.0 MiB 75%" in shown and "1.0 GB/s" in shown
+    assert "2048 tokens" in shown and "3 times, 1 of them between two tokens" in shown
+    assert as_json("memory", "one") == {"memory": ENGINE["memory"]}
+    # One in a golden of an earlier version.
+    guest.on("GET /v1/engine", answer({key: value for key, value in ENGINE.items() if key != "memory"}))
+    old = do("memory", "one")
+    assert old.returncode == 6 and "earlier version" in old.stderr
 
 
 def test_start_continues_a_session_that_is_there(guest: FakeGuest) -> None:

@@ -58,7 +58,15 @@ from tests.fake_guest import (
         (lambda c: c.pause("demo", layer=2), "POST /v1/sessions/demo/pause", {"layer": 2, "wait": True}, SESSION),
         (lambda c: c.resume("demo", wait="token"), "POST /v1/sessions/demo/resume", {"wait": "token"}, RESULT),
         (lambda c: c.resume("demo"), "POST /v1/sessions/demo/resume", {"wait": "end"}, IDLE),
-        (lambda c: c.suspend("demo"), "POST /v1/sessions/demo/suspend", b"", SESSION | {"state": "suspended"}),
+        (
+            lambda c: c.suspend("demo", durable=True),
+            "POST /v1/sessions/demo/suspend",
+            {"durable": True, "wait": True},
+            SESSION | {"state": "suspended"},
+        ),
+        (lambda c: c.prefetch("demo"), "POST /v1/sessions/demo/prefetch", {"wait": False}, SESSION),
+        (lambda c: c.pin("demo", 30), "POST /v1/sessions/demo/pin", {"seconds": 30}, SESSION),
+        (lambda c: c.idle("demo", 1.5), "POST /v1/sessions/demo/idle", {"seconds": 1.5}, SESSION),
         (lambda c: c.cancel("demo"), "POST /v1/sessions/demo/cancel", b"", IDLE),
         (
             lambda c: c.branch("demo", [Variant(), Variant(id="b", sampling=Sampling(0.8), seed=1)], wait=False),

@@ -100,13 +100,21 @@ class Grain:
 
 def grain(device: Any) -> Grain:
     """The device's. On a CPU each piece is a mapping, of which a process can have so many (vm.max_map_count)."""
+    if torch.device(device).type == "cuda":
+        from . import cuda_memory
+
+        return cuda_memory.grain(torch.device(device))
     with open("/proc/sys/vm/max_map_count") as file:
         most = int(file.read())
     return Grain(mmap.PAGESIZE, most // 2)
 
 
 def memory(device: Any, places: int, size: int) -> Memory:
-    """Blocks on the device."""
+    """Blocks on the device. Raises OSError."""
+    if torch.device(device).type == "cuda":
+        from .cuda_memory import CudaMemory
+
+        return CudaMemory(torch.device(device), places, size)
     return HostMemory(places, size)
 
 

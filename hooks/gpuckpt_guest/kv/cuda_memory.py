@@ -1,0 +1,174 @@
+"""A GPU's memory for caches, by the driver's virtual memory management: pieces of physical memory, mapped where needed.
+
+A piece is as large as the driver's granularity (2 MiB). A handle can only be mapped from its begin, so each piece has a
+handle of its own; it is mapped once where its block lies, and again wherever a session sees it. Pieces are created when
+their place is first used, and given back when they are free and the engine rests.
+
+Written from the driver's documentation (CUDA driver API, virtual memory management); it has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .memory import Grain, Pairs
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise OSError(
+            "caches on a GPU need the package cuda-bindings (pip install cuda-bindings) beside torch"
+        ) from error
+    return driver
+
+
+def _checked(answer: Any) -> Any:
+    """The driver's results, without the status; raises OSError with its words."""
+    status, *results = answer
+    driver = _driver()
+    if status != driver.CUresult.CUDA_SUCCESS:
+        _, words = driver.cuGetErrorString(status)
+        raise OSError(f"the GPU's driver: {words.decode() if isinstance(words, bytes) else words}")
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _properties(device: torch.device) -> Any:
+    driver = _driver()
+    made = driver.CUmemAllocationProp()
+    made.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    made.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    made.location.id = device.index or 0
+    return made
+
+
+def grain(device: torch.device) -> Grain:
+    """The driver's granularity; of mappings there may be as many as one likes."""
+    driver = _driver()
+    torch.cuda.current_stream(device)  # the context
+    flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+    return Grain(int(_checked(driver.cuMemGetAllocationGranularity(_properties(device), flag))), 1 << 40)
+
+
+class CudaMemory:
+    """``places`` blocks of ``size`` bytes on a GPU."""
+
+    def __init__(self, device: torch.device, places: int, size: int) -> None:
+        self.device = device
+        self.places = places
+        self.size = size
+        self.granule = grain(device).granule
+        if size % self.granule:
+            raise ValueError(f"a block of {size} bytes is no multiple of the driver's {self.granule}")
+        self._handles: dict[int, list[Any]] = {}
+        self._blocks = _Addresses(self, places * size)
+        self._streams = {way: torch.cuda.Stream(device) for way in ("out", "in")}
+
+    def block(self, place: int) -> Any:
+        self.handles(place)
+        return self._blocks.bytes[place * self.size : (place + 1) * self.size]
+
+    def handles(self, place: int) -> list[Any]:
+        """The pieces of a place, which are created if it has not been used yet."""
+        if place not in self._handles:
+            driver, properties = _driver(), _properties(self.device)
+            made = [_checked(driver.cuMemCreate(self.granule, properties, 0)) for _ in range(self.size // self.granule)]
+            self._handles[place] = made
+            self._blocks.map(place * self.size, made)
+        return self._handles[place]
+
+    def reserve(self, size: int) -> CudaRange:
+        return CudaRange(self, -(-size // self.granule) * self.granule)
+
+    def trim(self, places: Sequence[int]) -> None:
+        used = [place for place in places if place in self._handles]
+        if used:
+            torch.cuda.synchronize(self.device)
+        for place in used:
+            self._blocks.unmap(place * self.size, self.size)
+            for handle in self._handles.pop(place):
+                _checked(_driver().cuMemRelease(handle))
+
+    def written(self) -> Any:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def read(self, pairs: Pairs, ready: Any) -> None:
+        self._copy("out", pairs, ready)
+
+    def write(self, pairs: Pairs) -> None:
+        self._copy("in", pairs, None)
+
+    def _copy(self, way: str, pairs: Pairs, ready: Any) -> None:
+        stream = self._streams[way]
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            if ready is not None:
+                stream.wait_event(ready)
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+        stream.synchronize()
+
+
+class _Addresses:
+    """Reserved addresses of a GPU, and the tensor of their bytes, of which only what is mapped may be touched."""
+
+    def __init__(self, memory: CudaMemory, size: int) -> None:
+        driver = _driver()
+        self._memory = weakref.ref(memory)
+        self._device, self._granule = memory.device, memory.granule
+        self.base = int(_checked(driver.cuMemAddressReserve(size, 0, 0, 0)))
+        weakref.finalize(self, lambda base: driver.cuMemAddressFree(base, size), self.base)
+        # A tensor at an address that torch has not allocated; the public ways ask the driver what lies there, which is
+        # nothing yet.
+        storage = torch._C._construct_storage_from_data_pointer(self.base, memory.device, size)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(storage, 0, (size,), (1,))
+
+    def map(self, at: int, handles: Sequence[Any]) -> None:
+        """Have these pieces appear at an offset, one behind the other."""
+        driver = _driver()
+        for number, handle in enumerate(handles):
+            _checked(driver.cuMemMap(self.base + at + number * self._granule, self._granule, 0, handle, 0))
+        access = driver.CUmemAccessDesc()
+        access.location = _properties(self._device).location
+        access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        _checked(driver.cuMemSetAccess(self.base + at, len(handles) * self._granule, [access], 1))
+
+    def unmap(self, at: int, size: int) -> None:
+        """Have nothing appear there any more."""
+        _checked(_driver().cuMemUnmap(self.base + at, size))
+
+
+class CudaRange:
+    """Addresses in which a session sees its blocks."""
+
+    def __init__(self, memory: CudaMemory, size: int) -> None:
+        self._memory = memory
+        self._size = size
+        self._addresses = _Addresses(memory, size)
+        self._shown: set[int] = set()
+        self.bytes = self._addresses.bytes
+
+    def show(self, at: int, place: int, offset: int, size: int) -> None:
+        if not 0 <= at <= self._size - size:
+            raise ValueError(f"{at} to {at + size} is outside of the {self._size} bytes that are reserved")
+        if at in self._shown:
+            self.hide(at, size)
+        granule = self._memory.granule
+        handles = self._memory.handles(place)[offset // granule : (offset + size) // granule]
+        self._addresses.map(at, handles)
+        self._shown.add(at)
+
+    def hide(self, at: int, size: int) -> None:
+        if at not in self._shown:
+            return
+        stream = torch.cuda.current_stream(self._memory.device)
+        if not stream.query():
+            stream.synchronize()  # a kernel may still read there
+        self._addresses.unmap(at, size)
+        self._shown.discard(at)
