@@ -132,7 +132,7 @@ def test_what_is_durable_outlives_a_killed_server(model: Path, tmp_path: Path) -
         sessions = {one["id"]: one for one in second.ok("GET", "/v1/sessions")["sessions"]}
         assert set(sessions) == {"kept", "stopped"}
         assert all(one["state"] == "suspended" and one["memory"]["durable"] for one in sessions.values())
-        assert second.ok("POST", "/v1/sessions/stopped/resume")["tokens"] == wanted
+        assert second.ok("POST", "/v1/sessions/stopped/resume", {})["tokens"] == wanted
         second.ok("POST", "/v1/sessions/kept/resume", {"wait": "paused"})
         assert generate(second, "/v1/sessions/kept", prompt=None)["tokens"] == wanted[6:]
         # Deleted, it is gone for good.
