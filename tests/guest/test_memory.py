@@ -247,6 +247,23 @@ def test_those_who_find_no_room_wait_until_others_end(made: Callable[..., Driver
     assert len(running.wait("done").generated) == 3
 
 
+def test_what_leaves_without_a_copy_makes_room_at_once(made: Callable[..., Driver]) -> None:
+    driver = made(6, max_batch=1)
+    clean = [driver.new() for _ in range(2)]
+    for seed, session in enumerate(clean):
+        driver.begin(session, prompt(seed, 20), 2).wait("done")
+        away(driver, session)
+        driver.do(driver.engine.wake, session)
+        until(driver, lambda session=session: where_now(driver, session) == "device")
+    copied = driver.do(driver.engine.memory.report)["out"]["blocks"]
+    driver.begin(driver.new(), prompt(9, 75), 2).wait("done")  # nothing else is at work that could tell of the room
+    assert driver.do(driver.engine.memory.report)["out"]["blocks"] == copied
+    waker, holder = clean[0], driver.new()
+    driver.begin(holder, prompt(8, 60), 2).wait("done")
+    driver.do(driver.engine.wake, waker)
+    until(driver, lambda: where_now(driver, waker) == "device")
+
+
 def test_one_that_waits_can_be_cancelled_or_deleted(made: Callable[..., Driver]) -> None:
     driver = made(6, host=0, max_batch=1)
     holder = driver.new()

@@ -209,13 +209,9 @@ class SessionMemory:
                 else:
                     session.emit({"type": "suspended"})
         for session in list(self._coming):
-            if session.cache.shown:
-                if not self.pager.arriving(session.cache):
-                    del self._coming[session]
-                    session.emit({"type": "woken"})
-            else:
-                self.residency.fetch(session)
-        self.residency.make_room()
+            if session.cache.shown and not self.pager.arriving(session.cache):
+                del self._coming[session]
+                session.emit({"type": "woken"})
         self.residency.fetch_expected()
         return self._lost()
 

@@ -55,6 +55,8 @@ class Residency:
         self._sessions = sessions
         self._clock = clock
         self.flying: Callable[[], Sequence[object]] = lambda: ()  # the caches of passes on their way
+        self.wanted: dict[Session, None] = {}  # to be brought back, although they have nothing to compute
+        self.freed = False  # there is room that was not there when those who wait were last looked at
         self._granted: set[Session] = set()  # have a pass on its way
         self._waiting: dict[Session, float] = {}  # for memory, since when
         self._pass_s, self._token_s = _PASS_S, _TOKEN_S
@@ -94,7 +96,7 @@ class Residency:
         for session in self._sessions():
             if self._waiting and session.pinned > now:
                 found.append(session.pinned - now)
-            if session.expected is not None and not session.cache.shown and not session.suspended:
+            if session.expected is not None and not (session.cache.shown or session.suspended or self._waiting):
                 found.append(max(0.0, session.expected - now - self._early(session)))
         return min(found, default=None)
 
@@ -107,12 +109,11 @@ class Residency:
         If not: what is needed is begun, and whoever waits is to ask again when anything has changed.
         """
         cache = session.cache
-        need = self._need(session, tokens)
-        reserve = 0 if cache.shown and self._in_tenure(session) else self._before(session)
-        if need > max(0, self.arena.free - reserve) and need:
+        if not self._fits(session, tokens):
             self._wait(session)
             self.make_room()
-            return False
+            if not self._fits(session, tokens):  # what needed no copy has left at once
+                return False
         if not cache.shown:
             self._bring(session)
         if whole and self.pager.arriving(cache):
@@ -137,7 +138,13 @@ class Residency:
     def forget(self, session: Session) -> None:
         """It does not want anything any more."""
         self._waiting.pop(session, None)
+        self.wanted.pop(session, None)
         self._granted.discard(session)
+
+    def _fits(self, session: Session, tokens: int) -> bool:
+        need = self._need(session, tokens)
+        reserve = 0 if session.cache.shown and self._in_tenure(session) else self._before(session)
+        return not need or need <= self.arena.free - reserve
 
     def _need(self, session: Session, tokens: int) -> int:
         cache = session.cache
@@ -220,7 +227,7 @@ class Residency:
         candidates = [candidate for candidate in candidates if candidate.bytes]
         size = self.arena.memory.size
         chosen = policy.leaving(candidates, blocks * size, self.costs, self.pager.space * size)
-        before = self.arena.free + self.pager.leaving
+        free, before = self.arena.free, self.arena.free + self.pager.leaving
         for choice in chosen:
             session = known[choice.key]
             self.counters.evicted += 1
@@ -230,6 +237,8 @@ class Residency:
                 session.forget_cache()
             else:
                 self.leave(session)
+        # Nobody will tell of what has left without a copy.
+        self.freed = self.freed or self.arena.free > free
         return self.arena.free + self.pager.leaving - before
 
     def _candidate(self, key: int, session: Session) -> Candidate:
@@ -256,17 +265,23 @@ class Residency:
 
     # ------------------------------------------------------------------ bringing back for its own sake
 
-    def fetch(self, session: Session) -> bool:
-        """Begin to bring the session back, although it has nothing to compute; False: it waits for room."""
-        if session.cache.shown:
-            return True
-        if self._need(session, 0) > max(0, self.arena.free - self._before(session)):
-            self._wait(session)
-            self.make_room()
-            return False
-        self._bring(session)
-        self._served(session)
-        return True
+    def fetch(self, session: Session) -> None:
+        """Bring the session back, although it has nothing to compute: at once, or as soon as there is room."""
+        self.wanted[session] = None
+        self.fetch_wanted()
+
+    def fetch_wanted(self) -> None:
+        """Begin to bring back those who are to be, as far as there is room for them."""
+        for session in list(self.wanted):
+            if not session.cache.shown:
+                if not self._fits(session, 0):
+                    self._wait(session)
+                    self.make_room()
+                    if not self._fits(session, 0):
+                        continue
+                self._bring(session)
+            self._served(session)
+            del self.wanted[session]
 
     def fetch_expected(self) -> None:
         """Bring back those who are expected soon, if there is room that nobody waits for."""
@@ -274,15 +289,12 @@ class Residency:
             return
         now = self._clock()
         for session in self._sessions():
-            if (
-                session.expected is not None
-                and session.expected - now <= self._early(session)
-                and not session.suspended
-                and not session.cache.shown
-                and self._need(session, 0) <= self.arena.free
-            ):
-                self._bring(session)
-                session.expected = None
+            if session.expected is None or session.suspended or session.cache.shown:
+                continue
+            if session.expected - now <= self._early(session):
+                session.expected = None  # else it comes when it is asked for
+                if self._need(session, 0) <= self.arena.free:
+                    self._bring(session)
 
     def _early(self, session: Session) -> float:
         return policy.early(self.pager.absent(session.cache) * self.arena.memory.size, self.costs)

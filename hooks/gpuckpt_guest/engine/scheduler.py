@@ -66,14 +66,14 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether there is something to run, or to look at; else it takes :meth:`look` for anything to change."""
-        if self._news and (self._ready or self._resuming):
+        if self._news and (self._ready or self._resuming or self.residency.wanted):
             return True
         return bool(self._short or self._long) and not self._stuck
 
     @property
     def done(self) -> bool:
         """Whether nobody has anything to run."""
-        return not (self._ready or self._resuming or self._short or self._long)
+        return not (self._ready or self._resuming or self._short or self._long or self.residency.wanted)
 
     def look(self) -> None:
         """Something may have changed: there is more memory, say, or bytes have arrived."""
@@ -121,6 +121,8 @@ class Scheduler:
         if self._news:
             self._news = False
             self._admit()
+            if self.residency.freed:
+                self.residency.freed, self._news = False, True
         flight = self._next()
         if flight is None:
             self._stuck = True
@@ -168,6 +170,7 @@ class Scheduler:
         return [flight.cache for flights in (self._short, self._long) for flight in flights]
 
     def _admit(self) -> None:
+        self.residency.fetch_wanted()
         self._admit_stopped()
         if not self._ready:
             return

@@ -345,6 +345,8 @@ class Pager:
         cache.enter()
         if away:
             self._copy_in(away, first)
+        else:
+            self._wake()  # there is nothing to land, but somebody may wait to hear of it
         found = {id(block.arrival): block.arrival for block in cache.blocks() if block.arrival is not None}
         cache.arrivals = list(found.values())
 
