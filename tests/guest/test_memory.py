@@ -254,7 +254,7 @@ def test_what_leaves_without_a_copy_makes_room_at_once(made: Callable[..., Drive
         driver.begin(session, prompt(seed, 20), 2).wait("done")
         away(driver, session)
         driver.do(driver.engine.wake, session)
-        until(driver, lambda session=session: where_now(driver, session) == "device")
+    until(driver, lambda: all(where_now(driver, session) == "device" for session in clean))
     copied = driver.do(driver.engine.memory.report)["out"]["blocks"]
     driver.begin(driver.new(), prompt(9, 75), 2).wait("done")  # nothing else is at work that could tell of the room
     assert driver.do(driver.engine.memory.report)["out"]["blocks"] == copied
