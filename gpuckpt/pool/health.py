@@ -190,8 +190,10 @@ class Health:
             return
         served = held.served
         try:
-            async with asyncio.timeout(max(30.0, self.rules.stalled)):
-                differences = await self._hands.canary(held.model, held.name)
+            differences = await self._asked(held)
+            if differences and held.phase is Phase.HOT and held.served == served:
+                # Asked past the service, it may have had other requests beside the canary: once more is no accident.
+                differences = await self._asked(held)
         except (TimeoutError, GpuckptError) as error:
             if held.phase is Phase.HOT:
                 self._tell(held.model, "failed")
@@ -211,6 +213,10 @@ class Health:
         if held.model not in self._proved:
             # No replica of it was ever right here: it is the golden.
             self._owner.quarantine(held.model, f"the canary's answer differs: {differences[0]}")
+
+    async def _asked(self, held: Held) -> tuple[str, ...]:
+        async with asyncio.timeout(max(30.0, self.rules.stalled)):
+            return await self._hands.canary(held.model, held.name)
 
 
 @contextlib.contextmanager

@@ -338,6 +338,23 @@ def test_a_canary_that_requests_came_beside_proves_nothing() -> None:
     watched(work)
 
 
+def test_a_canary_that_differs_once_and_not_again_costs_nothing() -> None:
+    """Requests that do not come through the service cannot be seen, and run beside the canary."""
+
+    async def work(world: Watched) -> None:
+        world.hands.differences["a.1"] = ("logprob 5 is -9.6768, -9.6769 was recorded",)
+        world.hands.gates["canary"] = asyncio.Event()
+        await world.hot()
+        await world.until(lambda: world.looked("canary a.1") == 1)
+        world.hands.differences.clear()
+        world.hands.gates["canary"].set()
+        await world.until(lambda: world.looked("canary a.1") == 2)
+        await world.until(lambda: world.outcomes == [("a", "ok")])
+        assert world.lost() == [] and "quarantined" not in world.kinds()
+
+    watched(work)
+
+
 def test_a_canary_that_differs_costs_the_replica_and_the_golden_that_was_never_right() -> None:
     async def work(world: Watched) -> None:
         world.hands.differences["a.1"] = ("“b” instead of “a”",)
