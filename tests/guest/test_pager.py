@@ -259,6 +259,27 @@ def test_one_that_is_wanted_again_stays(world: World) -> None:
     check(one)
 
 
+def test_one_that_waits_twice_leaves_once(tmp_path: Path) -> None:
+    """It has begun to leave, was wanted again, and left again, while there was no slot for it."""
+    world = World(None, host=5)
+    fillers = [world.new(10) for _ in range(5)]
+    for filler in fillers:
+        world.leave(filler)
+    one = world.new(60)
+    world.pager.leave(one.cache)  # no slot is free: all of it waits
+    world.pager.bring(one.cache, "cpu")
+    world.pager.leave(one.cache)
+    assert len(world.pager._waiting) > len(list(one.cache.blocks()))
+    for filler in fillers:  # slots become free one by one
+        world.end(filler)
+        world.pager.poll()
+        world.settled()
+    world.until(lambda: world.pager.left(one.cache))
+    world.bring(one)
+    check(one)
+    world.close()
+
+
 def test_branches_share_what_has_left(world: World) -> None:
     parent = world.new(60)
     child = Session(parent.cache.fork(), list(parent.numbers))

@@ -180,8 +180,13 @@ class Pager:
         batch: list[tuple[Block, Home]] = []
         while self._waiting:
             block = self._waiting[0]
-            if block.seen or block.moving or not block.tables:  # needed again, or gone
+            # It may have been needed again, have ended, or have been given slots and left since it began to wait.
+            if block.seen or block.moving or not block.tables or block.place < 0:
                 self._waiting.popleft()
+                continue
+            if block.home is not None and not block.dirty:
+                self._waiting.popleft()
+                self._vacate(block)
                 continue
             slot = self._slot()
             if slot < 0:
@@ -303,7 +308,7 @@ class Pager:
             block.moving -= 1
             if error is not None:
                 files.written -= 1
-                files.error = str(error)
+                files.failed(error)
             else:
                 file, seconds = found
                 self.spilled.bytes += files.size

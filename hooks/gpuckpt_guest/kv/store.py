@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+_PAUSE = 5.0  # seconds after which a disk that was full may have room again
 
 
 class LostError(Exception):
@@ -93,6 +96,7 @@ class BlockFiles:
         self.budget = budget
         self.size = size
         self.error = ""  # why the last write failed
+        self._again = 0.0  # when to try it once more
         self._direct = getattr(os, "O_DIRECT", 0) if direct else 0
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -101,8 +105,14 @@ class BlockFiles:
 
     @property
     def free(self) -> int:
-        """Blocks that may still be written."""
-        return 0 if self.error else max(0, self.budget // self.size - self.written)
+        """Blocks that may still be written; none for a while after a write has failed."""
+        if self.error and time.monotonic() < self._again:
+            return 0
+        return max(0, self.budget // self.size - self.written)
+
+    def failed(self, error: Exception) -> None:
+        """A write has failed."""
+        self.error, self._again = str(error), time.monotonic() + _PAUSE
 
     def close(self) -> None:
         """Let others use the folder."""
