@@ -16,7 +16,7 @@ from ..engine.engine import Engine, Request
 from ..engine.errors import EngineError, missing
 from ..engine.sampling import Sampling, Scores
 from ..engine.session import Session, Turn
-from .bridge import Bridge, Mailbox, bridge_of, sse, unless_gone
+from .bridge import EVENTS, Bridge, Mailbox, bridge_of, sse, unless_gone
 from .schema import ChatSpec, CompletionSpec
 from .text import encode, encode_chat, stops, token_text
 
@@ -41,7 +41,7 @@ async def model(name: str, request: HttpRequest) -> dict[str, Any]:
     return card
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=EVENTS)
 async def completions(spec: CompletionSpec, request: HttpRequest) -> Response:
     """Go on with a text, or several."""
     engine = bridge_of(request).engine
@@ -73,7 +73,7 @@ async def completions(spec: CompletionSpec, request: HttpRequest) -> Response:
     return await _answer(request, [read for read in reads for _ in range(spec.n)], work, spec.seed, style, spec.stream)
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=EVENTS)
 async def chat(spec: ChatSpec, request: HttpRequest) -> Response:
     """Answer a conversation."""
     engine = bridge_of(request).engine

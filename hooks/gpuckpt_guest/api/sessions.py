@@ -15,14 +15,11 @@ from ..engine.errors import EngineError, conflict
 from ..engine.sampling import Sampling
 from ..engine.session import Session, Turn
 from . import schema
-from .bridge import Bridge, Mailbox, bridge_of, sse, until
+from .bridge import EVENTS, Bridge, Mailbox, bridge_of, sse, until
 from .forms import edits_from, info, result, stop_at
 from .text import continued, encode, encode_chat, stops
 
 router = APIRouter(prefix="/v1", tags=["sessions"])
-_EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "server-sent events"}
-}
 
 
 # ---------------------------------------------------------------------- the engine
@@ -112,7 +109,7 @@ async def delete(id: str, request: HttpRequest) -> dict[str, Any]:
     return {}
 
 
-@router.post("/sessions/{id}/generate", response_model=schema.Result, responses=_EVENTS)
+@router.post("/sessions/{id}/generate", response_model=schema.Result, responses=EVENTS)
 async def generate(id: str, spec: schema.GenerateSpec, request: HttpRequest) -> Any:
     """Read on and write. Answers when it is done or has stopped; with `stream`, sends events as they come.
 
@@ -222,7 +219,7 @@ def _public(event: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-@router.get("/sessions/{id}/events", responses=_EVENTS, response_model=None)
+@router.get("/sessions/{id}/events", responses=EVENTS, response_model=None)
 async def events(id: str, request: HttpRequest) -> Response:
     """What happens to the session, as it happens: `state` first, then token, paused, resumed, done, deleted …"""
     bridge = bridge_of(request)
