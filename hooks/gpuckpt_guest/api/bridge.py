@@ -16,7 +16,7 @@ from ..engine.session import Event, Session, Turn
 _Result = TypeVar("_Result")
 # How answers that may be streams are described in the OpenAPI document.
 EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "server-sent events"}
+    200: {"content": {"text/event-stream": {}}, "description": "JSON, or server-sent events"}
 }
 # A listener that is so many events behind does not read any more.
 _BEHIND = 10_000
