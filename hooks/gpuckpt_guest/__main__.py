@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=options.dtype,
             name=options.served_model_name or "",
             limit=options.max_model_len,
+            weights=None if options.weights_mib is None else options.weights_mib << 20,
         )
     except UnsupportedModelError as error:
         print(f"gpuckpt_guest: {options.model} cannot be served: {error}", file=sys.stderr)
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-model-len", type=int, help="the most tokens of a session; default: the model's")
     serve.add_argument("--max-batch", type=int, default=64, help="the most sessions in one batch")
     serve.add_argument("--max-sessions", type=int, default=4096)
+    serve.add_argument("--weights-mib", type=int, help="device memory for the layers' weights, if not for all of them")
     serve.add_argument("--kv-mib", type=int, help="device memory for keys and values; default: most of what is free")
     serve.add_argument("--kv-host-mib", type=int, help="host memory for those that have left the device")
     serve.add_argument("--kv-disk-mib", type=int, default=65536, help="and in files, if --kv-dir is given")

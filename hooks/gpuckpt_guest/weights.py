@@ -93,7 +93,9 @@ class PagedWeights:
             self.waited += 1
             slot.landed.wait()
         if slot.error is not None:
-            raise slot.error
+            error, slot.layer = slot.error, -1  # the next pass tries again
+            del self._of[layer]
+            raise error
         # Not further ahead than there are slots: what would be taken for it is needed sooner.
         for ahead in range(1, len(self._slots)):
             following = (layer + ahead) % len(self._parts)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..kv.cache import Blueprint
+from ..weights import PagedWeights
 from .probe import Verdict, decoder_layers, probe
 from .stepper import Stepper, UnsupportedModelError
 
@@ -50,31 +51,54 @@ class Loaded:
         return int(self.stepper.model.config.get_text_config(decoder=True).vocab_size)
 
 
-def load(path: str, *, device: str = "auto", dtype: str = "auto", name: str = "", limit: int | None = None) -> Loaded:
+def load(
+    path: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    name: str = "",
+    limit: int | None = None,
+    weights: int | None = None,
+) -> Loaded:
     """Load the checkpoint in the folder ``path`` and probe it.
 
     ``dtype``: "auto" is the checkpoint's own. ``limit``: the most tokens of a session; by default the model's.
-    Raises UnsupportedModelError if it cannot be driven layer by layer, OSError or ValueError if it cannot be read.
+    ``weights``: bytes of the layers' weights that are on the device at a time; by default all. Raises
+    UnsupportedModelError if it cannot be driven layer by layer, OSError or ValueError if it cannot be read.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        model.eval().to(device)
+        model.eval()
+    known = identity(Path(path), model)
+    paged = None if weights is None else PagedWeights(decoder_layers(model), device, weights)
+    with torch.inference_mode():
+        model.to(device)
     return prepare(
         model,
         AutoTokenizer.from_pretrained(path),
         name=name or Path(path).name,
-        identity=identity(Path(path), model),
+        identity=known,
         limit=limit,
+        weights=paged,
     )
 
 
-def prepare(model: Any, tokenizer: Any, *, name: str, identity: str, limit: int | None = None) -> Loaded:
-    """Probe a model that is in memory already; the same errors as :func:`load`."""
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    identity: str,
+    limit: int | None = None,
+    weights: PagedWeights | None = None,
+) -> Loaded:
+    """Probe a model that is in memory already, its layers' weights perhaps only in turns; errors as of :func:`load`."""
     with torch.inference_mode():
         blueprint = Blueprint(model.config)
         stepper = Stepper(model, decoder_layers(model))
+        stepper.weights = weights
         try:
             verdict = probe(stepper, blueprint)
         except BaseException as error:
