@@ -27,7 +27,6 @@ class Batches:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._held: list[_Held] = []
-        self._flying: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._held)

@@ -112,7 +112,6 @@ class SessionMemory:
         self.pager = Pager(self.arena, pool, self.files, wake)
         self.batches = Batches(self.arena)
         self.residency = Residency(self.arena, self.pager, self.batches, loaded.device, sessions, clock=clock)
-        self.device = loaded.device
         self._sessions = sessions
         self._wake = wake
         self._clock = clock

@@ -142,9 +142,10 @@ class Residency:
         self._granted.discard(session)
 
     def _fits(self, session: Session, tokens: int) -> bool:
-        need = self._need(session, tokens)
+        if not (need := self._need(session, tokens)):  # as for nearly every token: there is room in the last block
+            return True
         reserve = 0 if session.cache.shown and self._in_tenure(session) else self._before(session)
-        return not need or need <= self.arena.free - reserve
+        return need <= self.arena.free - reserve
 
     def _need(self, session: Session, tokens: int) -> int:
         cache = session.cache
@@ -197,8 +198,9 @@ class Residency:
             return
         self._batches.keep((), self.flying())  # lanes are copies
         wanted = self._need(first, self._wanted(first)) - self.arena.free - self.pager.leaving
-        idle = [one for one in self._movable(first) if one.turn is None or one.pause]
-        turns = [one for one in self._movable(first) if one.turn is not None and not one.pause]
+        movable = self._movable(first)
+        idle = [one for one in movable if one.turn is None or one.pause]
+        turns = [one for one in movable if one.turn is not None and not one.pause]
         wanted -= self._evict(idle, wanted)
         wanted -= self._evict([one for one in turns if not self._in_tenure(one)], wanted)
         if wanted > 0 and not self._granted and not self.pager.leaving:

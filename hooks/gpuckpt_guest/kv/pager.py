@@ -384,6 +384,11 @@ class Pager:
             landed = [(self._numbers[id(track)], stream) for stream in streams]
             steps.append((landed, self._reading(mine, streams.start * track.slab, len(streams) * track.slab)))
         arrival = Arrival([block for _, _, block in away], len(steps) + bool(filed))
+        # Of tracks of which all is in its place, nothing is waited for.
+        moving = {id(owner.track) for owner, _, _ in away}
+        for number, track in enumerate(self.arena.tracks):
+            if id(track) not in moving:
+                arrival.landed.update((number, stream) for stream in range(track.streams))
         for block in arrival.blocks:
             block.moving, block.arrival = block.moving + 1, arrival
         if filed:
