@@ -30,7 +30,7 @@ from .engine.sampling import Sampling, Scores
 from .engine.session import Pause, Session, State, Turn, norms
 from .engine.steering import Edit
 from .engine.text import TextStream
-from .kv.pager import Snapshot
+from .kv.snapshot import Snapshot
 
 VERSION = 1
 # Gives a session the keys and values that lie in blocks of their own.
@@ -158,7 +158,7 @@ def export(engine: Engine, session: Session) -> tuple[dict[str, Any], dict[str, 
             "edits": [written(edit) for edit in pause.edits],
             "carried": carried,
         }
-    return tensors, {_KEY: facts}, engine.memory.pager.snapshot(session.cache)
+    return tensors, {_KEY: facts}, Snapshot(engine.memory.pager, session.cache)
 
 
 def load(

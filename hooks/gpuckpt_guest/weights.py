@@ -9,7 +9,6 @@ What several layers share stays on the device, and so does all that is no layer:
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .kv.hand import Hand
 
 _ALIGN = 256  # bytes: what kernels like, and the same as an allocator gives
 
@@ -70,9 +71,7 @@ class PagedWeights:
         self._of: dict[int, _Slot] = {}
         self._stream = torch.cuda.Stream(self.device) if cuda else None
         self.loaded = self.waited = 0  # layers that were copied; that were waited for
-        self._work: queue.SimpleQueue[tuple[_Slot, int, threading.Event, Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="gpuckpt-weights", daemon=True)
-        self._thread.start()
+        self._hand = Hand("weights", lambda then, result, error: then(result, error))
 
     @property
     def slots(self) -> int:
@@ -81,8 +80,7 @@ class PagedWeights:
 
     def close(self) -> None:
         """End the thread; nothing comes any more."""
-        self._work.put(None)
-        self._thread.join()
+        self._hand.end()
 
     def need(self, layer: int) -> None:
         """See to it that a layer's weights are there, and that the next ones are on their way."""
@@ -115,7 +113,14 @@ class PagedWeights:
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self.device))  # what still reads the slot's last layer
-        self._work.put((slot, layer, slot.landed, ready))
+        landed = slot.landed
+
+        def then(_: Any, error: Exception | None) -> None:
+            slot.error = error  # told to who waits for it
+            self.loaded += error is None
+            landed.set()
+
+        self._hand.do(lambda: self._copy(slot, layer, ready), then)
         return slot
 
     def _taken(self, at_work: int) -> _Slot:
@@ -128,17 +133,6 @@ class PagedWeights:
             (slot for slot in self._slots if slot.layer != at_work),
             key=lambda slot: ((slot.layer - at_work) % count, slot.landed.is_set()),
         )
-
-    def _run(self) -> None:
-        with torch.inference_mode():
-            while (item := self._work.get()) is not None:
-                slot, layer, landed, ready = item
-                try:
-                    self._copy(slot, layer, ready)
-                    self.loaded += 1
-                except Exception as error:  # told to who waits for it
-                    slot.error = error
-                landed.set()
 
     def _copy(self, slot: _Slot, layer: int, ready: Any) -> None:
         host = self._host[layer]

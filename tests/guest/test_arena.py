@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,9 +172,9 @@ def test_a_token_costs_the_same_however_many_there_are() -> None:
     shown: list[int] = []
 
     class Watched(Table):
-        def _show(self, number: int, block: Block) -> None:
-            shown.append(number)
-            super()._show(number, block)
+        def _show(self, blocks: Mapping[int, Block]) -> None:
+            shown.extend(blocks)
+            super()._show(blocks)
 
     one = Session(Watched(arena, track))
     for token in range(2800):

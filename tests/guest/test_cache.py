@@ -13,6 +13,7 @@ from gpuckpt_guest.kv.arena import Arena
 from gpuckpt_guest.kv.cache import Blueprint, SessionCache
 from gpuckpt_guest.kv.lanes import Lanes
 from gpuckpt_guest.kv.pager import Pager
+from gpuckpt_guest.kv.snapshot import Snapshot
 from gpuckpt_guest.kv.store import HostMemoryPool
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,7 +190,7 @@ def test_saved_and_loaded(reads: list[int], pending: int) -> None:
     if half:
         write(one.cache, 0, [half], [one.columns])
     other = plan.session()
-    snapshot = plan.pager.snapshot(one.cache)
+    snapshot = Snapshot(plan.pager, one.cache)
     tensors = dict(snapshot.tensors())
     snapshot.release()
     for name, tensor in one.cache.tensors():

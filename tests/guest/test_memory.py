@@ -477,7 +477,7 @@ def test_without_a_folder_nothing_can_be_kept(made: Callable[..., Driver]) -> No
 
 def test_a_folder_of_another_version_is_refused(made: Callable[..., Driver], tmp_path: Path, model: Any) -> None:
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "layout.json").write_text('{"least": 0, "kind": "other"}')
+    (tmp_path / "tiny" / "layout.json").write_text('{"piece": 0, "kind": "other"}')
     with pytest.raises(ValueError, match="kept by another version"):
         Driver(model, budgets=Budgets(MIB * 8, MIB, MIB, tmp_path))
 

@@ -15,6 +15,7 @@ import torch
 from gpuckpt_guest.kv.arena import Arena, OutOfBlocksError
 from gpuckpt_guest.kv.cache import Blueprint, SessionCache
 from gpuckpt_guest.kv.pager import Pager
+from gpuckpt_guest.kv.snapshot import Snapshot
 from gpuckpt_guest.kv.store import BlockFiles, File, HostMemoryPool, LostError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -53,7 +54,7 @@ class World:
         whole = Arena.small(self.blueprint.forms, self.blueprint.windows, device="cpu", tables=1, limit=1)
         size = whole.memory.size
         self.arena = Arena.build(
-            self.blueprint.forms, self.blueprint.windows, device="cpu", budget=DEVICE * size, limit=1000, least=0
+            self.blueprint.forms, self.blueprint.windows, device="cpu", budget=DEVICE * size, limit=1000, piece=0
         )
         self.files = BlockFiles(folder, disk * size, size) if folder else None
         self.pool = HostMemoryPool(host * size, size, pinned=False)
@@ -167,7 +168,7 @@ def test_random_histories(steps: list[tuple[str, int, int]], filed: bool, tmp_pa
         elif what == "bring" and not one.cache.shown and pager.absent(one.cache) <= arena.free:
             pager.bring(one.cache, "cpu", which % LAYERS)
         elif what == "export":
-            snapshot = pager.snapshot(one.cache)
+            snapshot = Snapshot(pager, one.cache)
             check(one, dict(snapshot.tensors()))
             snapshot.release()
         elif what == "end" and len(world.sessions) > 1:
@@ -184,7 +185,7 @@ def test_random_histories(steps: list[tuple[str, int, int]], filed: bool, tmp_pa
                         assert torch.equal(found.keys, columns(each.numbers) + layer)
     world.settled()
     for one in world.sessions:
-        snapshot = pager.snapshot(one.cache)
+        snapshot = Snapshot(pager, one.cache)
         check(one, dict(snapshot.tensors()))
         snapshot.release()
     for one in list(world.sessions):
@@ -227,7 +228,7 @@ def test_what_was_only_read_leaves_without_a_copy(world: World) -> None:
 def test_layers_that_are_needed_first_come_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     one = world.new(60)
     world.leave(one)
-    monkeypatch.setattr("gpuckpt_guest.kv.pager._GROUP", 1)
+    monkeypatch.setattr("gpuckpt_guest.kv.pager._WORK", 1)
     order: list[int] = []
 
     class Noted(set[tuple[int, int]]):
@@ -411,7 +412,7 @@ def test_a_session_that_ends_while_it_moves_leaves_nothing(world: World) -> None
 
 def test_what_is_adopted_without_room_takes_nothing(world: World) -> None:
     one = world.new(110)
-    snapshot = world.pager.snapshot(one.cache)
+    snapshot = Snapshot(world.pager, one.cache)
     tensors = dict(snapshot.tensors())
     snapshot.release()
     facts = one.cache.facts()

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from .. import transfer
 from ..engine.errors import conflict, missing
-from ..kv.pager import Snapshot
+from ..kv.snapshot import Snapshot
 from ..kv.store import LostError
 from . import schema
 from .bridge import bridge_of

@@ -19,7 +19,7 @@ import torch
 
 from ..kv.arena import Arena, OutOfBlocksError
 from ..kv.cache import Blueprint
-from ..kv.layout import LAYOUT
+from ..kv.layout import LAYOUT, least
 from ..kv.memory import grain
 from ..kv.pager import Pager
 from ..kv.store import BlockFiles, HostMemoryPool, publish
@@ -65,12 +65,8 @@ def machine_memory() -> int:
     return min(found)
 
 
-def _least(budget: int, device: Any) -> int:
-    return budget // grain(device).pieces
-
-
-def layout_in(folder: Path, least: int, plan: Blueprint) -> int:
-    """The least piece of the blocks that lie in the folder, whatever the budget is now; a new one is for ``least``.
+def layout_in(folder: Path, piece: int, plan: Blueprint) -> int:
+    """The smallest piece of the blocks that lie in the folder, whatever the budget is now; of a new one ``piece``.
 
     Raises ValueError if they are laid out in a way of another version.
     """
@@ -80,11 +76,11 @@ def layout_in(folder: Path, least: int, plan: Blueprint) -> int:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        publish(path, json.dumps({"least": least, "kind": kind}).encode())
-        return least
-    if not isinstance(found, dict) or found.get("kind") != kind or not isinstance(found.get("least"), int):
+        publish(path, json.dumps({"piece": piece, "kind": kind}).encode())
+        return piece
+    if not isinstance(found, dict) or found.get("kind") != kind or not isinstance(found.get("piece"), int):
         raise ValueError(f"the sessions in {folder} were kept by another version; move them away")
-    return int(found["least"])
+    return int(found["piece"])
 
 
 class SessionMemory:
@@ -102,9 +98,11 @@ class SessionMemory:
         device, host = budgets.settled(loaded.device)
         plan = loaded.blueprint
         folder = budgets.folder / loaded.identity[:16] if budgets.folder else None
-        least = layout_in(folder, _least(device, loaded.device), plan) if folder else None
+        piece = least(plan.forms, plan.windows, device, grain(loaded.device).pieces)
+        if folder:
+            piece = layout_in(folder, piece, plan)
         self.arena = Arena.build(
-            plan.forms, plan.windows, device=loaded.device, budget=device, limit=loaded.limit, least=least
+            plan.forms, plan.windows, device=loaded.device, budget=device, limit=loaded.limit, piece=piece
         )
         size = self.arena.memory.size
         self.files = BlockFiles(folder, budgets.disk, size) if folder else None

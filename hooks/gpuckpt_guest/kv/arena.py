@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .layout import Forms, Plane, Track, tracks
+from .layout import Forms, Plane, Track, least, tracks
 from .memory import Memory, Range, grain, memory
 
 
@@ -62,15 +62,16 @@ class Arena:
         device: Any,
         budget: int,
         limit: int,
-        least: int | None = None,
+        piece: int | None = None,
     ) -> Arena:
         """An arena of ``budget`` bytes for a model's caches.
 
-        ``least``: bytes of the smallest piece; by default so many that all can be shown at once. Raises ValueError if
-        the budget does not hold a single block for each track.
+        ``piece``: bytes of the smallest piece; by default what suits the budget. Raises ValueError if the budget does
+        not hold a single block for each track.
         """
         rules = grain(device)
-        made, size = tracks(forms, windows, rules.granule, budget // rules.pieces if least is None else least)
+        piece = least(forms, windows, budget, rules.pieces) if piece is None else piece
+        made, size = tracks(forms, windows, rules.granule, piece)
         places = budget // size
         if places < max(1, len(made)):
             raise ValueError(
@@ -206,7 +207,7 @@ class Table:
 
     def _put(self, number: int, block: Block) -> None:
         self.blocks[number] = block
-        self._show(number, block)
+        self._show({number: block})
 
     def forget(self, tokens: int) -> None:
         """The first ``tokens`` are not needed any more: blocks that hold nothing else go."""
@@ -245,8 +246,8 @@ class Table:
         """Let go of the places, as far as this table is concerned; returns the blocks that no table sees any more."""
         if not self.shown:
             return []
-        for number in self.blocks:
-            self._conceal(number)
+        self._range.clear()
+        self.arena.pieces += self.track.streams * len(self.blocks)
         self.shown, self._room = False, (0, 0)
         for block in self.blocks.values():
             block.seen -= 1
@@ -257,12 +258,13 @@ class Table:
         if self.shown:
             return
         self.shown = True
-        for number, block in self.blocks.items():
+        for block in self.blocks.values():
             block.seen += 1
-            self._show(number, block)
+        self._show(self.blocks)
 
     def close(self) -> None:
         """The session has ended."""
+        self.hide()
         for number in list(self.blocks):
             self._drop(number)
 
@@ -273,10 +275,18 @@ class Table:
             block.seen -= 1
         self.arena.drop(block)
 
-    def _show(self, number: int, block: Block) -> None:
-        self.arena.pieces -= self.track.streams
-        for stream in range(self.track.streams):
-            self._range.show(self._at(stream, number), block.place, stream * self.track.slab, self.track.slab)
+    def _show(self, blocks: Mapping[int, Block]) -> None:
+        slab, stride = self.track.slab, self._stride
+        self.arena.pieces -= self.track.streams * len(blocks)
+        streams = [(stream * stride, stream * slab) for stream in range(self.track.streams)]
+        self._range.show(
+            (
+                (begin + number * slab, block.place, offset)
+                for number, block in blocks.items()
+                for begin, offset in streams
+            ),
+            slab,
+        )
 
     def _conceal(self, number: int) -> None:
         self.arena.pieces += self.track.streams

@@ -10,12 +10,12 @@ Written from the driver's documentation (CUDA driver API, virtual memory managem
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from .memory import Grain, Pairs
+from .memory import Grain, Pairs, Piece, copy_all
 
 
 def _driver() -> Any:
@@ -110,8 +110,7 @@ class CudaMemory:
         with torch.cuda.device(self.device), torch.cuda.stream(stream):
             if ready is not None:
                 stream.wait_event(ready)
-            for source, target in pairs:
-                target.copy_(source, non_blocking=True)
+            copy_all(pairs)
         stream.synchronize()
 
 
@@ -151,10 +150,14 @@ class CudaRange:
         self._memory = memory
         self._size = size
         self._addresses = _Addresses(memory, size)
-        self._shown: set[int] = set()
+        self._shown: dict[int, int] = {}  # sizes of what is shown
         self.bytes = self._addresses.bytes
 
-    def show(self, at: int, place: int, offset: int, size: int) -> None:
+    def show(self, pieces: Iterable[Piece], size: int) -> None:
+        for at, place, offset in pieces:
+            self._show(at, place, offset, size)
+
+    def _show(self, at: int, place: int, offset: int, size: int) -> None:
         if not 0 <= at <= self._size - size:
             raise ValueError(f"{at} to {at + size} is outside of the {self._size} bytes that are reserved")
         if at in self._shown:
@@ -162,7 +165,7 @@ class CudaRange:
         granule = self._memory.granule
         handles = self._memory.handles(place)[offset // granule : (offset + size) // granule]
         self._addresses.map(at, handles)
-        self._shown.add(at)
+        self._shown[at] = size
 
     def hide(self, at: int, size: int) -> None:
         if at not in self._shown:
@@ -171,4 +174,8 @@ class CudaRange:
         if not stream.query():
             stream.synchronize()  # a kernel may still read there
         self._addresses.unmap(at, size)
-        self._shown.discard(at)
+        del self._shown[at]
+
+    def clear(self) -> None:
+        for at, size in list(self._shown.items()):
+            self.hide(at, size)

@@ -11,6 +11,9 @@ else a block would be as many pieces as there are layers.
 
 from __future__ import annotations
 
+import functools
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +23,9 @@ import torch
 LAYOUT = 1  # the version of all that is said here: blocks on a disk are read by who reads this one
 _LEAST = 1 << 20  # bytes of a block: below, a copy's fixed cost shows
 _MOST = 64 << 20  # and above, half a block for each session that ends within one is much
+# To show a piece elsewhere takes as long as to copy some 40 kB of it. Smaller than this are those that would hold more
+# tokens than short sessions have, and where the budget is small, so that there would be few blocks.
+_PIECE, _TOKENS, _BLOCKS = 256 << 10, 64, 256
 _ALIGN = 16  # bytes; records of other types and odd sizes stay where vector instructions like them
 
 
@@ -52,6 +58,14 @@ class Track:
     streams: int
     record: int
     slab: int
+
+    @functools.cached_property
+    def layers(self) -> list[int]:
+        """The last layer that has a part in each stream."""
+        found = [0] * self.streams
+        for (layer, _), plane in self.planes.items():
+            found[plane.stream] = max(layer, found[plane.stream])
+        return found
 
     def first(self, token: int) -> int:
         """The block with the first byte of a token."""
@@ -99,6 +113,15 @@ class Track:
 
 
 Forms = Mapping[int, Mapping[str, tuple[int, int, Any]]]
+
+
+def least(forms: Forms, windows: Mapping[int, int | None], budget: int, pieces: int) -> int:
+    """Bytes of the smallest piece of blocks of ``budget`` bytes, of which ``pieces`` can be shown at once."""
+    layers = max(Counter(windows[layer] for layer in forms).values(), default=1)
+    record = max(
+        (sum(math.prod(it[:2]) * it[2].itemsize for it in form.values()) for form in forms.values()), default=1
+    )
+    return max(budget // pieces, min(_PIECE, _TOKENS * record, budget // (_BLOCKS * layers)))
 
 
 def tracks(forms: Forms, windows: Mapping[int, int | None], granule: int, least: int = 0) -> tuple[list[Track], int]:

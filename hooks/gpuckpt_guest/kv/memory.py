@@ -14,13 +14,15 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-_libc = ctypes.CDLL(None, use_errno=True)
+# Mappings are changed without letting go of the interpreter's lock: who lets go of it for a few microseconds, time and
+# again, starves other threads, which take longer to wake up than that, and never come to ask for it.
+_libc = ctypes.PyDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
     ctypes.c_void_p,
@@ -34,12 +36,16 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED = ctypes.c_void_p(-1).value
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
-_NOTHING = 0  # PROT_NONE
+_NOTHING, _SHOWN = 0, mmap.PROT_READ | mmap.PROT_WRITE  # PROT_NONE
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 
 
 # Tensors of bytes: from where, to where.
 Pairs = Sequence[tuple[Any, Any]]
+
+
+# Where it is to appear, in which place its block lies, where in that it begins.
+Piece = tuple[int, int, int]
 
 
 class Range(Protocol):
@@ -50,12 +56,16 @@ class Range(Protocol):
         """All of it as a tensor of bytes; only what is shown may be touched."""
         ...
 
-    def show(self, at: int, place: int, offset: int, size: int) -> None:
-        """Have ``size`` bytes of the block in ``place``, from ``offset`` on, appear at ``at``."""
+    def show(self, pieces: Iterable[Piece], size: int) -> None:
+        """Have ``size`` bytes of blocks appear there, of each piece."""
         ...
 
     def hide(self, at: int, size: int) -> None:
         """Have nothing appear there any more."""
+        ...
+
+    def clear(self) -> None:
+        """Have nothing appear anywhere any more."""
         ...
 
 
@@ -150,8 +160,7 @@ class HostMemory:
         self.write(pairs)
 
     def write(self, pairs: Pairs) -> None:
-        for source, target in pairs:
-            target.copy_(source)
+        copy_all(pairs)
 
 
 class HostRange:
@@ -164,23 +173,37 @@ class HostRange:
         self._base = _map(None, size, None, 0)
         self.bytes = _tensor(self._base, size)
 
-    def show(self, at: int, place: int, offset: int, size: int) -> None:
-        if not 0 <= at <= self._size - size:  # what lies behind belongs to others
-            raise ValueError(f"{at} to {at + size} is outside of the {self._size} bytes that are reserved")
-        _map(self._base + at, size, self._file, place * self._block + offset)
+    def show(self, pieces: Iterable[Piece], size: int) -> None:
+        base, last, file, block = self._base, self._size - size, self._file, self._block
+        for at, place, offset in pieces:
+            if not 0 <= at <= last:  # what lies behind belongs to others
+                raise ValueError(f"{at} to {at + size} is outside of the {self._size} bytes that are reserved")
+            _map(base + at, size, file, place * block + offset)
 
     def hide(self, at: int, size: int) -> None:
         _map(self._base + at, size, None, 0)
 
+    def clear(self) -> None:
+        self.hide(0, self._size)
+
+
+def copy_all(pairs: Pairs) -> None:
+    """Copy all of them in one call: between two of them no other thread of Python's must let this one go on."""
+    if pairs:
+        sources, targets = zip(*pairs, strict=True)
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+
+
+_HIDDEN = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+
 
 def _map(at: int | None, size: int, file: int | None, offset: int) -> int:
     """Map a part of the file, or nothing; returns the address. Raises OSError: there are too many mappings, say."""
+    fixed = 0 if at is None else _MAP_FIXED
     if file is None:
-        access, flags = _NOTHING, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        found = _libc.mmap(at, size, _NOTHING, _HIDDEN | fixed, -1, offset)
     else:
-        access, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED
-    flags |= _MAP_FIXED if at is not None else 0
-    found = _libc.mmap(at, size, access, flags, -1 if file is None else file, offset)
+        found = _libc.mmap(at, size, _SHOWN, mmap.MAP_SHARED | fixed, file, offset)
     if found == _FAILED:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

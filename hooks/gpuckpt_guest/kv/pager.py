@@ -14,30 +14,25 @@ goes out a second time without being copied. Tokens are only ever written at the
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from .arena import Arena, Block, OutOfBlocksError, Table
 from .cache import SessionCache
-from .layout import Track
+from .hand import Hand, Then
 from .store import BlockFiles, File, Home, HostMemoryPool
 
 _log = logging.getLogger("gpuckpt_guest")
 
 # Bytes of one piece of work for a thread: enough to hide its own costs, little enough to hear from it often.
 _WORK = 8 << 20
-# Bytes of the layers that come together: fewer, and copies are small; more, and the first layer waits for others.
-_GROUP = 1 << 20
+# Bytes in one piece, below which a copy's fixed cost shows.
+_PIECE = 64 << 10
+_STEPS = 8  # in which a large cache comes: with more, each step's fixed costs show; with fewer, the first layer waits
 _SPILLS = 2  # files that are being written at a time
-
-Then = Callable[[Any, Exception | None], None]
 
 
 @dataclass
@@ -52,46 +47,25 @@ class Traffic:
 
 @dataclass(eq=False)
 class Arrival:
-    """Blocks on their way into the arena. ``landed``: the streams whose bytes are there, by track."""
+    """Blocks on their way into the arena. ``landed``: the streams whose bytes are there, by track.
+
+    A thread adds to ``landed`` as it copies, and tells of it if the arrival is ``awaited``: if somebody has looked for
+    a stream that was not there.
+    """
 
     blocks: list[Block]
-    steps: int
     landed: set[tuple[int, int]] = field(default_factory=set)
+    awaited: bool = False
+    done: bool = False
     error: str = ""
 
-    @property
-    def done(self) -> bool:
-        """Whether all of it has arrived."""
-        return not self.steps
 
+@dataclass
+class _Step:
+    """Pieces of blocks that come together; ``landed``: the streams that are there then."""
 
-class _Hand(threading.Thread):
-    """A thread that does one piece of work after the other."""
-
-    def __init__(self, name: str, landed: Callable[[Then, Any, Exception | None], None]) -> None:
-        super().__init__(name=f"gpuckpt-{name}", daemon=True)
-        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Then] | None] = queue.SimpleQueue()
-        self._landed = landed
-        self.start()
-
-    def do(self, work: Callable[[], Any], then: Then) -> None:
-        self._work.put((work, then))
-
-    def run(self) -> None:
-        with torch.inference_mode():
-            while (item := self._work.get()) is not None:
-                work, then = item
-                result, failure = None, None
-                try:
-                    result = work()
-                except Exception as error:  # for who asked for it
-                    failure = error
-                self._landed(then, result, failure)
-                del item, work, then, result, failure
-
-    def end(self) -> None:
-        self._work.put(None)
-        self.join()
+    landed: list[tuple[int, int]]
+    pairs: list[tuple[Any, Any]]
 
 
 class Pager:
@@ -107,7 +81,7 @@ class Pager:
         self.out, self.into, self.spilled = Traffic(), Traffic(), Traffic()
         self._wake = wake
         self._done: deque[tuple[Then, Any, Exception | None]] = deque()
-        self._hands = {name: _Hand(f"kv-{name}", self._landed) for name in ("out", "in", "disk")}
+        self._hands = {name: Hand(f"kv-{name}", self._landed) for name in ("out", "in", "disk")}
         self._waiting: deque[Block] = deque()  # for a slot
         self._held: dict[int, Block] = {}  # the block in each slot, the longest there first
         self._outgoing = 0
@@ -345,13 +319,13 @@ class Pager:
         away = [item for item in away if item[2].place < 0]
         for _, _, block in away:
             block.place = self.arena.take()
-        cache.show()
-        cache.move(device)
-        cache.enter()
         if away:
             self._copy_in(away, first)
         else:
             self._wake()  # there is nothing to land, but somebody may wait to hear of it
+        cache.show()  # meanwhile
+        cache.move(device)
+        cache.enter()
         found = {id(block.arrival): block.arrival for block in cache.blocks() if block.arrival is not None}
         cache.arrivals = list(found.values())
 
@@ -364,6 +338,8 @@ class Pager:
         if not cache.arrivals:
             return True
         cache.arrivals = [arrival for arrival in cache.arrivals if not arrival.done or arrival.error]
+        for arrival in cache.arrivals:
+            arrival.awaited = True  # before it is looked at: what lands in this moment is told of
         for number, track in enumerate(self.arena.tracks):
             plane = track.planes.get((layer, "keys"))
             if plane is not None and any((number, plane.stream) not in arrival.landed for arrival in cache.arrivals):
@@ -376,76 +352,75 @@ class Pager:
         return bool(cache.arrivals)
 
     def _copy_in(self, away: Sequence[tuple[Table, int, Block]], first: int) -> None:
-        filed = [item for item in away if item[2].home.slot < 0]
-        held = [item for item in away if item[2].home.slot >= 0]
-        steps: list[tuple[list[tuple[int, int]], Callable[[], None]]] = []
-        for track, streams in _groups(away, first):
-            mine = [block for owner, _, block in held if owner.track is track]
-            landed = [(self._numbers[id(track)], stream) for stream in streams]
-            steps.append((landed, self._reading(mine, streams.start * track.slab, len(streams) * track.slab)))
-        arrival = Arrival([block for _, _, block in away], len(steps) + bool(filed))
+        arrival = Arrival([block for _, _, block in away])
         # Of tracks of which all is in its place, nothing is waited for.
-        moving = {id(owner.track) for owner, _, _ in away}
+        moving = {id(table.track) for table, _, _ in away}
         for number, track in enumerate(self.arena.tracks):
             if id(track) not in moving:
                 arrival.landed.update((number, stream) for stream in range(track.streams))
         for block in arrival.blocks:
             block.moving, block.arrival = block.moving + 1, arrival
-        if filed:
-            # A digest is of a whole block: what comes from files is there for all layers before the first one is.
-            self._step(arrival, self._reading_files([block for _, _, block in filed]), [])
-        for landed, work in steps:
-            self._step(arrival, work, landed)
-        self.into.blocks += len(away)
-
-    def _reading(self, blocks: Sequence[Block], begin: int, size: int) -> Callable[[], None]:
-        memory = self.arena.memory
-        pairs = [
-            (
-                self.host.bytes(block.home.slot).narrow(0, begin, size),
-                memory.block(block.place).narrow(0, begin, size),
-            )
-            for block in blocks
+        filed = [
+            (block.home.file, self.arena.memory.block(block.place)) for block in arrival.blocks if block.home.slot < 0
         ]
-        self.into.bytes += len(pairs) * size
-        return lambda: memory.write(pairs)
+        steps = self._steps(away, first)
 
-    def _reading_files(self, blocks: Sequence[Block]) -> Callable[[], None]:
-        files, memory, bounce = self.files, self.arena.memory, self._bounce
-        assert files is not None
-        pairs = [(block.home.file, memory.block(block.place)) for block in blocks]
-        self.into.bytes += len(pairs) * files.size
-
-        def work() -> None:
-            for file, target in pairs:
-                files.read(file, bounce)
-                memory.write([(bounce, target)])
-
-        return work
-
-    def _step(self, arrival: Arrival, work: Callable[[], None], landed: Iterable[tuple[int, int]]) -> None:
-        def timed() -> float:
+        def work() -> float:
             began = time.perf_counter()
-            work()
+            # A digest is of a whole block: what comes from files is there for all layers before the first one is.
+            self._read_files(filed)
+            for step in steps:
+                self.arena.memory.write(step.pairs)
+                arrival.landed.update(step.landed)
+                if arrival.awaited:
+                    self._wake()
             return time.perf_counter() - began
 
         def then(seconds: Any, error: Exception | None) -> None:
-            arrival.steps -= 1
+            arrival.done = True
             if error is not None:
                 arrival.error = str(error)
             else:
                 self.into.seconds += seconds
-                if not arrival.error:
-                    arrival.landed.update(landed)
-            if arrival.done:
-                self._is_in(arrival)
+                self.into.bytes += len(arrival.blocks) * self.host.size
+                self.into.blocks += len(arrival.blocks)
+            for block in arrival.blocks:
+                block.moving, block.arrival = block.moving - 1, None
+                self.settle(block)
 
-        self._hands["in"].do(timed, then)
+        self._hands["in"].do(work, then)
 
-    def _is_in(self, arrival: Arrival) -> None:
-        for block in arrival.blocks:
-            block.moving, block.arrival = block.moving - 1, None
-            self.settle(block)
+    def _read_files(self, filed: Sequence[tuple[File, Any]]) -> None:
+        for file, target in filed:
+            assert self.files is not None
+            self.files.read(file, self._bounce)
+            self.arena.memory.write([(self._bounce, target)])
+
+    def _steps(self, away: Sequence[tuple[Table, int, Block]], first: int) -> list[_Step]:
+        """What comes together, in order."""
+        made: list[tuple[int, _Step]] = []
+        held: dict[int, list[tuple[Any, Any]]] = {}
+        for table, _, block in away:
+            mine = held.setdefault(self._numbers[id(table.track)], [])
+            if block.home.slot >= 0:
+                mine.append((self.host.bytes(block.home.slot), self.arena.memory.block(block.place)))
+        for number, blocks in held.items():
+            track = self.arena.tracks[number]
+            whole = len(blocks) * track.slab
+            width = max(1, -(-_PIECE // track.slab), -(-max(_WORK, whole * track.streams // _STEPS) // max(1, whole)))
+            # A view of each piece, made by one call for each block: by the thread, every view would be a wait for the
+            # interpreter's lock.
+            size, used = width * track.slab, track.streams * track.slab
+            pieces = [
+                (here.narrow(0, 0, used).split(size), there.narrow(0, 0, used).split(size)) for here, there in blocks
+            ]
+            for index, begin in enumerate(range(0, track.streams, width)):
+                streams = range(begin, min(begin + width, track.streams))
+                last = track.layers[streams[-1]]
+                pairs = [(here[index], there[index]) for here, there in pieces]
+                made.append((last + (last < first) * (1 << 30), _Step([(number, stream) for stream in streams], pairs)))
+        made.sort(key=lambda item: item[0])
+        return [step for _, step in made]
 
     def release(self, block: Block) -> None:
         """Nobody needs the block's copies any more."""
@@ -481,74 +456,3 @@ class Pager:
                 self.host.bytes(slot)[: content.numel()].copy_(content)
                 made[number] = self._held[slot] = Block(-1, Home(self.host, slot))
             table.adopt(made)
-
-    def snapshot(self, cache: SessionCache) -> Snapshot:
-        """What a cache holds now, for another thread to read wherever it lies; nothing is brought back for it."""
-        return Snapshot(self, cache)
-
-
-class Snapshot:
-    """Keys and values of a session as they are; to be released by the engine's thread."""
-
-    def __init__(self, pager: Pager, cache: SessionCache) -> None:
-        self._pager = pager
-        self._planes = list(cache.planes())
-        self._blocks = list(cache.blocks())
-        for block in self._blocks:
-            block.moving += 1  # it keeps its place and its copies
-        self._sources = {
-            table: {number: self._source(block) for number, block in table.blocks.items()} for table in cache.tables
-        }
-
-    def _source(self, block: Block) -> Any:
-        if block.home is None or block.dirty:
-            return self._pager.arena.memory.block(block.place)
-        return self._pager.host.bytes(block.home.slot) if block.home.slot >= 0 else block.home.file
-
-    def tensors(self) -> Iterator[tuple[str, Any]]:
-        """Copies by name, as of :meth:`SessionCache.tensors`; for any thread. Raises LostError."""
-        files = self._pager.files
-
-        def read(source: Any) -> Any:
-            if not isinstance(source, File):
-                return source.cpu()
-            assert files is not None
-            made = files.bounce()
-            files.read(source, made)
-            return made
-
-        # Each file is read once; what lies in memory is taken from there for each layer.
-        contents = {
-            table: {number: read(source) if isinstance(source, File) else source for number, source in sources.items()}
-            for table, sources in self._sources.items()
-        }
-
-        def content(table: Table) -> Callable[[int], Any]:
-            return lambda number: read(contents[table][number])
-
-        for where, table, layer, name, low, high in self._planes:
-            yield where, table.track.columns(layer, name, low, high, content(table))
-
-    def release(self) -> None:
-        """It has been read."""
-        for block in self._blocks:
-            block.moving -= 1
-            self._pager.settle(block)
-        self._blocks = []
-
-
-def _groups(away: Sequence[tuple[Table, int, Block]], first: int) -> list[tuple[Track, range]]:
-    """Streams that come together, those with layer ``first`` before all others: (track, streams)."""
-    found: list[tuple[int, Track, range]] = []
-    tracks = {id(table.track): table.track for table, _, _ in away}
-    for track in tracks.values():
-        layer_of: dict[int, int] = {}
-        for (layer, _), plane in track.planes.items():
-            layer_of[plane.stream] = max(layer, layer_of.get(plane.stream, 0))
-        step = max(1, _GROUP // track.slab)
-        for begin in range(0, track.streams, step):
-            streams = range(begin, min(begin + step, track.streams))
-            last = layer_of[streams[-1]]
-            found.append((last + (last < first) * (1 << 30), track, streams))
-    found.sort(key=lambda item: item[0])
-    return [(track, streams) for _, track, streams in found]
