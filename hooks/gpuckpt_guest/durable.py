@@ -147,6 +147,7 @@ class Durable:
     def _take_up(self, path: Path) -> None:
         tensors, metadata = transfer.unpack(path.read_bytes())
         mine: list[File] = []
+        broken: list[str] = []
 
         def attach(session: Session, named: Sequence[filed.Block]) -> None:
             cache = session.cache
@@ -155,7 +156,7 @@ class Durable:
                 for item in sorted((item for item in named if item.track == track), key=lambda item: item.number):
                     file = File(self._files.folder / item.file, item.digest)
                     if not file.path.is_file() or file.path.stat().st_size != self._files.size:
-                        raise ValueError(f"its block {item.file} is missing, or was cut short")
+                        broken.append(item.file)
                     file.users = 2  # the block, and what is kept
                     mine.append(file)
                     blocks[item.number] = Block(-1, Home(self._engine.memory.pager.host, file=file))
@@ -167,6 +168,12 @@ class Durable:
             cache.leave()
 
         session = transfer.load(self._engine, (tensors, metadata), None, attach)
+        if broken and (session.reads is None or session.pause):
+            self._engine.delete(session)
+            raise EngineError(f"its block {broken[0]} is missing, or was cut short", code="malformed")
         self._files.written += len(mine)
+        if broken:
+            _log.warning("%s: block %s is missing, or was cut short; its passes will run again", path, broken[0])
+            session.forget_cache()
         self._kept[session] = mine
         session.suspended = session.durable = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -344,6 +345,46 @@ def test_a_lost_block_is_computed_again_or_told(made: Callable[..., Driver], tmp
         driver.begin(sessions[1], [7])
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_block_that_is_lost_in_the_middle_of_a_pass(
+    made: Callable[..., Driver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    """The layers that have their bytes have run when the others turn out to be lost."""
+    wanted = undisturbed(made, [prompt(1)], 2, 6)[0]
+    driver = made(32, host=32, max_batch=1)
+    session = driver.new()
+    driver.begin(session, prompt(1), 6).wait("done")
+    if stopped:
+        driver.do(driver.engine.stop_at, session, layer=1, once=True)
+        driver.begin(session, [7], 6).wait("paused")
+    away(driver, session)
+    monkeypatch.setattr("gpuckpt_guest.kv.pager._WORK", 1)
+    monkeypatch.setattr("gpuckpt_guest.kv.pager._STEPS", 1 << 40)
+    memory = driver.engine.memory.arena.memory
+    real, ran = memory.write, driver.engine.scheduler.layers_run
+    pieces = itertools.count()
+
+    def failing(pairs: Any) -> None:
+        if next(pieces):
+            limit = time.monotonic() + WAIT
+            while driver.engine.scheduler.layers_run == ran:
+                assert time.monotonic() < limit, "no layer begins before all have come"
+                time.sleep(0.001)
+            raise OSError("the bus is gone")
+        real(pairs)
+
+    monkeypatch.setattr(memory, "write", failing)
+    if stopped:  # half a pass cannot be read again
+        driver.resume(session)
+        until(driver, lambda: bool(session.failed))
+        assert "the bus is gone" in session.failed
+    else:
+        driver.do(driver.engine.wake, session)
+        events = driver.begin(session, [7], 6)
+        events.wait("done")
+        assert session.tokens == wanted and not session.failed
+
+
 # ---------------------------------------------------------------------- outliving the server
 
 
@@ -427,7 +468,7 @@ def test_what_was_damaged_is_put_aside(made: Callable[..., Driver], tmp_path: Pa
     driver = made(32, folder=tmp_path, disk=64, max_batch=1)
     Durable(driver.engine).find()
     for name in ("one", "two"):
-        session = driver.new(name)
+        session = driver.new(name, edits=[Edit("scale", 2, 0.9)])  # read again it would have other bits
         driver.begin(session, prompt(1), 3).wait("done")
         kept(driver, session)
     files = driver.engine.memory.files
@@ -445,6 +486,33 @@ def test_what_was_damaged_is_put_aside(made: Callable[..., Driver], tmp_path: Pa
     assert again.do(lambda: Durable(again.engine).find()) == (1, 1)
     assert set(again.engine.sessions) == {"two"}
     assert {path.name for path in (folder / "sessions").iterdir()} == {"two.safetensors", "one.damaged"}
+
+
+@pytest.mark.parametrize("how", ["gone", "cut short", "changed"])
+def test_what_was_kept_without_a_block_is_computed_again(made: Callable[..., Driver], tmp_path: Path, how: str) -> None:
+    wanted = undisturbed(made, [prompt(1)], 2, 6)[0]
+    driver = made(32, folder=tmp_path, disk=64, max_batch=1)
+    Durable(driver.engine).find()
+    session = driver.new("one")
+    driver.begin(session, prompt(1), 6).wait("done")
+    kept(driver, session)
+    files = driver.engine.memory.files
+    assert files is not None
+    (block, *_) = files.found()
+    driver.engine.stop()
+    if how == "gone":
+        block.unlink()
+    else:
+        content = block.read_bytes()
+        block.write_bytes(content[:-4096] if how == "cut short" else b"x" + content[1:])
+    again = made(32, folder=tmp_path, disk=64, max_batch=1)
+    assert again.do(lambda: Durable(again.engine).find()) == (1, 0)
+    session = again.engine.sessions["one"]
+    again.do(again.engine.wake, session)
+    again.begin(session, [7], 6).wait("done")
+    assert session.tokens == wanted
+    again.do(again.engine.delete, session)
+    until(again, lambda: not list(files.found()) and not list((files.folder / "sessions").iterdir()))
 
 
 def test_a_session_that_cannot_be_kept_says_so(

@@ -172,8 +172,10 @@ class Engine:
 
     def _poll(self) -> None:
         """Caches have come or gone, or it is time that one does."""
-        for session in self.memory.poll():
-            self.scheduler.refuse(session)
+        for session, error in self.memory.poll():
+            if not self.scheduler.recompute(session):
+                self.memory.fail(session, error)
+                self.scheduler.refuse(session)
         self.scheduler.look()
 
     def _refuse(self) -> None:

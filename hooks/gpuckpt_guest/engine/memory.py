@@ -195,8 +195,8 @@ class SessionMemory:
 
     # ------------------------------------------------------------------ what happens by itself
 
-    def poll(self) -> list[Session]:
-        """Take note of what was copied, and see to what follows; returns sessions whose bytes were lost."""
+    def poll(self) -> list[tuple[Session, str]]:
+        """Take note of what was copied, and see to what follows; returns sessions whose bytes were lost, and why."""
         self.pager.poll()
         for session, durable in list(self._leaving.items()):
             if self.pager.left(session.cache):
@@ -212,21 +212,20 @@ class SessionMemory:
         self.residency.fetch_expected()
         return self._lost()
 
-    def _lost(self) -> list[Session]:
+    def _lost(self) -> list[tuple[Session, str]]:
         found = []
         for session in self._sessions():
             error = next((arrival.error for arrival in session.cache.arrivals if arrival.error), "")
-            if not error or session.failed:
-                continue
-            session.cache.arrivals = []
-            if session.reads is not None and session.halfway is None and not self.residency.granted(session):
-                session.forget_cache()  # it is computed again instead
-                continue
-            session.failed = error
-            session.emit({"type": "failed", "error": error})
-            self._coming.pop(session, None)
-            found.append(session)
+            if error and not session.failed:
+                session.cache.arrivals = []
+                found.append((session, error))
         return found
+
+    def fail(self, session: Session, error: str) -> None:
+        """What it has read is lost, and cannot be computed again."""
+        session.failed = error
+        session.emit({"type": "failed", "error": error})
+        self._coming.pop(session, None)
 
     def next_time(self) -> float | None:
         """Seconds until there is something to do without being asked."""

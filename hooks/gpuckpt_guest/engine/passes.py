@@ -48,11 +48,10 @@ class Flight:
     forward: Forward | None = None
     coming: bool = False  # its cache is still arriving
     again: bool = False  # it was run before, and its cache was dropped: all that it gives is keys and values
+    fresh: bool = field(init=False)  # it begins with the first layer
 
-    @property
-    def fresh(self) -> bool:
-        """Whether it begins with the first layer."""
-        return not self.pauses and self.split is None
+    def __post_init__(self) -> None:
+        self.fresh = not self.pauses and self.split is None
 
 
 class Passes:

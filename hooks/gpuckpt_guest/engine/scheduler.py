@@ -310,6 +310,22 @@ class Scheduler:
                 session.turn.error = f"the pass failed: {error}"
                 self.passes.end(session, session.turn, "error")
 
+    def recompute(self, session: Session) -> bool:
+        """Have all that it has read computed again, with the same bits; False: that cannot be done."""
+        if session.reads is None or session.halfway:
+            return False
+        if self.residency.granted(session):
+            flights = next((held for held in (self._short, self._long) for one in held if session in one.rows), None)
+            flight = next((one for one in flights or () if session in one.rows), None)
+            if flights is None or flight is None or not flight.fresh or len(flight.rows) > 1:
+                return False
+            flights.remove(flight)
+            self._abandon(flight)
+            self._ready.append(session)
+        session.forget_cache()
+        self.look()
+        return True
+
     def refuse(self, session: Session) -> None:
         """What it has read was lost while it waited to go on: its generation ends."""
         if self.drop(session) and session.turn:
