@@ -35,7 +35,7 @@ def cycles(rig: KvRig, length: int, unavailable: Document) -> Document:
     """Seconds of a cycle in each way."""
     prompt = rig.prompt(length)
     found: dict[str, list[float]] = {}
-    with rig.serving(device=(length + 512) * rig.token_bytes * 3, host=(length + 512) * rig.token_bytes * 3) as engine:
+    with rig.serving(*(2 * [(length + 512) * rig.token_bytes * 3])) as engine:
         session = rig.do(engine.create)
         _, watch = rig.begin(session, prompt, 1)
         watch.until("done")
@@ -134,8 +134,7 @@ def keep(rig: KvRig) -> Document:
     """Sessions are begun until one finds no room, with nowhere to go for the others."""
     length = 64 if rig.quick else rig.options.prompt
     sessions = 8 if rig.quick else SESSIONS
-    places = sessions * -(-length * rig.token_bytes // rig.block) // 2
-    with rig.serving(places=places, slots=0, max_batch=1) as engine:
+    with rig.serving(sessions * length * rig.token_bytes // 2, max_batch=1) as engine:
         for count in range(sessions):
             session = rig.do(engine.create)
             _, watch = rig.begin(session, rig.prompt(length), 1)

@@ -17,27 +17,13 @@ class KvRig(Rig):
 
     @contextlib.contextmanager
     def serving(
-        self,
-        *,
-        places: int | None = None,
-        slots: int = 0,
-        device: int | None = None,
-        host: int | None = None,
-        folder: Path | None = None,
-        disk: int = 0,
-        **options: Any,
+        self, device: int, host: int = 0, *, folder: Path | None = None, disk: int = 0, **options: Any
     ) -> Iterator[Any]:
-        """An engine with so many blocks on the device and off it, or so many bytes."""
+        """An engine with so many bytes for caches on the device, off it, and on the disk."""
         from hooks.gpuckpt_guest.engine.engine import Engine
         from hooks.gpuckpt_guest.engine.memory import Budgets
 
-        size = self.block
-        budgets = Budgets(
-            device if device is not None else (places or 0) * size,
-            host if host is not None else slots * size,
-            disk,
-            folder,
-        )
+        budgets = Budgets(device, host, disk, folder)
         before, self.engine = self.engine, Engine(self.loaded, budgets=budgets, **options)
         self.engine.start()
         try:
@@ -56,15 +42,6 @@ class KvRig(Rig):
 
     # What the last engine that served has measured of the passes of single sessions.
     measured: Any = None
-
-    @property
-    def block(self) -> int:
-        """Bytes of a block, where the budget is small."""
-        from hooks.gpuckpt_guest.kv.layout import tracks
-        from hooks.gpuckpt_guest.kv.memory import grain
-
-        plan = self.loaded.blueprint
-        return int(tracks(plan.forms, plan.windows, grain(self.device).granule)[1])
 
     @property
     def token_bytes(self) -> int:

@@ -32,10 +32,10 @@ def body(rig: KvRig) -> Document:
     orders = [rig.shuffled(range(sessions)) for _ in range(TURNS)]
     more = [[rig.prompt(READ) for _ in range(sessions)] for _ in range(TURNS)]
     longest = [len(prompt) + TURNS * (READ + WRITE) + WRITE for prompt in prompts]
-    # In whole blocks, as they are taken.
-    demand = sum(-(-tokens * rig.token_bytes // rig.block) for tokens in longest) * rig.block
+    # What is needed at the least; blocks that are not full come on top.
+    demand = sum(longest) * rig.token_bytes
     work = (prompts, orders, more)
-    alone = Run(rig, work, places=demand // rig.block + 2 * AT_ONCE, slots=0)
+    alone = Run(rig, work, 2 * demand, 0)
     say(f"  undisturbed: {alone.seconds:.1f} s")
     made: Document = {
         "sessions": sessions,
@@ -45,7 +45,7 @@ def body(rig: KvRig) -> Document:
         "factors": {},
     }
     for factor in FACTORS[1:2] if quick else FACTORS:
-        run = Run(rig, work, places=max(4, int(demand / factor) // rig.block), slots=demand // rig.block + 8)
+        run = Run(rig, work, int(demand / factor), 2 * demand)
         mismatches = sum(one != other for one, other in zip(run.tokens, alone.tokens, strict=True))
         say(f"  {factor:g} times the memory: {run.seconds:.1f} s, {mismatches} sessions with other tokens")
         made["factors"][f"{factor:g}"] = run.document() | {
@@ -59,13 +59,13 @@ def body(rig: KvRig) -> Document:
 class Run:
     """One engine's run over the work."""
 
-    def __init__(self, rig: KvRig, work: Any, *, places: int, slots: int) -> None:
+    def __init__(self, rig: KvRig, work: Any, device: int, host: int) -> None:
         prompts, orders, more = work
-        self.budget = places * rig.block
+        self.budget = device
         self.samples: list[list[float]] = []
         self.first_ms: list[float] = []
         self.away_ms: list[float] = []
-        with rig.serving(places=places, slots=slots, max_batch=1) as engine:
+        with rig.serving(device, host, max_batch=1) as engine:
             self._engine = engine
             began = time.perf_counter()
             ended = threading.Event()

@@ -8,6 +8,7 @@ when one token has been written since.
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,30 +18,37 @@ from benchmarks.journal import Document
 from benchmarks.kv_common import KvRig, fill
 from benchmarks.sessions_common import Watch, paired, quantity
 
-BLOCKS = 24  # of the session that moves
+# Tokens of the session that moves: on the model that this is for, 25 MB and 200 MB.
+SMALL, LARGE = 512, 4096
 LENGTHS = (256, 1024, 4096)
 TOKENS = 16  # appended at each length
+BUDGET = 1 << 30  # bytes on the device, and off it
 
 
 def body(rig: KvRig) -> Document:
-    return {"copies": copies(rig), "wakes": wakes(rig), "append": append(rig)}
+    return {
+        "copies": copies(rig, LARGE),
+        "small_copies": copies(rig, SMALL),
+        "wakes": wakes(rig),
+        "append": append(rig),
+    }
 
 
 # ---------------------------------------------------------------------- speed
 
 
-def copies(rig: KvRig) -> Document:
+def copies(rig: KvRig, tokens: int) -> Document:
     """Both directions: seconds of the pager's, seconds of bare copies, their ratio."""
     found: dict[str, dict[str, list[float]]] = {way: {"pager": [], "bare": []} for way in ("out", "in")}
-    with rig.serving(places=2 * BLOCKS + 8, slots=2 * BLOCKS + 8) as engine:
+    with rig.serving(BUDGET, BUDGET) as engine:
         session = rig.do(engine.create)
-        rig.do(fill, engine, session, tokens_of(engine, BLOCKS))
-        size = rig.do(lambda: sum(1 for _ in session.cache.blocks())) * engine.memory.arena.memory.size
-        for index in rig.rounds(rig.options.n + 2, "copies"):
+        rig.do(fill, engine, session, tokens)
+        size = rig.do(bytes_of, engine, session)
+        for index in rig.rounds(rig.options.n + 2, f"copies of {tokens} tokens"):
             rig.do(dirty, session)
             for who in rig.shuffled(("pager", "bare")):
                 if who == "bare":
-                    out, into = bare(engine, session)
+                    out, into = rig.do(bare, engine, session)
                 else:
                     out, into = moved(rig, engine, session, "suspend"), moved(rig, engine, session, "wake")
                 if index > 1:
@@ -54,16 +62,15 @@ def copies(rig: KvRig) -> Document:
             "gbps": quantity([size / one / 1e9 for one in seconds["pager"]]),
             "bare_gbps": quantity([size / one / 1e9 for one in seconds["bare"]]),
             "bytes": size,
-            "unit": "s; above: one thread's bare copies, below: the pager, from the order until it was done",
+            "unit": "s; above: bare copies, below: the pager, from the order until it was done",
         }
         for way, seconds in found.items()
     }
 
 
-def tokens_of(engine: Any, blocks: int) -> int:
-    """So many tokens fill about so many blocks."""
-    (track, *_) = engine.memory.arena.tracks
-    return int(min(engine.loaded.limit - 1, blocks * track.slab // track.record))
+def bytes_of(engine: Any, session: Any) -> int:
+    """Of the session's blocks."""
+    return sum(1 for _ in session.cache.blocks()) * int(engine.memory.arena.memory.size)
 
 
 def dirty(session: Any) -> None:
@@ -83,7 +90,7 @@ def moved(rig: KvRig, engine: Any, session: Any, how: str) -> float:
 
 
 def bare(engine: Any, session: Any) -> tuple[float, float]:
-    """Seconds of copying the session's blocks out and in, one after the other, by the calling thread."""
+    """Seconds of copying the session's blocks out and in, one after the other, with all cores."""
     memory, pool = engine.memory.arena.memory, engine.memory.pager.host
     places = [block.place for block in session.cache.blocks()]
     spare = [slot for slot in range(pool.slots) if slot not in engine.memory.pager._held][: len(places)]
@@ -100,43 +107,56 @@ def bare(engine: Any, session: Any) -> tuple[float, float]:
 
 
 def wakes(rig: KvRig) -> Document:
-    """Milliseconds until a session is back, and until its layers behind a stop may run; by its size."""
+    """Milliseconds until a session is back, and until its last layer may run if that is needed first; by its size."""
     made: Document = {}
-    with rig.serving(places=2 * BLOCKS + 8, slots=4 * BLOCKS) as engine:
-        for blocks in (2, 8, BLOCKS):
+    with rig.serving(BUDGET, BUDGET) as engine:
+        for tokens in (64, SMALL, LARGE):
             session = rig.do(engine.create)
-            rig.do(fill, engine, session, tokens_of(engine, blocks))
-            ordered: list[float] = []
+            rig.do(fill, engine, session, tokens)
+            whole: list[float] = []
             first: list[float] = []
-            for index in rig.rounds(3 * rig.options.n + 1, f"wakes of {blocks} blocks"):
+            for index in rig.rounds(3 * rig.options.n + 1, f"wakes of {tokens} tokens"):
                 moved(rig, engine, session, "suspend")
                 took = moved(rig, engine, session, "wake")
                 moved(rig, engine, session, "suspend")
-                early = rig.do(arrival, engine, session, rig.layers - 1)
+                early = needed(rig, engine, session, rig.layers - 1)
                 if index:
-                    ordered.append(took * 1000)
+                    whole.append(took * 1000)
                     first.append(early * 1000)
-            made[str(blocks)] = {
-                "all_ms": quantity(ordered),
+            made[str(tokens)] = {
+                "all_ms": quantity(whole),
                 "first_needed_ms": quantity(first),
-                "bytes": rig.do(lambda cache=session.cache: sum(1 for _ in cache.blocks())) * rig.block,
+                "bytes": rig.do(bytes_of, engine, session),
             }
             rig.do(engine.delete, session)
     return made
 
 
-def arrival(engine: Any, session: Any, layer: int) -> float:
-    """Seconds until a layer that is needed first may run; the others follow. By the engine's thread."""
-    pager = engine.memory.pager
-    session.suspended = False
-    began = time.perf_counter()
-    pager.bring(session.cache, engine.loaded.device, layer)
-    while not pager.ready(session.cache, layer):
-        pager.poll()
-    took = time.perf_counter() - began
-    while pager.arriving(session.cache):
-        pager.poll()
-    return took
+def needed(rig: KvRig, engine: Any, session: Any, layer: int) -> float:
+    """Seconds from the order until a layer may run that is needed first; the others follow."""
+    pager, poll, arrived = engine.memory.pager, engine.memory.poll, queue.SimpleQueue[float]()
+
+    def looked() -> Any:
+        # As the scheduler does before each quantum; the pager tells of what somebody has looked for.
+        found = poll()
+        if pager.ready(session.cache, layer):
+            arrived.put(time.perf_counter())
+        return found
+
+    def order() -> float:
+        engine.memory.poll = looked
+        session.suspended = False
+        began = time.perf_counter()
+        pager.bring(session.cache, engine.loaded.device, layer)
+        pager.ready(session.cache, layer)
+        return began
+
+    began = rig.do(order)
+    took = arrived.get(timeout=60) - began
+    while rig.do(pager.arriving, session.cache):
+        time.sleep(0.001)
+    engine.memory.poll = poll
+    return float(took)
 
 
 # ---------------------------------------------------------------------- appending
@@ -145,7 +165,7 @@ def arrival(engine: Any, session: Any, layer: int) -> float:
 def append(rig: KvRig) -> Document:
     """Bytes that are written to append one token, counted where tensors are made and copied."""
     made: Document = {"ours": {}, "dynamic": {}, "left_after_one_token": {}}
-    with rig.serving(places=400, slots=400) as engine:
+    with rig.serving(BUDGET, BUDGET) as engine:
         for length in LENGTHS:
             session = rig.do(engine.create)
             rig.do(fill, engine, session, length)

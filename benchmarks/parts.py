@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import environment, harness
 from benchmarks.journal import Document
-from benchmarks.suite import Budget, say
+from benchmarks.suite import Budget, rest, say
+from benchmarks.targets import Target, targets
+from gpuckpt.errors import InterruptedByUser
 
 _LIMIT = 1.5  # times its budget: a part that takes longer is ended
 
@@ -115,3 +119,93 @@ class Runner:
             return None
         made: Document = json.loads(file.read_text())
         return made
+
+    def rest(self, document: Document) -> None:
+        """Wait until the machine is quiet; a trial does not."""
+        if not self.options.quick:
+            document["waited_for_rest_s"] = rest(document["machine"]["cores"])
+        document["load_average"] = environment.load()
+
+
+def main(
+    runner: Runner,
+    version: int,
+    measure: Callable[[Document], None],
+    goals: Sequence[Target],
+    draw: Callable[[Document, Path], list[str]],
+) -> int:
+    """Measure into build/bench/SUITE.json, draw, and show the targets; the exit status.
+
+    ``measure`` fills the document, which has what is known beforehand. An interruption writes nothing.
+    """
+    options = runner.options
+    if not runner.python.exists():
+        print(f"there is no {runner.python}: make setup-server", file=sys.stderr)
+        return 4
+    runner.work.mkdir(parents=True, exist_ok=True)
+    document: Document = {
+        "version": version,
+        "benchmark": runner.suite,
+        "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "options": {"quick": options.quick, "only": options.only, "seed": options.seed, "device": options.device},
+        "machine": environment.machine(),
+    }
+    runner.commit = document["machine"]["commit"]
+    try:
+        with harness.interrupts():
+            measure(document)
+    except InterruptedByUser as interrupted:
+        print(interrupted.message, file=sys.stderr)
+        return interrupted.exit_code
+    document["failures"] = runner.failures
+    document["load_average_at_end"] = environment.load()
+    document["elapsed_s"] = round(runner.budget.elapsed, 1)
+    document["targets"] = targets(document, goals)
+    file = options.out / f"{runner.suite}.json"
+    file.write_text(json.dumps(document, indent=1) + "\n")
+    drawn = draw(document, options.out)
+    for line in table(document):
+        say(line)
+    say(f"{file}; figures: {', '.join(drawn) or 'none'}")
+    return 1 if runner.failures else 0
+
+
+def table(document: Document) -> list[str]:
+    """The targets as lines for people."""
+    lines = []
+    for target in document["targets"]:
+        value = target["value"]
+        verdict = "not measured" if value is None else "met" if target["met"] else "MISSED"
+        if value is not None and not target["enough"]:
+            verdict += " (few samples)"
+        shown = "–" if value is None else f"{float(value):.3f}"
+        limit = f"{target['direction']} {target['limit']:g} {target['unit']}".strip()
+        lines.append(f"  {target['name']:<76} {shown:>10}  {limit:<16} {verdict}")
+    return lines
+
+
+def parser(suite: str, about: str | None, names: Sequence[str], *, budget: float) -> argparse.ArgumentParser:
+    """The options of a suite whose parts have these names."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{suite}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def known(text: str) -> list[str]:
+        wanted = text.split(",")
+        if unknown := sorted(set(wanted) - set(names)):
+            raise argparse.ArgumentTypeError(
+                f"no part is called {', '.join(unknown)}; there are {', '.join(sorted(names))}"
+            )
+        return wanted
+
+    made.add_argument("--quick", action="store_true", help="little, and few samples: does it work at all?")
+    made.add_argument(
+        "--only",
+        type=known,
+        help=f"measure only some of {', '.join(sorted(names))}; the others are as the last run in --out left them",
+    )
+    made.add_argument("--device", default="auto", help="auto (the default), cpu, cuda")
+    made.add_argument("--seed", type=int, default=1, help="of prompts and orders (default: %(default)s)")
+    made.add_argument("--budget", type=float, default=budget, help="seconds after which to stop (default: %(default)g)")
+    made.add_argument("--out", type=Path, default=harness.ROOT / "build" / "bench", help="folder of the results")
+    return made

@@ -11,20 +11,17 @@ else of ours runs meanwhile. A part that fails is noted and the others go on; th
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment, harness, parts
+from benchmarks import harness, parts
 from benchmarks.journal import Document
 from benchmarks.parts import Part
-from benchmarks.suite import rest, say
-from benchmarks.targets import Target, targets
-from gpuckpt.errors import InterruptedByUser
+from benchmarks.suite import say
+from benchmarks.targets import Target
 
 VERSION = 1
 
@@ -221,51 +218,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     options.out = options.out.absolute()
     runner = Runner(options)
-    if not runner.python.exists():
-        print(f"there is no {runner.python}: make setup-server", file=sys.stderr)
-        return 4
-    runner.work.mkdir(parents=True, exist_ok=True)
     wanted = [part for part in (QUICK if options.quick else PARTS) if not options.only or part.name in options.only]
-    document: Document = {
-        "version": VERSION,
-        "benchmark": "sessions",
-        "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "options": {"quick": options.quick, "only": options.only, "seed": options.seed, "device": options.device},
-        "machine": environment.machine(),
-    }
-    runner.commit = document["machine"]["commit"]
-    try:
-        with harness.interrupts():
-            measured, exact = _measure(runner, wanted, document)
-    except InterruptedByUser as interrupted:
-        print(interrupted.message, file=sys.stderr)
-        return interrupted.exit_code
-    merged = merge(measured, exact)
-    document |= merged
-    document["unavailable"] = merged.get("unavailable", {}) | runner.unavailable
-    document["failures"] = runner.failures
-    document["load_average_at_end"] = environment.load()
-    document["elapsed_s"] = round(runner.budget.elapsed, 1)
-    document["targets"] = targets(document, TARGETS)
-    file = options.out / "sessions.json"
-    file.write_text(json.dumps(document, indent=1) + "\n")
+
+    def measure(document: Document) -> None:
+        merged = merge(*_measure(runner, wanted, document))
+        document |= merged
+        document["unavailable"] = merged.get("unavailable", {}) | runner.unavailable
+
     from benchmarks import session_figures  # matplotlib takes a second to import
 
-    drawn = session_figures.draw(document, options.out)
-    for line in table(document):
-        say(line)
-    say(f"{file}; figures: {', '.join(drawn) or 'none'}")
-    return 1 if runner.failures else 0
+    return parts.main(runner, VERSION, measure, TARGETS, session_figures.draw)
 
 
 def _measure(runner: Runner, wanted: Sequence[Part], document: Document) -> tuple[dict[str, Document], Document | None]:
     for shape in dict.fromkeys(part.model for part in wanted):
         runner.model(shape)
     peer = runner.peer() if any(part.name == "resume" for part in wanted) else None
-    cores = document["machine"]["cores"]
-    if not runner.options.quick:
-        document["waited_for_rest_s"] = rest(cores)
-    document["load_average"] = environment.load()
+    runner.rest(document)
     measured, taken = runner.earlier(wanted)
     for part in wanted:
         if (made := runner.measure(part, peer)) is not None:
@@ -282,47 +251,8 @@ def _measure(runner: Runner, wanted: Sequence[Part], document: Document) -> tupl
     return {part.key: measured[part.key] for part in (*PARTS, *QUICK) if part.key in measured}, exact
 
 
-def table(document: Document) -> list[str]:
-    """The targets as lines for people."""
-    lines = []
-    for target in document["targets"]:
-        value = target["value"]
-        verdict = "not measured" if value is None else "met" if target["met"] else "MISSED"
-        if value is not None and not target["enough"]:
-            verdict += " (few samples)"
-        shown = "–" if value is None else f"{float(value):.3f}"
-        limit = f"{target['direction']} {target['limit']:g} {target['unit']}".strip()
-        lines.append(f"  {target['name']:<76} {shown:>10}  {limit:<16} {verdict}")
-    return lines
-
-
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.sessions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("--quick", action="store_true", help="the tiny model, few samples: does it work at all?")
-    made.add_argument(
-        "--only",
-        type=_names,
-        help="measure only these (checkpoint, resume, …, exact); the others are as the last run in --out left them",
-    )
-    made.add_argument("--device", default="auto", help="auto (the default), cpu, cuda")
-    made.add_argument("--seed", type=int, default=1, help="of prompts and orders (default: %(default)s)")
-    made.add_argument("--budget", type=float, default=2400, help="seconds after which to stop (default: %(default)g)")
-    made.add_argument("--out", type=Path, default=harness.ROOT / "build" / "bench", help="folder of the results")
-    return made
-
-
-def _names(text: str) -> list[str]:
-    known = {part.name for part in PARTS} | {"exact"}
-    names = text.split(",")
-    if unknown := sorted(set(names) - known):
-        raise argparse.ArgumentTypeError(
-            f"no part is called {', '.join(unknown)}; there are {', '.join(sorted(known))}"
-        )
-    return names
+    return parts.parser("sessions", __doc__, sorted({part.name for part in PARTS} | {"exact"}), budget=2400)
 
 
 if __name__ == "__main__":

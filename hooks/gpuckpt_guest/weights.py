@@ -1,14 +1,16 @@
-"""Weights of a model that is larger than the device: layers come from host memory as they are needed, and go again.
+"""Weights of a model that is larger than the device: some layers stay, the others come from host memory in turns.
 
-Each layer's weights lie in host memory in one piece, pinned where the device is a GPU. The device has a few slots, each
-for a layer. A layer's parameters are views of the slot that holds it; while a layer computes the next ones are on their
-way. Passes run the layers in order, over and over: the slot that is taken is the one whose layer is needed last.
+Passes run the layers in order, over and over. So the layers that come in turns are spread evenly over the model, and
+share two slots of device memory: while one of them computes, and the layers that stay behind it, the next one is on its
+way. Their weights lie in host memory, each layer's in one piece, pinned where the device is a GPU; its parameters are
+views of the slot that it is in.
 
 What several layers share stays on the device, and so does all that is no layer: embeddings, norms, the head.
 """
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +22,9 @@ import torch
 from .kv.hand import Hand
 
 _ALIGN = 256  # bytes: what kernels like, and the same as an allocator gives
+_SLOTS = 2  # one computes, one comes
+# Of the free memory of a GPU, at the most, is for weights; the rest is for caches and what layers compute.
+_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,18 @@ class _Part:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: Any
+
+
+def room(layers: int, others: int, device: Any) -> int | None:
+    """Bytes for the layers' weights on a GPU that does not hold them all beside some caches; else None.
+
+    ``layers``, ``others``: bytes of the layers' weights, and of all else that stays there.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    mine = int(free * _SHARE) - others
+    return mine if mine < layers else None
 
 
 class _Slot:
@@ -48,61 +65,71 @@ class PagedWeights:
     """Weights of layers, of which ``budget`` bytes are on the device at a time. For use by the engine's thread."""
 
     def __init__(self, layers: Sequence[Any], device: Any, budget: int) -> None:
-        """Takes the layers' parameters over. Raises ValueError if the budget does not hold two layers."""
+        """Takes over the parameters of the layers that come in turns; the others are to be moved to the device.
+
+        Raises ValueError if the budget does not hold two layers.
+        """
         self.device = torch.device(device)
-        self._parts = _own(layers)
-        sizes = [_size(parts) for parts in self._parts]
-        self.largest = max(sizes, default=0)
-        count = min(len(layers), budget // self.largest) if self.largest else len(layers)
-        if self.largest and count < 2:
+        parts = _own(layers)
+        sizes = [_size(each) for each in parts]
+        self.bytes, self.largest = sum(sizes), max(sizes, default=0)
+        self.count = len(layers)
+        fit = min(self.count, budget // self.largest) if self.largest else self.count
+        if self.largest and fit < _SLOTS:
             raise ValueError(
                 f"{budget} bytes for weights hold less than two layers of {self.largest}: one computes, one comes"
             )
-        self.bytes = sum(sizes)
+        turns = self.count - fit + _SLOTS if fit < self.count else 0
+        # The layers that come in turns, in order.
+        self.turns = sorted({number * self.count // turns for number in range(turns)}) if turns else []
         cuda = self.device.type == "cuda"
-        self._host = [torch.empty(size, dtype=torch.uint8, pin_memory=cuda) for size in sizes]
-        for parts, host in zip(self._parts, self._host, strict=True):
-            for part in parts:
-                _view(part, host).copy_(part.parameter.data)
+        self._parts = {layer: parts[layer] for layer in self.turns}
+        self._host = {layer: torch.empty(sizes[layer], dtype=torch.uint8, pin_memory=cuda) for layer in self.turns}
+        for layer, mine in self._parts.items():
+            for part in mine:
+                _view(part, self._host[layer]).copy_(part.parameter.data)
                 part.parameter.data = torch.empty(0, dtype=part.dtype, device=self.device)
-        self._slots = [
-            _Slot(torch.empty(self.largest, dtype=torch.uint8, device=self.device)) for _ in range(max(1, count))
-        ]
+        memory = [torch.empty(self.largest, dtype=torch.uint8, device=self.device) for _ in self.turns[:_SLOTS]]
+        self._slots = [_Slot(each) for each in memory]
         self._of: dict[int, _Slot] = {}
-        self._stream = torch.cuda.Stream(self.device) if cuda else None
+        self._stream = torch.cuda.Stream(self.device) if cuda and self.turns else None
+        self.at = 0  # the layer that was needed last
         self.loaded = self.waited = 0  # layers that were copied; that were waited for
         self._hand = Hand("weights", lambda then, result, error: then(result, error))
-
-    @property
-    def slots(self) -> int:
-        """Layers that are on the device at a time."""
-        return len(self._slots)
 
     def close(self) -> None:
         """End the thread; nothing comes any more."""
         self._hand.end()
 
+    def ahead(self, layer: int) -> int:
+        """How many layers further a pass is that needs this one next; those that are ahead by one can share a copy."""
+        return (layer - self.at) % self.count if layer < self.count else -1
+
     def need(self, layer: int) -> None:
         """See to it that a layer's weights are there, and that the next ones are on their way."""
-        slot = self._of.get(layer)
-        if slot is None:
-            slot = self._begin(layer, layer)
-        if not slot.landed.is_set():
-            self.waited += 1
-            slot.landed.wait()
-        if slot.error is not None:
-            error, slot.layer = slot.error, -1  # the next pass tries again
-            del self._of[layer]
-            raise error
-        # Not further ahead than there are slots: what would be taken for it is needed sooner.
-        for ahead in range(1, len(self._slots)):
-            following = (layer + ahead) % len(self._parts)
+        self.at = layer
+        wanted = self._next(layer)
+        if layer in self._parts:
+            slot = self._of.get(layer) or self._begin(layer, wanted)
+            if not slot.landed.is_set():
+                self.waited += 1
+                slot.landed.wait()
+            if slot.error is not None:
+                error, slot.layer = slot.error, -1  # the next pass tries again
+                del self._of[layer]
+                raise error
+        for following in wanted:
             if following not in self._of:
-                self._begin(following, layer)
+                self._begin(following, wanted)
 
-    def _begin(self, layer: int, at_work: int) -> _Slot:
-        slot = self._taken(at_work)
-        for part in self._parts[slot.layer] if slot.layer >= 0 else ():
+    def _next(self, layer: int) -> list[int]:
+        """Those whose turn it is from a layer on."""
+        first = bisect.bisect_left(self.turns, layer)
+        return [*self.turns[first:], *self.turns[:first]][:_SLOTS]
+
+    def _begin(self, layer: int, wanted: Sequence[int]) -> _Slot:
+        slot = next(slot for slot in self._slots if slot.layer not in wanted)
+        for part in self._parts.get(slot.layer, ()):
             part.parameter.data = torch.empty(0, dtype=part.dtype, device=self.device)
         self._of.pop(slot.layer, None)
         slot.layer, slot.landed, slot.error = layer, threading.Event(), None
@@ -122,17 +149,6 @@ class PagedWeights:
 
         self._hand.do(lambda: self._copy(slot, layer, ready), then)
         return slot
-
-    def _taken(self, at_work: int) -> _Slot:
-        """A free slot, or the one whose layer is needed last by a pass that is at ``at_work``; never that one's."""
-        free = next((slot for slot in self._slots if slot.layer < 0), None)
-        if free is not None:
-            return free
-        count = len(self._parts)
-        return max(
-            (slot for slot in self._slots if slot.layer != at_work),
-            key=lambda slot: ((slot.layer - at_work) % count, slot.landed.is_set()),
-        )
 
     def _copy(self, slot: _Slot, layer: int, ready: Any) -> None:
         host = self._host[layer]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpuckpt_guest.engine.model import prepare
 from gpuckpt_guest.engine.probe import decoder_layers
-from gpuckpt_guest.weights import PagedWeights
+from gpuckpt_guest.weights import PagedWeights, room
 
 from tests.guest import driving
 from tests.guest.driving import LAYERS, Driver, Letters
@@ -38,7 +38,9 @@ def test_the_same_tokens(twins: tuple[Any, Any], slots: int) -> None:
     loaded, weights = paged(twins[1], slots)
     some = Driver(loaded)
     try:
-        assert weights.slots == slots and weights.bytes > weights.largest * (LAYERS - 1)
+        assert len(weights.turns) == (
+            LAYERS - slots + 2 if slots < LAYERS else 0
+        ) and weights.bytes > weights.largest * (LAYERS - 1)
         wanted = [whole.write([*PROMPT, seed], 10) for seed in range(3)]
         running = [some.begin(some.new(), [*PROMPT, seed], 10) for seed in range(3)]  # they take turns, or fly together
         assert [one.wait("done").generated for one in running] == wanted
@@ -57,6 +59,42 @@ def test_the_same_tokens(twins: tuple[Any, Any], slots: int) -> None:
         for driver in (whole, some):
             driver.close()
         weights.close()
+
+
+def test_those_that_compute_at_a_time_share_what_comes(twins: tuple[Any, Any]) -> None:
+    loaded, weights = paged(twins[1], 2)
+    driver = Driver(loaded, max_batch=1)
+    try:
+        before = weights.loaded
+        driver.write(PROMPT, 10)
+        alone = weights.loaded - before
+        assert alone >= 9 * LAYERS
+        sessions = [driver.new() for _ in range(4)]
+        driver.do(lambda: None)
+        before = weights.loaded
+        running = [driver.begin(session, [*PROMPT, seed], 10) for seed, session in enumerate(sessions)]
+        for one in running:
+            one.wait("done")
+        # They do not begin at the same time, nor are they at the same layer then.
+        assert weights.loaded - before < 2 * alone
+    finally:
+        driver.close()
+        weights.close()
+
+
+def test_the_fewer_come_in_turns_the_more_there_is_room() -> None:
+    layers = [torch.nn.Linear(64, 64) for _ in range(12)]
+    each = 64 * 64 * 4 + 256
+    for fit in range(2, 13):
+        weights = PagedWeights([torch.nn.Linear(64, 64) for _ in layers], "cpu", fit * each)
+        assert len(weights.turns) == (12 - fit + 2 if fit < 12 else 0)
+        for _ in range(3):
+            for layer in range(12):
+                weights.need(layer)
+                gaps = [weights.ahead(turn) for turn in weights._next(layer)]
+                assert gaps == sorted(gaps)
+        weights.close()
+        assert weights.loaded <= 3 * len(weights.turns) + 2
 
 
 def test_less_than_two_layers_are_refused() -> None:
@@ -86,8 +124,18 @@ def test_a_copy_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_layers_share_stays() -> None:
     layers = [torch.nn.Linear(64, 64) for _ in range(3)]
     layers[1].weight = layers[0].weight
-    weights = PagedWeights(layers, "cpu", 1 << 20)
+    weights = PagedWeights(layers, "cpu", 2 * (64 * 64 * 4 + 256))
     assert layers[0].weight.numel() == 64 * 64 and layers[2].weight.numel() == 0
     weights.need(2)
     assert layers[2].weight.shape == (64, 64)
     weights.close()
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(1000, None), (800, 590), (400, 270)])
+def test_on_a_gpu_that_is_too_small_some_come_in_turns(
+    monkeypatch: pytest.MonkeyPatch, free: int, wanted: int | None
+) -> None:
+    """Free memory, and what of it layers get: without asking a GPU."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 40))
+    assert room(700, 50, "cuda") == wanted
+    assert room(700, 50, "cpu") is None

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..kv.cache import Blueprint
-from ..weights import PagedWeights
+from ..weights import PagedWeights, room
 from .probe import Verdict, decoder_layers, probe
 from .stepper import Stepper, UnsupportedModelError
 
@@ -63,7 +63,7 @@ def load(
     """Load the checkpoint in the folder ``path`` and probe it.
 
     ``dtype``: "auto" is the checkpoint's own. ``limit``: the most tokens of a session; by default the model's.
-    ``weights``: bytes of the layers' weights that are on the device at a time; by default all. Raises
+    ``weights``: bytes of the layers' weights that are on the device at a time; by default as many as fit. Raises
     UnsupportedModelError if it cannot be driven layer by layer, OSError or ValueError if it cannot be read.
     """
     if device == "auto":
@@ -72,7 +72,11 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
         model.eval()
     known = identity(Path(path), model)
-    paged = None if weights is None else PagedWeights(decoder_layers(model), device, weights)
+    layers = decoder_layers(model)
+    if weights is None:
+        mine = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+        weights = room(mine, sum(parameter.nbytes for parameter in model.parameters()) - mine, device)
+    paged = None if weights is None else PagedWeights(layers, device, weights)
     with torch.inference_mode():
         model.to(device)
     return prepare(

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 from ..checkpoint import Ring
 from ..kv.lanes import Lanes
+from ..weights import PagedWeights
 from .batches import Batches
 from .model import Loaded
 from .passes import Flight, LayerCountError, Passes
@@ -149,6 +150,8 @@ class Scheduler:
     def _next(self) -> Flight | None:
         """The flight whose turn it is, of those whose next layer has its bytes."""
         order = (self._short, self._long) if self._last_long else (self._long, self._short)
+        if self._stepper.weights is not None:
+            return self._nearest(self._stepper.weights, order)
         for flights in order:
             for _ in range(len(flights)):
                 flight = flights.popleft()
@@ -158,8 +161,18 @@ class Scheduler:
                 flights.append(flight)
         return None
 
+    def _nearest(self, weights: PagedWeights, order: Sequence[deque[Flight]]) -> Flight | None:
+        """Where weights come in turns all go through the layers together: so each comes once for all of them."""
+        able = [(flights, flight) for flights in order for flight in flights if self._has_bytes(flight)]
+        if not able:
+            return None
+        flights, flight = min(able, key=lambda one: weights.ahead(_layer(one[1])))
+        flights.remove(flight)
+        self._last_long = flights is self._long
+        return flight
+
     def _has_bytes(self, flight: Flight) -> bool:
-        layer = flight.forward.layer if flight.forward else flight.pauses[0].layer if flight.pauses else 0
+        layer = _layer(flight)
         pager = self.residency.pager
         return all(
             not session.cache.arrivals or bool(session.failed) or pager.ready(session.cache, layer)
@@ -332,6 +345,15 @@ class Scheduler:
             self.passes.drop_pause(session)
             session.turn.error = session.failed
             self.passes.end(session, session.turn, "error")
+
+
+def _layer(flight: Flight) -> int:
+    """The layer that it runs next; behind the last one, its head."""
+    if flight.forward is not None:
+        return int(flight.forward.layer)
+    if flight.split is not None:
+        return flight.split[0]
+    return flight.pauses[0].layer if flight.pauses else 0
 
 
 def _groups(sessions: Sequence[Session], size: int) -> list[list[Session]]:
