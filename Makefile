@@ -26,7 +26,7 @@ all := $(wildcard tests/unit tests/property tests/contract tests/integration tes
 guest := $(wildcard tests/guest tests/guest_api)
 server := $(PREFIX)/server/bin/python
 
-.PHONY: help setup setup-server setup-tests check lint types imports unit test-guest test demo demo-pool bench bench-pool bench-sessions soak format clean
+.PHONY: help setup setup-server setup-tests check lint types imports unit test-guest test demo demo-pool bench bench-pool bench-sessions bench-kv soak format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +95,10 @@ bench-pool: ## measure the warm pool: about 20 minutes on 2 cores (BENCH=--quick
 bench-sessions: ## measure the session engine: about 35 minutes on 2 cores (BENCH=--quick: a trial); build/bench/sessions.json
 	@$(MAKE) setup-server
 	@$(python) -m benchmarks.sessions $(BENCH)
+
+bench-kv: ## measure KV paging: about 10 minutes on 2 cores (BENCH=--quick: a trial); build/bench/kv.json
+	@$(MAKE) setup-server
+	@$(python) -m benchmarks.kv $(BENCH)
 
 soak: ## ten minutes of the warm pool under random load and chaos, 15 in all (SOAK=--quick: small models); build/bench/soak.json
 	@$(MAKE) setup-server

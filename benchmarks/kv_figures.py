@@ -50,7 +50,7 @@ def draw(document: Document, folder: Path) -> list[str]:
             f"{sessions} sessions in less memory than they need: all answered, tokens as undisturbed"
             if not document.get("token_mismatches") and document.get("completed_share") == 1
             else f"{sessions} sessions in less memory than they need: NOT all as undisturbed",
-            x=0.012, ha="left", fontsize=14, fontweight="bold",
+            x=0.012, ha="left", fontsize=14 if len(panels) > 2 else 11, fontweight="bold",
         )  # fmt: skip
         machine = document["machine"]
         quick = "A trial, not a measurement. " if document["options"]["quick"] else ""

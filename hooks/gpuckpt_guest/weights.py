@@ -21,7 +21,7 @@ import torch
 
 from .kv.hand import Hand
 
-_ALIGN = 256  # bytes: what kernels like, and the same as an allocator gives
+ALIGN = 256  # bytes: what kernels like, and the same as an allocator gives
 _SLOTS = 2  # one computes, one comes
 # Of the free memory of a GPU, at the most, is for weights; the rest is for caches and what layers compute.
 _SHARE = 0.8
@@ -177,13 +177,13 @@ def _own(layers: Sequence[Any]) -> list[list[_Part]]:
             dense = data.is_contiguous() or data.t().is_contiguous() if data.dim() == 2 else data.is_contiguous()
             stride = tuple(data.stride()) if dense else tuple(torch.empty(data.shape, device="meta").stride())
             parts.append(_Part(parameter, offset, data.nbytes, tuple(data.shape), stride, data.dtype))
-            offset += -(-data.nbytes // _ALIGN) * _ALIGN
+            offset += -(-data.nbytes // ALIGN) * ALIGN
         made.append(parts)
     return made
 
 
 def _size(parts: Sequence[_Part]) -> int:
-    return max((part.offset + -(-part.bytes // _ALIGN) * _ALIGN for part in parts), default=0)
+    return max((part.offset + -(-part.bytes // ALIGN) * ALIGN for part in parts), default=0)
 
 
 def _view(part: _Part, memory: Any) -> Any:

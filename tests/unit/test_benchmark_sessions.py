@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks import sessions, sessions_branch, sessions_checkpoint, sessions_common, sessions_interference
 from benchmarks.harness import ROOT
-from benchmarks.parts import Part
-from benchmarks.sessions import TARGETS, Runner, merge, table
+from benchmarks.parts import Part, table
+from benchmarks.sessions import TARGETS, Runner, merge
 from benchmarks.sessions_common import Child, Watch, beyond, paired, quantity
 from benchmarks.sessions_resume import Phase
 from benchmarks.suite import Unavailable
