@@ -59,6 +59,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
 
 
+def verdict(target: Document) -> list[str]:
+    """A row of a table of targets: what was wanted, what was measured, of how many samples, and whether it is met."""
+    met = {True: "met", False: "**missed**", None: "not measured"}[target["met"]]
+    if target["met"] is not None and not target["enough"]:
+        met += f" (n < {FEW})"
+    limit = f"{target['direction']} {target['limit']:g} {target['unit']}".strip()
+    value = "–" if target["value"] is None else f"{float(target['value']):.4g} {target['unit']}".strip()
+    return [target["name"], limit, value, "–" if target["n"] is None else str(target["n"]), met]
+
+
 def _figure(name: str, figures: Sequence[str]) -> list[str]:
     return ["", f"![{CAPTIONS[name]}]({name}.png)"] if name in figures else []
 

@@ -3,6 +3,7 @@
     python -m benchmarks.report                      build/bench → results/DATE-MACHINE/, results/README.md
     python -m benchmarks.report --results /tmp/out   the same elsewhere
     python -m benchmarks.report --sessions           the session engine's → results/DATE-MACHINE-sessions/
+    python -m benchmarks.report --kv                 KV paging's → results/DATE-MACHINE-kv/
     python -m benchmarks.report --pool               the warm pool's → results/DATE-MACHINE-pool/
     python -m benchmarks.report --index              only the index anew
 
@@ -12,6 +13,7 @@ Everything in the pages is computed from the JSON files; nothing in them is writ
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import shutil
@@ -20,9 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, merge, pages, pool_pages, session_pages
+from benchmarks import harness, kv_pages, merge, pages, pool_pages, session_pages
 
 Document = dict[str, Any]
+# What writes the words of a suite's page, and what draws.
+SUITES: dict[str, tuple[Any, str]] = {
+    "sessions": (session_pages, "benchmarks.session_figures"),
+    "kv": (kv_pages, "benchmarks.kv_figures"),
+}
 _WORDS = ("xeon", "epyc", "ryzen", "core", "neoverse", "graviton", "ampere", "arm")
 
 
@@ -63,16 +70,15 @@ def make(source: Path, results: Path) -> Path:
     return target
 
 
-def make_sessions(source: Path, results: Path) -> Path:
-    """The same for the session engine's sessions.json."""
-    document: Document = json.loads((source / "sessions.json").read_text())
-    target = results / f"{folder_name(document)}-sessions"
+def make_suite(name: str, source: Path, results: Path) -> Path:
+    """The same for a suite of parts, whose document is SUITE.json: the session engine's, KV paging's."""
+    document: Document = json.loads((source / f"{name}.json").read_text())
+    target = results / f"{folder_name(document)}-{name}"
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / "sessions.json", target / "sessions.json")
-    from benchmarks import session_figures
-
-    drawn = session_figures.draw(document, target)
-    (target / "README.md").write_text(session_pages.page(document, target.name, drawn))
+    shutil.copyfile(source / f"{name}.json", target / f"{name}.json")
+    words, figures = SUITES[name]
+    drawn = importlib.import_module(figures).draw(document, target)  # matplotlib takes a second to import
+    (target / "README.md").write_text(words.page(document, target.name, drawn))
     index(results)
     return target
 
@@ -96,17 +102,20 @@ def make_pool(source: Path, results: Path) -> Path:
 
 def index(results: Path) -> Path:
     """Write README.md of all results: one row for each folder, the newest first."""
-    found, sessions, pools = [], [], []
+    found, pools = [], []
+    suites: dict[str, list[tuple[str, Document]]] = {name: [] for name in SUITES}
     for folder in sorted(results.iterdir(), reverse=True):
         for name in ("restore.json", "demo.json"):
             if (file := folder / name).is_file():
                 found.append((folder.name, name, json.loads(file.read_text())))
-        if (file := folder / "sessions.json").is_file():
-            sessions.append((folder.name, json.loads(file.read_text())))
+        for name, held in suites.items():
+            if (file := folder / f"{name}.json").is_file():
+                held.append((folder.name, json.loads(file.read_text())))
         if (file := folder / "pool.json").is_file():
             pools.append((folder.name, json.loads(file.read_text())))
     page = results / "README.md"
-    page.write_text(pages.index(found, [*pool_pages.index(pools), *session_pages.index(sessions)]))
+    others = [line for name, held in suites.items() for line in SUITES[name][0].index(held)]
+    page.write_text(pages.index(found, [*pool_pages.index(pools), *others]))
     return page
 
 
@@ -117,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--out", type=Path, default=harness.ROOT / "build" / "bench", help="what was measured")
     made.add_argument("--results", type=Path, default=harness.ROOT / "results", help="where pages go")
     made.add_argument("--sessions", action="store_true", help="the session engine's results")
+    made.add_argument("--kv", action="store_true", help="KV paging's results")
     made.add_argument("--pool", action="store_true", help="the warm pool's results")
     made.add_argument("--index", action="store_true", help="only write the index anew")
     options = made.parse_args(argv)
@@ -124,8 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.index:
             written = index(options.results)
         else:
-            work = make_sessions if options.sessions else make_pool if options.pool else make
-            written = work(options.out, options.results)
+            suite = next((name for name in SUITES if getattr(options, name)), None)
+            if suite is not None:
+                written = make_suite(suite, options.out, options.results)
+            else:
+                written = (make_pool if options.pool else make)(options.out, options.results)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

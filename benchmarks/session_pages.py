@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.environment import in_words
-from benchmarks.pages import table
-from benchmarks.targets import FEW
+from benchmarks.pages import table, verdict
 
 Document = dict[str, Any]
 CAPTIONS = {
@@ -22,7 +21,7 @@ def page(document: Document, title: str, figures: Sequence[str]) -> str:
     """One page: what is exact, the targets, how fast each way of resuming is, the figures."""
     sections = [
         [f"# {title}", "", headline(document), "", f"{in_words(document['machine'])}."],
-        ["## Targets", "", *table(("", "wanted", "measured", "n", ""), list(map(_target, document["targets"])))],
+        ["## Targets", "", *table(("", "wanted", "measured", "n", ""), list(map(verdict, document["targets"])))],
         list(_resume(document)),
         list(_overhead(document)),
         [line for name in figures for line in ("", f"![{CAPTIONS[name]}]({name}.png)")],
@@ -69,15 +68,6 @@ def _row(folder: str, document: Document) -> list[str]:
         number((document.get("resume_rtt_ms") or {}).get("worst"), ""),
         f"{met} of {len(known)}",
     ]
-
-
-def _target(target: Document) -> list[str]:
-    met = {True: "met", False: "**missed**", None: "not measured"}[target["met"]]
-    if target["met"] is not None and not target["enough"]:
-        met += f" (n < {FEW})"
-    limit = f"{target['direction']} {target['limit']:g} {target['unit']}".strip()
-    value = "–" if target["value"] is None else f"{float(target['value']):.4g} {target['unit']}".strip()
-    return [target["name"], limit, value, "–" if target["n"] is None else str(target["n"]), met]
 
 
 def _resume(document: Document) -> Iterator[str]:

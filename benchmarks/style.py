@@ -55,6 +55,8 @@ def short(seconds: float) -> str:
 
 def size(count: float) -> str:
     """Bytes in powers of 1000."""
+    if abs(count) < 999.5e3:
+        return f"{count / 1e3:.0f} kB"
     if abs(count) < 999.5e6:
         return f"{count / 1e6:.0f} MB"
     return f"{count / 1e9:.2f} GB"

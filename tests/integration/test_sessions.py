@@ -109,3 +109,50 @@ def test_stopped_sessions_go_on_in_two_clones(bench: Bench, lively_model: Path) 
         turn = ask(endpoint, "POST", "/v1/sessions/token/generate", {"prompt": " return", "max_tokens": 4})
         assert turn["prompt_tokens"] < 6 and len(turn["tokens"]) == 4
     bench.ok("stop", *clones)
+
+
+_MANY = [f"s{number}" for number in range(10)]
+# A block of this model is 1 MiB: less room on the device and in host memory than there are sessions.
+_SMALL = ("--kv-mib", "4", "--kv-host-mib", "3", "--kv-disk-mib", "64", "--kv-dir", "/var/tmp/gpuckpt-kv")
+
+
+def written(endpoint: Endpoint, name: str) -> dict[str, Any]:
+    """What a session writes on, in a second turn."""
+    body = {"prompt": f" {name} and", "max_tokens": 8, "logprobs": 3}
+    return {key: value for key, value in ask(endpoint, "POST", f"/v1/sessions/{name}/generate", body).items()
+            if key in ("tokens", "logprobs", "text")}  # fmt: skip
+
+
+@pytest.mark.timeout(300)
+def test_sessions_that_are_paged_out_are_a_part_of_the_golden(bench: Bench, lively_model: Path) -> None:
+    """Most lie in host memory or in files when the server is frozen; one of them is to outlive it."""
+    name = bench.name()
+    made = []
+    for session in _MANY:
+        made.append(("POST", "/v1/sessions", json.dumps({"id": session})))
+        made.append(
+            ("POST", f"/v1/sessions/{session}/generate", json.dumps({"prompt": f"def {session}(", "max_tokens": 6}))
+        )
+    durable = ("POST", "/v1/sessions/s3/suspend", json.dumps({"durable": True}))
+    options = [word for request in (*made, durable) for word in ("--warmup-request", " ".join(request))]
+    bench.ok("create", name, "--workload", "guest", *options, "--", "--model", str(lively_model), *_SMALL)
+
+    with never_dumped(bench.folder, lively_model) as endpoint:
+        for method, path, body in made:
+            ask(endpoint, method, path, json.loads(body))
+        expected = {session: written(endpoint, session) for session in _MANY}
+
+    clones = [bench.name("a"), bench.name("b")]
+    bench.ok("restore", name, "--as", clones[0], "--as", clones[1])
+    for endpoint in (bench.endpoint(clone) for clone in clones):
+        places = {one["id"]: one["memory"] for one in ask(endpoint, "GET", "/v1/sessions")["sessions"]}
+        assert len({place["state"] for place in places.values()}) > 1 and places["s3"]["durable"]
+        assert ask(endpoint, "GET", "/v1/engine")["memory"]["disk"]["used"] > 0
+        # Exported from where it lies, without coming back.
+        before = ask(endpoint, "GET", "/v1/engine")["memory"]["in"]["bytes"]
+        Client(endpoint).export("s3")
+        assert ask(endpoint, "GET", "/v1/engine")["memory"]["in"]["bytes"] == before
+        ask(endpoint, "POST", "/v1/sessions/s3/resume", {})
+        assert {session: written(endpoint, session) for session in reversed(_MANY)} == expected
+        ask(endpoint, "DELETE", "/v1/sessions/s3")  # its files are this clone's own
+    bench.ok("stop", *clones)

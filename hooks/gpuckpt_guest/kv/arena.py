@@ -8,6 +8,7 @@ of the arena, or elsewhere for as long as it has been taken out.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class Arena:
         self.limit = limit
         self.pieces = pieces  # that can still be shown
         self.released: Callable[[Block], None] = lambda block: None  # told of blocks that nobody has any more
-        self._free = list(range(memory.places - 1, -1, -1))
+        self._free = list(range(memory.places))  # a heap: neighbours are taken together
         self._charged = 0
 
     @classmethod
@@ -109,11 +110,11 @@ class Arena:
         """A place. Raises OutOfBlocksError."""
         if not self.free:
             raise OutOfBlocksError(f"all {self.memory.places} blocks are in use")
-        return self._free.pop()
+        return heapq.heappop(self._free)
 
     def give(self, place: int) -> None:
         """Nobody uses the place any more."""
-        self._free.append(place)
+        heapq.heappush(self._free, place)
 
     def drop(self, block: Block) -> None:
         """A table does not have the block any more."""

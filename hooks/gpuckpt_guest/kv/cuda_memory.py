@@ -58,6 +58,8 @@ def grain(device: torch.device) -> Grain:
 class CudaMemory:
     """``places`` blocks of ``size`` bytes on a GPU."""
 
+    strided = False  # torch would gather them first
+
     def __init__(self, device: torch.device, places: int, size: int) -> None:
         self.device = device
         self.places = places
@@ -72,6 +74,11 @@ class CudaMemory:
     def block(self, place: int) -> Any:
         self.handles(place)
         return self._blocks.bytes[place * self.size : (place + 1) * self.size]
+
+    def blocks(self, place: int, count: int) -> Any:
+        for each in range(place, place + count):
+            self.handles(each)
+        return self._blocks.bytes[place * self.size : (place + count) * self.size].view(count, self.size)
 
     def handles(self, place: int) -> list[Any]:
         """The pieces of a place, which are created if it has not been used yet."""

@@ -74,9 +74,14 @@ class Memory(Protocol):
 
     places: int
     size: int
+    strided: bool  # pieces of several blocks side by side are copied as fast by one call as by one call each
 
     def block(self, place: int) -> Any:
         """The block that lies there, as a tensor of ``size`` bytes."""
+        ...
+
+    def blocks(self, place: int, count: int) -> Any:
+        """Blocks side by side [count, size]."""
         ...
 
     def reserve(self, size: int) -> Range:
@@ -131,6 +136,8 @@ def memory(device: Any, places: int, size: int) -> Memory:
 class HostMemory:
     """The memory of a CPU, limited like that of a device. Pages are taken from the machine when they are first used."""
 
+    strided = True
+
     def __init__(self, places: int, size: int) -> None:
         if size % mmap.PAGESIZE:
             raise ValueError(f"a block of {size} bytes is no multiple of a page")
@@ -143,6 +150,9 @@ class HostMemory:
 
     def block(self, place: int) -> Any:
         return self._blocks[place]
+
+    def blocks(self, place: int, count: int) -> Any:
+        return self._blocks.narrow(0, place, count)
 
     def reserve(self, size: int) -> HostRange:
         return HostRange(self._file, self.size, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -399,20 +399,20 @@ class Pager:
     def _steps(self, away: Sequence[tuple[Table, int, Block]], first: int) -> list[_Step]:
         """What comes together, in order."""
         made: list[tuple[int, _Step]] = []
-        held: dict[int, list[tuple[Any, Any]]] = {}
+        held: dict[int, list[Block]] = {}
         for table, _, block in away:
             mine = held.setdefault(self._numbers[id(table.track)], [])
             if block.home.slot >= 0:
-                mine.append((self.host.bytes(block.home.slot), self.arena.memory.block(block.place)))
+                mine.append(block)
         for number, blocks in held.items():
             track = self.arena.tracks[number]
             whole = len(blocks) * track.slab
             width = max(1, -(-_PIECE // track.slab), -(-max(_WORK, whole * track.streams // _STEPS) // max(1, whole)))
-            # A view of each piece, made by one call for each block: by the thread, every view would be a wait for the
-            # interpreter's lock.
+            # Views of all pieces, made by few calls: by the thread, each would be a wait for the interpreter's lock.
             size, used = width * track.slab, track.streams * track.slab
             pieces = [
-                (here.narrow(0, 0, used).split(size), there.narrow(0, 0, used).split(size)) for here, there in blocks
+                (here.narrow(1, 0, used).split(size, 1), there.narrow(1, 0, used).split(size, 1))
+                for here, there in self._runs(blocks)
             ]
             for index, begin in enumerate(range(0, track.streams, width)):
                 streams = range(begin, min(begin + width, track.streams))
@@ -421,6 +421,17 @@ class Pager:
                 made.append((last + (last < first) * (1 << 30), _Step([(number, stream) for stream in streams], pairs)))
         made.sort(key=lambda item: item[0])
         return [step for _, step in made]
+
+    def _runs(self, blocks: Sequence[Block]) -> Iterator[tuple[Any, Any]]:
+        """Where blocks lie in host memory, and where they come to [count, size]; neighbours in both go together."""
+        host, memory = self.host, self.arena.memory
+        where = sorted((block.place, block.home.slot) for block in blocks)
+        begin = 0
+        for end in range(1, len(where) + 1):
+            (place, slot), count = where[begin], end - begin
+            if end == len(where) or not memory.strided or where[end] != (place + count, slot + count):
+                yield host.run(slot, count), memory.blocks(place, count)
+                begin = end
 
     def release(self, block: Block) -> None:
         """Nobody needs the block's copies any more."""

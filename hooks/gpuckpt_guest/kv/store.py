@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import heapq
 import mmap
 import os
 import time
@@ -34,8 +35,8 @@ class HostMemoryPool:
         self.size = size
         self.slots = budget // size
         # Pages begin where pages of files must lie for O_DIRECT.
-        self._memory = _aligned(self.slots * size, pinned=pinned)
-        self._free = list(range(self.slots - 1, -1, -1))
+        self._slots = _aligned(self.slots * size, pinned=pinned).view(self.slots, size)
+        self._free = list(range(self.slots))  # a heap: neighbours are taken together
 
     @property
     def free(self) -> int:
@@ -44,15 +45,19 @@ class HostMemoryPool:
 
     def take(self) -> int:
         """A slot; there must be a free one."""
-        return self._free.pop()
+        return heapq.heappop(self._free)
 
     def give(self, slot: int) -> None:
         """Nobody uses the slot any more."""
-        self._free.append(slot)
+        heapq.heappush(self._free, slot)
 
     def bytes(self, slot: int) -> Any:
         """What lies in the slot, as a tensor."""
-        return self._memory[slot * self.size : (slot + 1) * self.size]
+        return self._slots[slot]
+
+    def run(self, slot: int, count: int) -> Any:
+        """What lies in slots side by side [count, size]."""
+        return self._slots.narrow(0, slot, count)
 
 
 def _aligned(size: int, *, pinned: bool) -> Any:
