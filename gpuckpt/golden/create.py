@@ -47,7 +47,7 @@ from gpuckpt.manifest import (
 from gpuckpt.store import digests, locks, seal, sharing
 from gpuckpt.store.layout import Layout, check_name, exchange
 from gpuckpt.timing import PhaseTable
-from gpuckpt.workload.base import Adapter
+from gpuckpt.workload.base import Adapter, LaunchLine
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,8 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
         candidate = tools.settings.paths.prefix / "server" / "bin" / "python"
         python = candidate if candidate.exists() else None
     line = request.adapter.launch(request.arguments, port=port, python=python)
+    workdir = request.workdir or str(config.get("WorkingDir") or "/")
+    _refuse_shared(request, line, workdir)
     env = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
     env |= dict(str(pair).partition("=")[::2] for pair in _words(config.get("Env")))
     argv = line.argv
@@ -270,7 +272,7 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
     return Launch(
         argv=argv,
         env=line.environment(env, request.env),
-        workdir=request.workdir or str(config.get("WorkingDir") or "/"),
+        workdir=workdir,
         user=str(config.get("User") or ""),
         image=request.image,
         rootfs=None if request.image else str(request.rootfs),
@@ -287,6 +289,18 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
         capabilities=(),
         tcp_established=request.tcp_established,
     )
+
+
+def _refuse_shared(request: CreateRequest, line: LaunchLine, workdir: str) -> None:
+    """What a volume holds all replicas see: a folder that each must have to itself cannot lie there."""
+    for own in line.own:
+        for destination in [it.destination for it in request.mounts] + [it.destination for it in request.volumes]:
+            if Path(os.path.normpath(Path(workdir) / own)).is_relative_to(destination):
+                raise UsageError(
+                    f"the server cannot keep its files in {own}",
+                    cause=f"{destination} is a volume: all replicas would write and remove the same files there",
+                    remedy="name a folder of the container, which becomes a part of the golden: /var/tmp/kv, say",
+                )
 
 
 def _refuse_own_folders(launch: Launch, tools: Tools) -> None:

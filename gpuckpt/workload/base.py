@@ -21,11 +21,15 @@ SOCKET_INSIDE = f"{SOCKET_FOLDER}/{SOCKET_NAME}"
 
 
 class LaunchLine(Struct, frozen=True):
-    """The program to run in the container, the environment it needs, host paths it must see."""
+    """The program to run in the container, the environment it needs, host paths it must see.
+
+    ``own``: folders that each replica must have to itself; what replicas share must not be mounted there.
+    """
 
     argv: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = ()
+    own: tuple[str, ...] = ()
 
     def environment(self, image: Mapping[str, str], user: Mapping[str, str]) -> dict[str, str]:
         """The server's whole environment: the image's, this line's over it, the user's over both; lists are joined."""

@@ -44,7 +44,10 @@ class Guest(OpenAI):
         if not option(arguments, "--served-model-name"):
             argv += ["--served-model-name", self.record.served_name or folder.destination]
         words = (*argv, *without(arguments, "--model"))
-        return LaunchLine(words, _ENVIRONMENT | GUEST_ENVIRONMENT, (guest_mount(), folder))
+        # Each replica goes on with the sessions of the golden, and writes and removes their files.
+        kept = option(arguments, "--kv-dir")
+        own = () if kept is None else (kept,)
+        return LaunchLine(words, _ENVIRONMENT | GUEST_ENVIRONMENT, (guest_mount(), folder), own)
 
     def warm_up(self, endpoint: Endpoint, count: int, prompts: Sequence[str]) -> None:
         """What every OpenAI-compatible server gets, then the user's own requests: to make sessions, and stop them."""

@@ -156,3 +156,17 @@ def test_sessions_that_are_paged_out_are_a_part_of_the_golden(bench: Bench, live
         assert {session: written(endpoint, session) for session in reversed(_MANY)} == expected
         ask(endpoint, "DELETE", "/v1/sessions/s3")  # its files are this clone's own
     bench.ok("stop", *clones)
+
+
+@pytest.mark.parametrize(("folder", "workdir"), [("/kept/sessions", None), ("sessions", "/kept")])
+def test_what_replicas_would_share_cannot_keep_sessions(
+    bench: Bench, lively_model: Path, folder: str, workdir: str | None
+) -> None:
+    shared = bench.folder / "shared"
+    shared.mkdir()
+    more = ("--workdir", workdir) if workdir else ()
+    done = bench.run(
+        "create", bench.name(), "--workload", "guest", "--volume", f"{shared}:/kept:rw", *more,
+        "--", "--model", str(lively_model), "--kv-dir", folder,
+    )  # fmt: skip
+    assert done.code == 2 and "/kept is a volume" in done.err and not list(shared.iterdir())
