@@ -63,6 +63,10 @@ class Launch(_Record, frozen=True, kw_only=True):
     rootfs: Annotated[str | None, Meta(description="a folder of the host, seen through a throw-away overlay")]
     mounts: tuple[Mount, ...]
     volumes: tuple[Volume, ...] = ()
+    own: Annotated[
+        tuple[str, ...],
+        Meta(description="folders of the host that one replica at a time can have: it holds FOLDER/*/lock by flock(2)"),
+    ] = ()
     port: Annotated[
         Port | None, Meta(description="published port; None: no network, the server listens on a Unix socket")
     ]

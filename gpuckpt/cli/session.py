@@ -31,6 +31,7 @@ from gpuckpt.cli.session_view import (
     show_memory,
     show_result,
     show_session,
+    where,
 )
 from gpuckpt.errors import (
     BusyError,
@@ -285,7 +286,10 @@ def suspend(client: Client, /, id: str, durable: bool, as_json: bool) -> None:
 @click.option("--wait", is_flag=True, help="Return when it has arrived.")
 @format_option
 def prefetch(client: Client, /, id: str, wait: bool, as_json: bool) -> None:
-    """Bring a session's cache back to the device ahead of being needed."""
+    """Bring a session's cache back to the device ahead of being needed; a suspended one is resumed by it.
+
+    One that was dropped has nothing to bring: it is computed again when it goes on.
+    """
     show_session(client.prefetch(id, wait=wait), as_json=as_json)
 
 
@@ -381,12 +385,13 @@ def ls(client: Client, /, as_json: bool) -> None:
             place(one),
             str(one.tokens),
             size(one.cache_bytes),
+            where(one),
             one.parent or "–",
             str(len(one.steering)),
         )
         for one in found
     ]
-    columns = ["SESSION", "STATE", "STOPPED AFTER", "TOKENS", "CACHE", "PARENT", "RULES"]
+    columns = ["SESSION", "STATE", "STOPPED AFTER", "TOKENS", "CACHE", "LIES", "PARENT", "RULES"]
     print_table(columns, rows, right=["TOKENS", "CACHE", "RULES"])
 
 

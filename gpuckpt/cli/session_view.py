@@ -87,6 +87,16 @@ def place(one: Session) -> str:
     return f"layer {one.pause.layer} of {one.pause.layers}, step {one.pause.step}" if one.pause else "–"
 
 
+def where(one: Session) -> str:
+    """Where the cache is, in a word or two."""
+    if one.memory is None:
+        return "–"
+    words = {"arriving": "coming back", "away": "off the device", "dropped": "dropped", "leaving": "leaving"}
+    found = words.get(one.memory.state, "device") if one.tokens else "–"
+    found += ", waits" if one.memory.waiting else ", pinned" if one.memory.pinned else ""
+    return found + (", kept" if one.memory.durable else "")
+
+
 def show_session(one: Session, *, as_json: bool) -> None:
     if as_json:
         print_json({"session": plain(one)})
@@ -141,9 +151,14 @@ def memory_text(found: Memory) -> str:
     }[found.state]
     text += f" ({', '.join(parts)})" if parts else ""
     text += "; waits for room" if found.waiting else ""
-    text += f"; pinned for {seconds(found.pinned)}" if found.pinned else ""
-    text += f"; expected in {seconds(found.expected)}" if found.expected is not None else ""
+    text += f"; pinned for {about(found.pinned)}" if found.pinned else ""
+    text += f"; expected in {about(found.expected)}" if found.expected is not None else ""
     return text + ("; kept in files" if found.durable else "")
+
+
+def about(value: float) -> str:
+    """Seconds that run down while one reads them."""
+    return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min"
 
 
 def _places(bytes: dict[str, int]) -> list[tuple[str, int]]:
@@ -176,15 +191,17 @@ def show_memory(found: dict[str, Any]) -> None:
         )
         for name, words in (("out", "out"), ("in", "in"), ("to_disk", "to disk"))
     ]
+    click.echo()
     print_table(["MOVED", "BYTES", "BLOCKS", "SPEED"], moved, right=["BYTES", "BLOCKS", "SPEED"])
     spared = found["out"]["spared"]
+    click.echo()
     print_table(
         ["", ""],
         [
             ("block", size(found["block_bytes"])),
             ("longest session", f"{found['longest']} tokens"),
             ("evicted", f"{found['evicted']} times, {found['preempted']} of them between two tokens"),
-            ("left without a copy", f"{spared} blocks"),
+            ("left uncopied", f"{spared} blocks, of which the host had a copy"),
             ("dropped", f"{found['dropped']} times"),
             ("waiting for room", f"{found['waiting']} sessions"),
             *([("disk", found["disk"]["error"])] if found["disk"]["error"] else []),

@@ -262,7 +262,6 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
         python = candidate if candidate.exists() else None
     line = request.adapter.launch(request.arguments, port=port, python=python)
     workdir = request.workdir or str(config.get("WorkingDir") or "/")
-    _refuse_shared(request, line, workdir)
     env = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
     env |= dict(str(pair).partition("=")[::2] for pair in _words(config.get("Env")))
     argv = line.argv
@@ -278,6 +277,7 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
         rootfs=None if request.image else str(request.rootfs),
         mounts=(*line.mounts, *request.mounts),
         volumes=request.volumes,
+        own=_own(request, line, workdir, tools),
         port=request.publish,
         ulimits=tuple(
             Ulimit(name=str(limit["Name"]), soft=int(limit["Soft"]), hard=int(limit["Hard"]))
@@ -291,16 +291,31 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
     )
 
 
-def _refuse_shared(request: CreateRequest, line: LaunchLine, workdir: str) -> None:
-    """What a volume holds all replicas see: a folder that each must have to itself cannot lie there."""
+def _own(request: CreateRequest, line: LaunchLine, workdir: str, tools: Tools) -> tuple[str, ...]:
+    """Where the server's own folders lie on the host, of those that a volume holds."""
+    shared: list[tuple[str, Path | None, bool]] = [
+        (mount.destination, Path(mount.source), mount.read_only) for mount in request.mounts
+    ]
+    shared += [(volume.destination, tools.containers.volume(volume.name), False) for volume in request.volumes]
+    found = []
     for own in line.own:
-        for destination in [it.destination for it in request.mounts] + [it.destination for it in request.volumes]:
-            if Path(os.path.normpath(Path(workdir) / own)).is_relative_to(destination):
-                raise UsageError(
-                    f"the server cannot keep its files in {own}",
-                    cause=f"{destination} is a volume: all replicas would write and remove the same files there",
-                    remedy="name a folder of the container, which becomes a part of the golden: /var/tmp/kv, say",
-                )
+        inside = Path(os.path.normpath(Path(workdir) / own))
+        for destination, source, read_only in shared:
+            if inside.is_relative_to(destination):
+                if read_only:
+                    raise UsageError(
+                        f"the server cannot keep its files in {own}",
+                        cause=f"{destination} is mounted read-only",
+                        remedy=f"--volume {source}:{destination}:rw, or a folder of the container",
+                    )
+                if source is None:
+                    raise UsageError(
+                        f"the server cannot keep its files in {own}",
+                        cause=f"the volume on {destination} is made by this command",
+                        remedy="make it first (podman volume create), or name a folder of the host: --volume",
+                    )
+                found.append(str(source / inside.relative_to(destination)))
+    return tuple(found)
 
 
 def _refuse_own_folders(launch: Launch, tools: Tools) -> None:

@@ -31,7 +31,8 @@ from gpuckpt.golden.serving import container_trouble, wait_healthy
 from gpuckpt.golden.tools import Reporter, Silent, Tools, phase
 from gpuckpt.host.tmpfs import available_memory
 from gpuckpt.manifest import Manifest
-from gpuckpt.store import seal
+from gpuckpt.store import locks, seal
+from gpuckpt.store.digests import digest_bytes
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload import adapter as adapter_of
 from gpuckpt.workload.base import Replay
@@ -92,8 +93,9 @@ def restore(request: RestoreRequest, tools: Tools, phases: PhaseTable) -> Restor
     BusyError (the replica runs already), IncompatibleError (another machine), VerificationError (the golden's bytes
     or the canary differ), OutOfSpaceError, RestoreError. With ``fallback`` these start the server cold instead.
     """
-    with prepare.opened(tools, request.name) as source:
+    with prepare.opened(tools, request.name) as source, contextlib.ExitStack() as stack:
         with phase(tools, phases, "checks"):
+            stack.enter_context(_own_folders(tools, source.manifest))
             source = _checked(request, tools, source, 1)
         return _restore(request, tools, phases, source)
 
@@ -111,8 +113,19 @@ def restore_all(
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     first = requests[0]
-    with prepare.opened(tools, first.name) as source, ThreadPoolExecutor(len(requests)) as pool:
+    with (
+        prepare.opened(tools, first.name) as source,
+        ThreadPoolExecutor(len(requests)) as pool,
+        contextlib.ExitStack() as stack,
+    ):
         with phase(tools, phases, "checks"):
+            if len(requests) > 1 and source.manifest.launch.own:
+                raise UsageError(
+                    f"only one replica of {first.name} can run at a time",
+                    cause=f"it keeps files in {source.manifest.launch.own[0]}",
+                    remedy="restore one; or create a golden that keeps its files in a folder of the container",
+                )
+            stack.enter_context(_own_folders(tools, source.manifest))
             source = _checked(first, tools, source, len(requests))
         tools.report.stage(f"restore {len(requests)}")
         quiet = structs.replace(tools, report=_NotesOnly(tools.report))
@@ -144,6 +157,24 @@ def restore_all(
             _take_back(tools, ready)
             raise trouble
     return ready, failed
+
+
+@contextlib.contextmanager
+def _own_folders(tools: Tools, golden: Manifest) -> Iterator[None]:
+    """Have the folders that only one replica can have. Raises BusyError.
+
+    CRIU takes the server's lock again, and would wait for whoever has it.
+    """
+    with contextlib.ExitStack() as stack:
+        for own in golden.launch.own:
+            stack.enter_context(locks.exclusive(tools.layout.replica_locks, "volume", digest_bytes(own.encode())[:16]))
+            if any(locks.held(file) for file in Path(own).glob("*/lock")):
+                raise BusyError(
+                    f"{own} belongs to another server that runs",
+                    cause=f"{golden.name} keeps files there, and only one server at a time can",
+                    remedy="stop the other one (gpuckpt ls)",
+                )
+        yield
 
 
 def _take_back(tools: Tools, made: Sequence[Restored]) -> None:

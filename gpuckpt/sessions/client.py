@@ -391,9 +391,14 @@ class Client:
         if status == 404:
             return NotFoundError(message, remedy="gpuckpt session ls, show and vectors tell what there is")
         if code == "name_taken":
-            return BusyError(message, remedy="choose another name; or go on with it, or remove it (gpuckpt session rm)")
+            remedy = "choose another name (import: --as); or go on with it, or remove it (gpuckpt session rm)"
+            return BusyError(message, remedy=remedy)
         if status == 409:
-            return BusyError(message, remedy="gpuckpt session show tells in which state it is")
+            remedies = {
+                "suspended": "gpuckpt session resume brings it back",
+                "too_many_pinned": "gpuckpt session pin REPLICA ID 0 lets go of one of them",
+            }
+            return BusyError(message, remedy=remedies.get(code, "gpuckpt session show tells in which state it is"))
         if status == 507:
             return OutOfSpaceError(message, remedy="gpuckpt session memory tells what there is and what is used")
         if status == 429:

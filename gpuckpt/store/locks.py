@@ -84,6 +84,21 @@ def waiting(locks: Locks, kind: Kind, name: str) -> Iterator[None]:
         yield
 
 
+def held(path: Path) -> bool:
+    """Whether some process has locked the file, whose own it is; False if it is not there."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 @contextmanager
 def _opened(locks: Locks, kind: Kind, name: str) -> Iterator[list[int]]:
     with ExitStack() as stack:

@@ -23,7 +23,8 @@ SOCKET_INSIDE = f"{SOCKET_FOLDER}/{SOCKET_NAME}"
 class LaunchLine(Struct, frozen=True):
     """The program to run in the container, the environment it needs, host paths it must see.
 
-    ``own``: folders that each replica must have to itself; what replicas share must not be mounted there.
+    ``own``: folders, as the server names them, that only one server at a time can have; it holds FOLDER/*/lock by
+    flock(2) then.
     """
 
     argv: tuple[str, ...]

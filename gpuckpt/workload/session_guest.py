@@ -44,7 +44,7 @@ class Guest(OpenAI):
         if not option(arguments, "--served-model-name"):
             argv += ["--served-model-name", self.record.served_name or folder.destination]
         words = (*argv, *without(arguments, "--model"))
-        # Each replica goes on with the sessions of the golden, and writes and removes their files.
+        # A server writes and removes the files of its sessions: two would take them away from one another.
         kept = option(arguments, "--kv-dir")
         own = () if kept is None else (kept,)
         return LaunchLine(words, _ENVIRONMENT | GUEST_ENVIRONMENT, (guest_mount(), folder), own)

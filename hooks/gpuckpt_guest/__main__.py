@@ -7,11 +7,15 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Load the model, probe it, serve it. Exit codes: 0 ended by a signal, 2 usage, 4 the model is refused."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.kv_disk_mib is not None and options.kv_dir is None:
+        parser.error("--kv-disk-mib is for files: say where with --kv-dir")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     log = logging.getLogger("gpuckpt_guest")
     import torch
@@ -46,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     budgets = Budgets(
         device=None if options.kv_mib is None else options.kv_mib << 20,
         host=None if options.kv_host_mib is None else options.kv_host_mib << 20,
-        disk=options.kv_disk_mib << 20,
-        folder=options.kv_dir,
+        disk=(65536 if options.kv_disk_mib is None else options.kv_disk_mib) << 20,
+        folder=options.kv_dir.absolute() if options.kv_dir else None,
     )
     try:
+        budgets.check(loaded.device)
         engine = Engine(
             loaded,
             budgets=budgets,
@@ -66,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpuckpt_guest: another server keeps its sessions in {options.kv_dir}", file=sys.stderr)
         return 4
     except (OSError, ValueError) as error:
-        print(f"gpuckpt_guest: there is no memory for sessions: {error}", file=sys.stderr)
+        what = "there is no memory for sessions"
+        if isinstance(error, OSError) and error.filename is not None:
+            what = f"sessions cannot be kept in {options.kv_dir}"
+        print(f"gpuckpt_guest: {what}: {error}", file=sys.stderr)
         return 4
     engine.start()
     import uvicorn
@@ -87,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _mib(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of MiB: 1, 2, 3 …")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gpuckpt_guest", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -101,10 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-model-len", type=int, help="the most tokens of a session; default: the model's")
     serve.add_argument("--max-batch", type=int, default=64, help="the most sessions in one batch")
     serve.add_argument("--max-sessions", type=int, default=4096)
-    serve.add_argument("--weights-mib", type=int, help="device memory for the layers' weights, if not for all of them")
-    serve.add_argument("--kv-mib", type=int, help="device memory for keys and values; default: most of what is free")
-    serve.add_argument("--kv-host-mib", type=int, help="host memory for those that have left the device")
-    serve.add_argument("--kv-disk-mib", type=int, default=65536, help="and in files, if --kv-dir is given")
+    mib: dict[str, Any] = {"type": _mib, "metavar": "MIB"}
+    serve.add_argument("--weights-mib", **mib, help="device memory for the layers' weights; default: for all that fit")
+    serve.add_argument("--kv-mib", **mib, help="device memory for keys and values; default: most of what is free")
+    serve.add_argument(
+        "--kv-host-mib", **mib, help="host memory for those that have left the device; default: a quarter of it"
+    )
+    serve.add_argument("--kv-disk-mib", **mib, help="and in files, if --kv-dir is given; default: 65536")
     serve.add_argument("--kv-dir", type=Path, help="folder for them, and for sessions that are to outlive the server")
     serve.add_argument("--ring-mib", type=int, default=64, help="host memory for activations of stopped sessions")
     serve.add_argument("--threads", type=int, help="threads of one operation on the CPU; default: torch's")

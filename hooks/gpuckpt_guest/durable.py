@@ -41,62 +41,75 @@ class Durable:
         self._folder = files.folder / "sessions"
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self._kept: dict[Session, list[File]] = {}
+        self._publishing: dict[Session, int] = {}
         engine.memory.keep = self._keep
         engine.memory.dropped = self._drop
+        engine.on_restore(self.renew)
 
     # ------------------------------------------------------------------ keeping
 
     def _keep(self, session: Session) -> None:
-        """Begin to keep a session that has left the device; it is told "suspended", or "failed", when that is done."""
+        """Begin to keep a session that has left the device; it is told "suspended", or "not_kept", at the end."""
         pager = self._engine.memory.pager
         blocks = list(session.cache.blocks())
-        missing = [block for block in blocks if block.home is not None and block.home.file is None]
-        left = len(missing)
+        missing = [block for block in blocks if block.home.file is None]
+        left, wakes = len(missing), session.wakes
+        failed = False
 
         def written(_: Block, error: Exception | None) -> None:
-            nonlocal left
+            nonlocal left, failed
             left -= 1
-            if error is not None:
+            if error is not None and not failed:
+                failed = True
                 self._failed(session, error)
-            elif not left:
-                self._publish(session, blocks)
+            elif not left and not failed:
+                self._publish(session, blocks, wakes)
 
         if not missing:
-            self._publish(session, blocks)
+            self._publish(session, blocks, wakes)
         for block in missing:
             pager.persist(block, written)
 
-    def _publish(self, session: Session, blocks: Sequence[Block]) -> None:
-        if not session.suspended or session.id not in self._engine.sessions:
+    def _is(self, session: Session, wakes: int) -> bool:
+        """Whether the session is there, and still what it was when it was suspended for the ``wakes``-th time."""
+        here = self._engine.sessions.get(session.id) is session
+        return here and session.suspended and session.wakes == wakes
+
+    def _publish(self, session: Session, blocks: Sequence[Block], wakes: int) -> None:
+        if not self._is(session, wakes):
             return  # it has been resumed, or deleted, meanwhile
-        if any(block.home is None or block.home.file is None for block in blocks):
-            return  # one of them could not be written, and that has been told
         files = [block.home.file for block in blocks]
         tensors, metadata, snapshot = transfer.export(self._engine, session)
         snapshot.release()
         facts = transfer.with_blocks(metadata, self._named(session))
         for file in files:
             file.users += 1
-        target = self._folder / f"{session.id}{_SUFFIX}"
+        target = self._path(session)
+        self._publishing[session] = self._publishing.get(session, 0) + 1
 
         def work() -> None:
             sync(self._files.folder)
             publish(target, transfer.pack(tensors, facts))
 
         def then(_: Any, error: Exception | None) -> None:
-            if error is not None or session.id not in self._engine.sessions:
+            self._publishing[session] -= 1
+            if not self._publishing[session]:
+                del self._publishing[session]
+            if error is not None or self._engine.sessions.get(session.id) is not session:
                 self._release(files)
                 if error is not None:
                     self._failed(session, error)
-                else:
-                    target.unlink(missing_ok=True)
                 return
             before, self._kept[session] = self._kept.get(session, []), files
             self._release(before)
-            session.durable = session.suspended
-            session.emit({"type": "suspended", "durable": True})
+            if self._is(session, wakes):
+                session.durable = True
+                session.emit({"type": "suspended", "durable": True})
 
         self._engine.memory.pager.do(work, then)
+
+    def _path(self, session: Session) -> Path:
+        return self._folder / f"{session.id}{_SUFFIX}"
 
     def _named(self, session: Session) -> list[dict[str, Any]]:
         return [
@@ -111,9 +124,11 @@ class Durable:
 
     def _drop(self, session: Session) -> None:
         """The session has ended."""
-        if session in self._kept:
-            (self._folder / f"{session.id}{_SUFFIX}").unlink(missing_ok=True)
-            self._release(self._kept.pop(session))
+        if session in self._kept or session in self._publishing:
+            # Behind what is being written, and before what another of its name will write.
+            target = self._path(session)
+            self._engine.memory.pager.do(lambda: target.unlink(missing_ok=True), lambda *_: None)
+            self._release(self._kept.pop(session, []))
 
     def _release(self, files: Sequence[File]) -> None:
         for file in files:
@@ -128,6 +143,8 @@ class Durable:
         """
         found = damaged = 0
         for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+            if path.name.removesuffix(_SUFFIX) in self._engine.sessions:
+                continue
             try:
                 self._take_up(path)
                 found += 1
@@ -137,16 +154,48 @@ class Durable:
                 damaged += 1
         for path in self._folder.glob("*.tmp"):
             path.unlink(missing_ok=True)
-        known = {file.path for files in self._kept.values() for file in files}
+        self._tidy()
+        return found, damaged
+
+    def _tidy(self) -> None:
+        """Remove files of blocks that belong to no session, and count the others."""
+        known = set(self._known()) | self._files.pending
+        self._files.written = len(known)
         for path in self._files.found():
             if path not in known:
                 with suppress(OSError):
                     path.unlink()
-        return found, damaged
+
+    def _known(self) -> dict[Path, File]:
+        """The files of blocks that belong to sessions."""
+        known = {file.path: file for files in self._kept.values() for file in files}
+        for session in self._engine.sessions.values():
+            found = (block.home.file for block in session.cache.blocks() if block.home is not None)
+            known |= {file.path: file for file in found if file is not None}
+        return known
+
+    def renew(self) -> None:
+        """The process has been restored: the folder may have been another's meanwhile, and says what is kept.
+
+        Sessions that were suspended durably are as the folder has them now: others, if they have gone on; none, if
+        they were deleted. A session that was not kept, or was resumed, is as it was when the process was frozen.
+        """
+        if not self._folder.is_dir():
+            return
+        for session, files in list(self._kept.items()):
+            if session.suspended and session.durable:
+                for file in files:
+                    file.users += 1  # it stays: the folder may still have the session
+                del self._kept[session]
+                self._engine.delete(session)
+            elif not self._path(session).is_file():
+                self._release(self._kept.pop(session))
+        self.find()
 
     def _take_up(self, path: Path) -> None:
         tensors, metadata = transfer.unpack(path.read_bytes())
         mine: list[File] = []
+        known = self._known()  # branches share blocks
         broken: list[str] = []
 
         def attach(session: Session, named: Sequence[filed.Block]) -> None:
@@ -154,10 +203,11 @@ class Durable:
             for track, table in enumerate(cache.tables):
                 blocks: dict[int, Block] = {}
                 for item in sorted((item for item in named if item.track == track), key=lambda item: item.number):
-                    file = File(self._files.folder / item.file, item.digest)
+                    where = self._files.folder / item.file
+                    file = known.setdefault(where, File(where, item.digest, users=0))
                     if not file.path.is_file() or file.path.stat().st_size != self._files.size:
                         broken.append(item.file)
-                    file.users = 2  # the block, and what is kept
+                    file.users += 2  # the block, and what is kept
                     mine.append(file)
                     blocks[item.number] = Block(-1, Home(self._engine.memory.pager.host, file=file))
                 wanted = cache.numbers(table)
@@ -171,7 +221,6 @@ class Durable:
         if broken and (session.reads is None or session.pause):
             self._engine.delete(session)
             raise EngineError(f"its block {broken[0]} is missing, or was cut short", code="malformed")
-        self._files.written += len(mine)
         if broken:
             _log.warning("%s: block %s is missing, or was cut short; its passes will run again", path, broken[0])
             session.forget_cache()

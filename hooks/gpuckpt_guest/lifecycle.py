@@ -115,6 +115,10 @@ class Watcher:
         self._listeners.append(listener)
         return listener
 
+    def forget(self, listener: Callable[[Identity], object]) -> None:
+        """Call the listener no more."""
+        self._listeners = [one for one in self._listeners if one is not listener]
+
     def share(self, group: str) -> None:
         """Draw the same numbers as every other process of the replica that names this ``group``.
 
@@ -172,4 +176,5 @@ _process = Watcher()
 check = _process.check
 identity = _process.identity
 on_restore = _process.on_restore
+forget = _process.forget
 share = _process.share

@@ -64,13 +64,14 @@ class _Slot:
 class PagedWeights:
     """Weights of layers, of which ``budget`` bytes are on the device at a time. For use by the engine's thread."""
 
-    def __init__(self, layers: Sequence[Any], device: Any, budget: int) -> None:
+    def __init__(self, layers: Sequence[Any], device: Any, budget: int, model: Any = None) -> None:
         """Takes over the parameters of the layers that come in turns; the others are to be moved to the device.
 
-        Raises ValueError if the budget does not hold two layers.
+        ``model``: what the layers are a part of; what it shares with them stays, too. Raises ValueError if the budget
+        does not hold two layers.
         """
         self.device = torch.device(device)
-        parts = _own(layers)
+        parts = _own(layers, model)
         sizes = [_size(each) for each in parts]
         self.bytes, self.largest = sum(sizes), max(sizes, default=0)
         self.count = len(layers)
@@ -161,9 +162,16 @@ class PagedWeights:
         self._stream.synchronize()
 
 
-def _own(layers: Sequence[Any]) -> list[list[_Part]]:
-    """The parameters that only one layer has, with their places."""
+def _own(layers: Sequence[Any], model: Any) -> list[list[_Part]]:
+    """The parameters that only one layer has, and nothing else of the model, with their places."""
+    inside = {id(module) for layer in layers for module in layer.modules()}
     users = Counter(id(parameter) for layer in layers for parameter in set(layer.parameters()))
+    users.update(
+        id(parameter)
+        for module in (model.modules() if model is not None else ())
+        if id(module) not in inside
+        for parameter in module.parameters(recurse=False)
+    )
     made = []
     for layer in layers:
         parts: list[_Part] = []

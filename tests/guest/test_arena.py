@@ -146,7 +146,8 @@ def test_random_histories(steps: list[tuple[str, int, int]]) -> None:
             one.forgotten = max(one.forgotten, min(len(one.numbers), count))
             one.table.forget(one.forgotten)
         elif what == "hide":
-            elsewhere.bring(one.table.hide())
+            one.table.hide()
+            elsewhere.bring([block for block in one.table.blocks.values() if not block.seen and block.place >= 0])
         elif what == "show" and not one.table.shown:
             elsewhere.back(one.table)
         elif what == "close" and len(sessions) > 1:

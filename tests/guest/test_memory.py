@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_what_can_never_fit_is_refused(made: Callable[..., Driver]) -> None:
 
 
 def test_a_device_that_holds_no_session_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="hold no session: at least"):
+    with pytest.raises(ValueError, match="hold no session of this model; it takes 1"):
         Driver(model, budgets=Budgets(1000, MIB))
 
 
@@ -364,14 +365,14 @@ def test_a_block_that_is_lost_in_the_middle_of_a_pass(
     real, ran = memory.write, driver.engine.scheduler.layers_run
     pieces = itertools.count()
 
-    def failing(pairs: Any) -> None:
+    def failing(pairs: Any, ready: Any) -> None:
         if next(pieces):
             limit = time.monotonic() + WAIT
             while driver.engine.scheduler.layers_run == ran:
                 assert time.monotonic() < limit, "no layer begins before all have come"
                 time.sleep(0.001)
             raise OSError("the bus is gone")
-        real(pairs)
+        real(pairs, ready)
 
     monkeypatch.setattr(memory, "write", failing)
     if stopped:  # half a pass cannot be read again
@@ -513,6 +514,80 @@ def test_what_was_kept_without_a_block_is_computed_again(made: Callable[..., Dri
     assert session.tokens == wanted
     again.do(again.engine.delete, session)
     until(again, lambda: not list(files.found()) and not list((files.folder / "sessions").iterdir()))
+
+
+def test_a_restored_process_finds_what_the_folder_has_now(made: Callable[..., Driver], tmp_path: Path) -> None:
+    """As if one process had been frozen, another had had the folder, and the first one ran again."""
+    wanted = undisturbed(made, [prompt(seed) for seed in range(4)], 3, 6)
+    driver = made(32, host=32, folder=tmp_path / "one", disk=64, max_batch=1)
+    frozen = Durable(driver.engine)
+    frozen.find()
+    for number, name in enumerate(("on", "gone", "awake", "plain")):
+        session = driver.new(name)
+        driver.begin(session, prompt(number), 6).wait("done")
+        if name != "plain":
+            kept(driver, session)
+    driver.do(driver.engine.wake, driver.engine.sessions["awake"])
+    until(driver, lambda: where_now(driver, driver.engine.sessions["awake"]) == "device")
+
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    other = made(32, host=32, folder=tmp_path / "two", disk=64, max_batch=1)
+    other.do(lambda: Durable(other.engine).find())
+    session = other.engine.sessions["on"]
+    other.do(other.engine.wake, session)
+    other.begin(session, [7], 6).wait("done")
+    kept(other, session)
+    other.do(other.engine.delete, other.engine.sessions["gone"])
+    session = other.new("new")
+    other.begin(session, prompt(1), 6).wait("done")
+    kept(other, session)
+    other.engine.stop()
+    (folder,) = (tmp_path / "one").iterdir()
+    for path in [*folder.glob("*.block"), *(folder / "sessions").iterdir()]:
+        path.unlink()
+    for path in next((tmp_path / "two").iterdir()).rglob("*.*"):
+        if path.suffix in (".block", ".safetensors"):
+            shutil.copy(path, folder / path.relative_to(next((tmp_path / "two").iterdir())))
+
+    driver.do(frozen.renew)
+    assert set(driver.engine.sessions) == {"on", "new", "awake", "plain"}
+    turns = {"on": (0, 3), "new": (1, 2), "awake": (2, 2), "plain": (3, 2)}
+    for name, (number, turn) in turns.items():
+        session = driver.engine.sessions[name]
+        driver.do(driver.engine.wake, session)
+        driver.begin(session, [7], 6).wait("done")
+        assert session.tokens == wanted[number][: len(session.tokens)] and session.turns == turn, name
+        driver.do(driver.engine.delete, session)
+    until(driver, lambda: not list(folder.glob("*.block")) and not list((folder / "sessions").iterdir()))
+    files = driver.engine.memory.files
+    assert files is not None and files.written == 0
+
+
+def test_branches_that_are_kept_share_files_after_a_restart(made: Callable[..., Driver], tmp_path: Path) -> None:
+    wanted = undisturbed(made, [prompt(1, 60)], 2, 6)[0]
+    driver = made(32, folder=tmp_path, disk=64, max_batch=1)
+    Durable(driver.engine).find()
+    parent = driver.new("parent")
+    driver.begin(parent, prompt(1, 60), 6).wait("done")
+    driver.do(driver.engine.branch, parent, [Variant("child")], resume=False)
+    for session in (parent, driver.engine.sessions["child"]):
+        kept(driver, session)
+    files = driver.engine.memory.files
+    assert files is not None
+    blocks = len(list(files.found()))
+    driver.engine.stop()
+    again = made(32, folder=tmp_path, disk=64, max_batch=1)
+    assert again.do(lambda: Durable(again.engine).find()) == (2, 0)
+    assert again.engine.memory.files is not None and again.engine.memory.files.written == blocks
+    again.do(again.engine.delete, again.engine.sessions["parent"])
+    child = again.engine.sessions["child"]
+    again.do(again.engine.wake, child)
+    until(again, lambda: where_now(again, child) == "device")  # none of its blocks went with the parent
+    again.begin(child, [7], 6).wait("done")
+    assert child.tokens == wanted
+    again.do(again.engine.delete, child)
+    until(again, lambda: not list(files.found()))
+    assert again.engine.memory.files.written == 0
 
 
 def test_a_session_that_cannot_be_kept_says_so(

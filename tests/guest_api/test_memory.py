@@ -151,7 +151,18 @@ def test_two_servers_do_not_share_a_folder(model: Path, tmp_path: Path) -> None:
         assert "another server keeps its sessions" in (tmp_path / "two.log").read_text()
 
 
-def test_a_budget_that_holds_no_session_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError), serving(model, tmp_path / "log", "--kv-mib", "0"):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--kv-mib", "0"), "--kv-mib: '0' is no number of MiB"),
+        (("--kv-host-mib", "-4"), "argument --kv-host-mib"),
+        (("--kv-mib", "99999999"), "--kv-mib and --kv-host-mib ask for"),
+        (("--kv-disk-mib", "64"), "say where with --kv-dir"),
+        (("--kv-dir", "/etc/passwd"), "sessions cannot be kept in /etc/passwd"),
+        (("--weights-mib", "1"), "hold less than two layers"),
+    ],
+)
+def test_wrong_budgets_are_refused(model: Path, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    with pytest.raises(AssertionError), serving(model, tmp_path / "log", *options):
         pass
-    assert "hold no session: at least" in (tmp_path / "log").read_text()
+    assert said in (tmp_path / "log").read_text()

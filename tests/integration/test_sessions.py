@@ -158,15 +158,61 @@ def test_sessions_that_are_paged_out_are_a_part_of_the_golden(bench: Bench, live
     bench.ok("stop", *clones)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("folder", "workdir"), [("/kept/sessions", None), ("sessions", "/kept")])
-def test_what_replicas_would_share_cannot_keep_sessions(
+def test_durable_sessions_outlive_their_replica_on_a_volume(
     bench: Bench, lively_model: Path, folder: str, workdir: str | None
 ) -> None:
     shared = bench.folder / "shared"
     shared.mkdir()
-    more = ("--workdir", workdir) if workdir else ()
-    done = bench.run(
-        "create", bench.name(), "--workload", "guest", "--volume", f"{shared}:/kept:rw", *more,
-        "--", "--model", str(lively_model), "--kv-dir", folder,
+    name, one, other = bench.name(), bench.name("a"), bench.name("b")
+    requests = [
+        ("POST", "/v1/sessions", json.dumps({"id": "s0"})),
+        ("POST", "/v1/sessions/s0/generate", json.dumps({"prompt": "def s0(", "max_tokens": 6})),
+        ("POST", "/v1/sessions/s0/suspend", json.dumps({"durable": True})),
+    ]
+    options = [word for request in requests for word in ("--warmup-request", " ".join(request))]
+    bench.ok(
+        "create", name, "--workload", "guest", "--volume", f"{shared}:/kept:rw", *options,
+        *(("--workdir", workdir) if workdir else ()), "--", "--model", str(lively_model), "--kv-dir", folder,
     )  # fmt: skip
-    assert done.code == 2 and "/kept is a volume" in done.err and not list(shared.iterdir())
+    bench.ok("restore", name, "--as", one)
+    endpoint = bench.endpoint(one)
+    ask(endpoint, "POST", "/v1/sessions/s0/resume", {})
+    first = written(endpoint, "s0")
+    ask(endpoint, "POST", "/v1/sessions/s0/suspend", {"durable": True})
+    ask(endpoint, "POST", "/v1/sessions", {"id": "s1"})
+    ask(endpoint, "POST", "/v1/sessions/s1/generate", {"prompt": "def s1(", "max_tokens": 6})
+    ask(endpoint, "POST", "/v1/sessions/s1/suspend", {"durable": True})
+
+    # One at a time, and who comes second hears it at once.
+    refused = bench.run("restore", name, "--as", other)
+    assert refused.code == 10 and "belongs to another server that runs" in refused.err
+    refused = bench.run("restore", name, "--as", one + "x", "--as", other)
+    assert refused.code == 2 and "only one replica" in refused.err
+
+    bench.ok("stop", one)
+    bench.ok("restore", name, "--as", other)
+    endpoint = bench.endpoint(other)
+    found = {session["id"]: session for session in ask(endpoint, "GET", "/v1/sessions")["sessions"]}
+    assert set(found) == {"s0", "s1"} and all(one["memory"]["durable"] for one in found.values())
+    for session in found:
+        ask(endpoint, "POST", f"/v1/sessions/{session}/resume", {})
+    with never_dumped(bench.folder, lively_model) as plain:
+        for session in found:
+            ask(plain, "POST", "/v1/sessions", {"id": session})
+            ask(plain, "POST", f"/v1/sessions/{session}/generate", {"prompt": f"def {session}(", "max_tokens": 6})
+        assert written(plain, "s0") == first
+        assert written(plain, "s0") == written(endpoint, "s0")
+        assert written(plain, "s1") == written(endpoint, "s1")
+    bench.ok("stop", other)
+
+
+def test_a_read_only_volume_cannot_keep_sessions(bench: Bench, lively_model: Path) -> None:
+    shared = bench.folder / "shared"
+    shared.mkdir()
+    done = bench.run(
+        "create", bench.name(), "--workload", "guest", "--volume", f"{shared}:/kept",
+        "--", "--model", str(lively_model), "--kv-dir", "/kept",
+    )  # fmt: skip
+    assert done.code == 2 and "/kept is mounted read-only" in done.err

@@ -17,6 +17,8 @@ from . import schema
 from .bridge import bridge_of
 from .forms import info
 
+_MOMENT = 0.005  # seconds between two looks at whether a cache has arrived
+
 router = APIRouter(prefix="/v1", tags=["sessions"])
 SAFETENSORS = "application/octet-stream"
 # How a body that is such a file is described in the OpenAPI document.
@@ -36,10 +38,15 @@ async def export(id: str, request: HttpRequest) -> Response:
     """The session, stopped or idle, as one safetensors file: to keep, or for `POST /v1/sessions/import` elsewhere."""
     bridge = bridge_of(request)
 
-    def taken() -> tuple[dict[str, Any], dict[str, Any], Snapshot]:
-        return transfer.export(bridge.engine, bridge.engine.session(id))
+    def taken() -> tuple[dict[str, Any], dict[str, Any], Snapshot] | None:
+        session = bridge.engine.session(id)
+        # Of what is on its way back some lies here and some there.
+        arriving = bridge.engine.memory.pager.arriving(session.cache)
+        return None if arriving else transfer.export(bridge.engine, session)
 
-    tensors, metadata, snapshot = await bridge.do(taken)
+    while (found := await bridge.do(taken)) is None:
+        await asyncio.sleep(_MOMENT)
+    tensors, metadata, snapshot = found
     try:
         file = await asyncio.to_thread(transfer.pack_session, tensors, metadata, snapshot)
     except LostError as error:

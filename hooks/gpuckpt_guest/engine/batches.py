@@ -82,3 +82,4 @@ class Batches:
             _log.exception("lanes could not be handed back")
             for session in held.rows:
                 session.failed = f"what it read in a batch could not be handed back: {error}"
+                session.emit({"type": "failed", "error": session.failed})

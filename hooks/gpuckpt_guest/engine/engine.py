@@ -91,6 +91,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="gpuckpt-engine", daemon=True)
         self._numbers = 0
         self._leaving: set[Session] = set()
+        self._listeners: list[Callable[[lifecycle.Identity], object]] = []
         self.memory = SessionMemory(
             loaded, budgets or Budgets(), self.sessions.values, lambda: self._commands.put((self._poll, Future()))
         )
@@ -99,7 +100,11 @@ class Engine:
         self.scheduler = Scheduler(
             loaded, self.ring, self.memory.batches, self.memory.residency, max_batch=max_batch, ended=self._ended
         )
-        lifecycle.on_restore(lambda _: self.do(self.memory.residency.renew))
+        self.on_restore(self.memory.residency.renew)
+
+    def on_restore(self, work: Callable[[], object]) -> None:
+        """Have the engine's thread call ``work`` when the process finds that it has been restored."""
+        self._listeners.append(lifecycle.on_restore(lambda _: self.do(work)))
 
     # ------------------------------------------------------------------ the thread
 
@@ -109,6 +114,8 @@ class Engine:
 
     def stop(self) -> None:
         """End between two layers; what is running is lost."""
+        for listener in self._listeners:
+            lifecycle.forget(listener)
         self._commands.put(None)
         self._thread.join()
         self.memory.close()
@@ -380,9 +387,11 @@ class Engine:
     def pin(self, session: Session, seconds: float) -> None:
         """Keep a session's cache on the device for so long, and bring it there if it is not; 0: no longer."""
         if session.suspended and seconds:
-            raise conflict(f"session {session.id} is suspended; resume it first")
+            raise conflict(f"session {session.id} is suspended; resume it first", "suspended")
         if not self.memory.pin(session, seconds):
-            raise conflict("pinned sessions would hold more than three quarters of the device's memory for caches")
+            others = ", ".join(sorted(one.id for one in self.memory.pinned() if one is not session))
+            what = "pinned sessions would hold more than three quarters of the device's memory for caches"
+            raise conflict(f"{what}; pinned are {others or 'no others'}", "too_many_pinned")
 
     def expect(self, session: Session, seconds: float) -> None:
         """The session's client expects to go on in so many seconds."""
@@ -392,7 +401,7 @@ class Engine:
         if session.failed:
             raise conflict(f"session {session.id} has failed ({session.failed}); delete it")
         if session.suspended:
-            raise conflict(f"session {session.id} is suspended; resume it first")
+            raise conflict(f"session {session.id} is suspended; resume it first", "suspended")
 
     # ------------------------------------------------------------------ looking and changing
 
@@ -459,7 +468,7 @@ class Engine:
         """The most likely next tokens by the model's own head on the hidden state at the stop: (id, probability)."""
         pause = self._paused(session)
         if session.suspended:
-            raise conflict(f"session {session.id} is suspended; resume it first")
+            raise conflict(f"session {session.id} is suspended; resume it first", "suspended")
         state = self.activation(session).to(self.loaded.device)
         stepper = self.loaded.stepper
         ids = torch.tensor([session.unread[: pause.tokens]], device=self.loaded.device)

@@ -17,9 +17,9 @@ def missing(what: str, name: str) -> EngineError:
     return EngineError(f"there is no {what} {name!r}", status=404, code="not_found")
 
 
-def conflict(message: str) -> EngineError:
+def conflict(message: str, code: str = "conflict") -> EngineError:
     """It is there, but not in a state that allows this."""
-    return EngineError(message, status=409, code="conflict")
+    return EngineError(message, status=409, code=code)
 
 
 def full(name: str) -> EngineError:

@@ -53,6 +53,17 @@ class Budgets:
             mine = host = machine_memory() // 4
         return self.device if self.device is not None else mine, self.host if self.host is not None else host
 
+    def check(self, device: Any) -> None:
+        """Raise ValueError if this machine can never have so much."""
+        mine, host = self.settled(device)
+        cuda = torch.device(device).type == "cuda"
+        asked = host if cuda else mine + host
+        if asked > machine_memory():
+            which = "--kv-host-mib asks" if cuda else "--kv-mib and --kv-host-mib ask"
+            raise ValueError(f"{which} for {asked >> 20} MiB; this machine has {machine_memory() >> 20}")
+        if cuda and mine > (whole := torch.cuda.mem_get_info(device)[1]):
+            raise ValueError(f"--kv-mib asks for {mine >> 20} MiB; the device has {whole >> 20}")
+
 
 def machine_memory() -> int:
     """Bytes that this process may use: the machine's, or its control group's if that is less."""
@@ -152,6 +163,7 @@ class SessionMemory:
         """Begin to bring a session back; it is told "woken" when that is done. False: it is there."""
         if session.suspended:
             session.suspended, session.expected = False, None
+            session.wakes += 1
         elif session.cache.shown and not self.pager.arriving(session.cache):
             return False
         self._leaving.pop(session, None)
@@ -165,7 +177,7 @@ class SessionMemory:
         """Have it stay for so long; False: there would be too little left for others."""
         now = self._clock()
         held = {session.cache} if seconds else set()
-        held |= {one.cache for one in self._sessions() if one.pinned > now and one is not session}
+        held |= {one.cache for one in self.pinned() if one is not session}
         blocks = {id(block) for cache in held for block in cache.blocks()}
         if len(blocks) > self.arena.memory.places * _PINNED_SHARE:
             return False
@@ -174,9 +186,14 @@ class SessionMemory:
             self.wake(session)
         return True
 
+    def pinned(self) -> list[Session]:
+        """Sessions that stay on the device, for now."""
+        now = self._clock()
+        return [session for session in self._sessions() if session.pinned > now]
+
     def expect(self, session: Session, seconds: float) -> None:
-        """It is not needed for so long."""
-        session.expected = self._clock() + seconds
+        """It is not needed for so long; 0: nothing is known."""
+        session.expected = self._clock() + seconds if seconds else None
 
     def adopt(self, session: Session, columns: Any) -> None:
         """Take over the columns that a cache was loaded with, in host memory. Raises EngineError if that is full."""
@@ -199,7 +216,12 @@ class SessionMemory:
         """Take note of what was copied, and see to what follows; returns sessions whose bytes were lost, and why."""
         self.pager.poll()
         for session, durable in list(self._leaving.items()):
-            if self.pager.left(session.cache):
+            if not self.pager.left(session.cache):
+                continue
+            if durable and (mine := [block for block in session.cache.blocks() if not self.pager.copied(block)]):
+                for block in mine:  # others see it
+                    self.pager.copy(block)
+            else:
                 del self._leaving[session]
                 if durable and self.keep is not None:
                     self.keep(session)
@@ -229,7 +251,7 @@ class SessionMemory:
 
     def next_time(self) -> float | None:
         """Seconds until there is something to do without being asked."""
-        times = [self.residency.next_time(), _REST if self._used else None]
+        times = [self.residency.next_time(), self.pager.next_time(), _REST if self._used else None]
         return min((one for one in times if one is not None), default=None)
 
     def worked(self) -> None:

@@ -76,7 +76,7 @@ def load(
     if weights is None:
         mine = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
         weights = room(mine, sum(parameter.nbytes for parameter in model.parameters()) - mine, device)
-    paged = None if weights is None else PagedWeights(layers, device, weights)
+    paged = None if weights is None else PagedWeights(layers, device, weights, model)
     with torch.inference_mode():
         model.to(device)
     return prepare(

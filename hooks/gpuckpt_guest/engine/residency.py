@@ -142,10 +142,17 @@ class Residency:
         self._granted.discard(session)
 
     def _fits(self, session: Session, tokens: int) -> bool:
-        if not (need := self._need(session, tokens)):  # as for nearly every token: there is room in the last block
-            return True
+        if not (need := self._need(session, tokens)) and session.cache.shown:
+            return True  # as for nearly every token: there is room in the last block
+        if self._pieces(session, need) > self.arena.pieces:
+            return False
         reserve = 0 if session.cache.shown and self._in_tenure(session) else self._before(session)
-        return need <= self.arena.free - reserve
+        return need <= max(0, self.arena.free - reserve)
+
+    def _pieces(self, session: Session, blocks: int) -> int:
+        """What it takes of what the memory can show at once: mappings, on a CPU."""
+        hidden = 0 if session.cache.shown else session.cache.pieces
+        return hidden + blocks * max((track.streams for track in self.arena.tracks), default=0)
 
     def _need(self, session: Session, tokens: int) -> int:
         cache = session.cache
@@ -155,7 +162,8 @@ class Residency:
         return need
 
     def _shared(self, session: Session, tokens: int) -> Iterable[Block]:
-        return (block for table in session.cache.tables for block in table.copied(session.cache.length, tokens))
+        first = session.cache.length
+        return (block for table in session.cache.tables for block in table.copied(first, first + tokens))
 
     def _bring(self, session: Session) -> None:
         self.pager.bring(session.cache, self._device, session.halfway.layer if session.halfway else 0)
@@ -172,8 +180,25 @@ class Residency:
 
     def _before(self, session: Session) -> int:
         """Blocks that are kept for who has waited longest."""
-        first = next(iter(self._waiting), None)
+        first = self._first()
         return 0 if first is None or first is session else self._need(first, self._wanted(first))
+
+    def _first(self) -> Session | None:
+        """Who has waited longest, of those for whom there is room once others have left."""
+        if not self._waiting:
+            return None
+        now = self._clock()
+        stay = {
+            id(block): one
+            for one in self._sessions()
+            if one.pinned > now and one.cache.shown
+            for block in one.cache.blocks()
+        }
+        for session in self._waiting:
+            mine = sum(one is session for one in stay.values())
+            if self._need(session, self._wanted(session)) <= self.arena.memory.places - len(stay) + mine:
+                return session
+        return None
 
     @staticmethod
     def _wanted(session: Session) -> int:
@@ -190,14 +215,11 @@ class Residency:
 
     def make_room(self) -> None:
         """See to it that who has waited longest will find room."""
-        first = next(iter(self._waiting), None)
-        if first is None:
-            return
-        wanted = self._need(first, self._wanted(first)) - self.arena.free - self.pager.leaving
-        if wanted <= 0:
+        first = self._first()
+        if first is None or self._lacking(first) <= 0:
             return
         self._batches.keep((), self.flying())  # lanes are copies
-        wanted = self._need(first, self._wanted(first)) - self.arena.free - self.pager.leaving
+        wanted = self._lacking(first)
         movable = self._movable(first)
         idle = [one for one in movable if one.turn is None or one.pause]
         turns = [one for one in movable if one.turn is not None and not one.pause]
@@ -206,6 +228,13 @@ class Residency:
         if wanted > 0 and not self._granted and not self.pager.leaving:
             # Nobody can go on, so nobody would ever leave: one who has only just come has to.
             self._evict([one for one in turns if self._in_tenure(one)], wanted)
+
+    def _lacking(self, session: Session) -> int:
+        """Blocks that must still leave for it to find room."""
+        need = self._need(session, self._wanted(session))
+        least = min((track.streams for track in self.arena.tracks), default=1)
+        unshown = -(-(self._pieces(session, need) - self.arena.pieces) // least)
+        return max(need - self.arena.free - self.pager.leaving, unshown)
 
     def _movable(self, but: Session) -> list[Session]:
         now = self._clock()
@@ -255,7 +284,7 @@ class Residency:
             key,
             int(freed) + session.cache.outside,
             int(copied),
-            now - session.used,
+            now - max(session.used, session.came),
             None if session.expected is None else session.expected - now,
             None if reads is None else self.costs.replay(len(reads), sum(reads) - len(reads)),
         )

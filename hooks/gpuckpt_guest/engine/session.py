@@ -129,6 +129,7 @@ class Session:
     pinned: float = 0.0
     expected: float | None = None
     durable: bool = False
+    wakes: int = 0  # how often it has been suspended and woken
     # Of the pass at work, if it is watched: by layers, lengths, or states whose lengths nobody has asked for yet.
     norms: list[tuple[int, Any]] = field(default_factory=list)
 

@@ -26,10 +26,10 @@ class Block:
     ``tables``: how many have it; ``seen``: in how many it is to be seen, and must lie in the arena; ``place``: where
     there, or -1; ``home``: its copy elsewhere, the same as what lies in the arena unless ``dirty``; ``moving``: how
     many copies of it are under way, and it keeps its place and home until they are made; ``arrival``: what brings it
-    back.
+    back; ``lost``: why what lies in its place is not what it was, if bringing it back has failed.
     """
 
-    __slots__ = ("arrival", "dirty", "home", "moving", "place", "seen", "tables")
+    __slots__ = ("arrival", "dirty", "home", "lost", "moving", "place", "seen", "tables")
 
     def __init__(self, place: int, home: Any = None) -> None:
         self.place = place
@@ -39,6 +39,7 @@ class Block:
         self.home = home
         self.moving = 0
         self.arrival: Any = None
+        self.lost = ""
 
 
 class Arena:
@@ -51,6 +52,7 @@ class Arena:
         self.limit = limit
         self.pieces = pieces  # that can still be shown
         self.released: Callable[[Block], None] = lambda block: None  # told of blocks that nobody has any more
+        self.unseen: Callable[[Block], None] = lambda block: None  # and of those that no table sees any more
         self._free = list(range(memory.places))  # a heap: neighbours are taken together
         self._charged = 0
 
@@ -75,9 +77,8 @@ class Arena:
         made, size = tracks(forms, windows, rules.granule, piece)
         places = budget // size
         if places < max(1, len(made)):
-            raise ValueError(
-                f"{budget} bytes for caches hold no session: at least {size * max(1, len(made))} are needed"
-            )
+            least_mib = -((-size * max(1, len(made))) >> 20)
+            raise ValueError(f"{budget >> 20} MiB for caches hold no session of this model; it takes {least_mib}")
         return cls(memory(device, places, size), made, _longest(made, places, limit), pieces=rules.pieces)
 
     @classmethod
@@ -116,11 +117,22 @@ class Arena:
         """Nobody uses the place any more."""
         heapq.heappush(self._free, place)
 
-    def drop(self, block: Block) -> None:
-        """A table does not have the block any more."""
+    def drop(self, block: Block, *, seen: bool = False) -> None:
+        """A table does not have the block any more; ``seen``: it has seen it until now."""
         block.tables -= 1
-        if not block.tables and not block.moving:
+        block.seen -= seen
+        if block.tables:
+            if seen and not block.seen:
+                self.unseen(block)
+        elif not block.moving:
             self.end(block)
+
+    def hide(self, blocks: Iterable[Block]) -> None:
+        """A table does not see these blocks any more."""
+        for block in blocks:
+            block.seen -= 1
+            if not block.seen:
+                self.unseen(block)
 
     def end(self, block: Block) -> None:
         """Nobody has the block any more."""
@@ -185,8 +197,7 @@ class Table:
                 memory, place = self.arena.memory, self.arena.take()
                 memory.block(place).copy_(memory.block(block.place))
                 self._conceal(number)
-                block.seen -= 1
-                self.arena.drop(block)
+                self.arena.drop(block, seen=True)
                 self._put(number, Block(place))
             else:
                 block.dirty = True
@@ -238,43 +249,52 @@ class Table:
         for number, block in self.blocks.items():
             block.tables += 1
             made.blocks[number] = block
-        if self.shown:
+        if self.shown and made.pieces <= self.arena.pieces:  # else it is shown when there is room for that
             made.show()
         self._room = (0, 0)
         return made
 
-    def hide(self) -> list[Block]:
-        """Let go of the places, as far as this table is concerned; returns the blocks that no table sees any more."""
+    def hide(self) -> None:
+        """Let go of the places, as far as this table is concerned."""
         if not self.shown:
-            return []
+            return
         self._range.clear()
-        self.arena.pieces += self.track.streams * len(self.blocks)
+        self.arena.pieces += self.pieces
         self.shown, self._room = False, (0, 0)
-        for block in self.blocks.values():
-            block.seen -= 1
-        return [block for block in self.blocks.values() if not block.seen]
+        self.arena.hide(self.blocks.values())
 
     def show(self) -> None:
-        """See all blocks again, which must lie in the arena."""
+        """See all blocks again, which must lie in the arena. Raises OSError; none of them is seen then."""
         if self.shown:
             return
         self.shown = True
         for block in self.blocks.values():
             block.seen += 1
-        self._show(self.blocks)
+        try:
+            self._show(self.blocks)
+        except BaseException:
+            self.hide()
+            raise
+
+    @property
+    def pieces(self) -> int:
+        """What showing all blocks takes of what the memory can show at once."""
+        return self.track.streams * len(self.blocks)
 
     def close(self) -> None:
         """The session has ended."""
-        self.hide()
-        for number in list(self.blocks):
-            self._drop(number)
+        seen, self.shown = self.shown, False
+        if seen:
+            self._range.clear()
+            self.arena.pieces += self.pieces
+        while self.blocks:
+            self.arena.drop(self.blocks.popitem()[1], seen=seen)
 
     def _drop(self, number: int) -> None:
         block = self.blocks.pop(number)
         if self.shown:
             self._conceal(number)
-            block.seen -= 1
-        self.arena.drop(block)
+        self.arena.drop(block, seen=self.shown)
 
     def _show(self, blocks: Mapping[int, Block]) -> None:
         slab, stride = self.track.slab, self._stride

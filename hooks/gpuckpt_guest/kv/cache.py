@@ -110,6 +110,7 @@ class SessionCache(Cache):
     def fork(self) -> SessionCache:
         """The cache of a branch: what was read so far is shared, also by a pass that is stopped between layers."""
         made = SessionCache(self._blueprint, self.arena, [table.fork() for table in self.tables])
+        made.arrivals = list(self.arrivals)
         made.span.length = self.span.length
         made._sizes = dict(self._sizes)
         for index, layer in enumerate(self.layers):
@@ -119,7 +120,8 @@ class SessionCache(Cache):
                     states.duplicate(layer, made.layers[index])
             else:
                 made.layers[index] = copy.deepcopy(layer)
-        made._charge()
+        if self.shown:  # else it is off the device as a whole
+            made._charge()
         return made
 
     def close(self) -> None:
@@ -137,18 +139,28 @@ class SessionCache(Cache):
         return blocks_of(self.tables)
 
     @property
+    def pieces(self) -> int:
+        """What showing all of it takes of what the memory can show at once."""
+        return sum(table.pieces for table in self.tables)
+
+    @property
     def shown(self) -> bool:
         """Whether it can be read: everything lies in the arena and is to be seen."""
         return all(table.shown for table in self.tables)
 
-    def hide(self) -> list[Block]:
-        """It is not to be read for now; returns the blocks that nobody sees any more."""
-        return [block for table in self.tables for block in table.hide()]
+    def hide(self) -> None:
+        """It is not to be read for now."""
+        for table in self.tables:
+            table.hide()
 
     def show(self) -> None:
-        """It is to be read again: the blocks have places, even if their bytes are still on the way."""
-        for table in self.tables:
-            table.show()
+        """It is to be read again: the blocks have places, even if their bytes are still on the way. Raises OSError."""
+        try:
+            for table in self.tables:
+                table.show()
+        except BaseException:
+            self.hide()
+            raise
 
     def move(self, device: Any) -> int:
         """Bring what lies outside of the arena to ``device``; returns its bytes."""

@@ -109,14 +109,13 @@ class CudaMemory:
     def read(self, pairs: Pairs, ready: Any) -> None:
         self._copy("out", pairs, ready)
 
-    def write(self, pairs: Pairs) -> None:
-        self._copy("in", pairs, None)
+    def write(self, pairs: Pairs, ready: Any) -> None:
+        self._copy("in", pairs, ready)
 
     def _copy(self, way: str, pairs: Pairs, ready: Any) -> None:
         stream = self._streams[way]
         with torch.cuda.device(self.device), torch.cuda.stream(stream):
-            if ready is not None:
-                stream.wait_event(ready)
+            stream.wait_event(ready)
             copy_all(pairs)
         stream.synchronize()
 

@@ -84,10 +84,13 @@ class Track:
         return whole.as_strided((1, plane.heads, tokens, plane.size), (step, plane.size, step, 1), first)
 
     def columns(self, layer: int, name: str, low: int, high: int, content: Callable[[int], Any]) -> Any:
-        """A copy of a layer's keys or values of the tokens ``low`` to ``high``; ``content``: the bytes of a block."""
+        """A copy, in host memory, of a layer's keys or values of the tokens ``low`` to ``high``.
+
+        ``content``: the bytes of a block, wherever they lie.
+        """
         plane = self.planes[layer, name]
         parts = [
-            content(number).narrow(0, plane.stream * self.slab, self.slab)
+            content(number).narrow(0, plane.stream * self.slab, self.slab).cpu()
             for number in range(self.first(low), self.end(high))
         ]
         return self.shaped(plane, torch.cat(parts), high - low, self._skip(low))

@@ -93,14 +93,14 @@ class Memory(Protocol):
         ...
 
     def written(self) -> Any:
-        """A moment for :meth:`read`: what the calling thread has asked for up to now is to be done before."""
+        """A moment for :meth:`read` and :meth:`write`: what the calling thread has asked for so far is done first."""
         ...
 
     def read(self, pairs: Pairs, ready: Any) -> None:
         """Copy from blocks to host memory; for any thread. Returns when it is done."""
         ...
 
-    def write(self, pairs: Pairs) -> None:
+    def write(self, pairs: Pairs, ready: Any) -> None:
         """Copy from host memory to blocks; for any thread. Returns when it is done."""
         ...
 
@@ -167,9 +167,9 @@ class HostMemory:
         return None
 
     def read(self, pairs: Pairs, ready: None) -> None:
-        self.write(pairs)
+        self.write(pairs, ready)
 
-    def write(self, pairs: Pairs) -> None:
+    def write(self, pairs: Pairs, ready: None) -> None:
         copy_all(pairs)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +88,11 @@ class Pager:
         self._spilling = 0
         self._numbers = {id(track): number for number, track in enumerate(arena.tracks)}
         self._bounce = files.bounce() if files else None
+        self._nudged = False  # somebody has been told that there is something for poll()
+        self._copies: set[Block] = set()  # of those that wait: copies are wanted although they stay
+        self._filing: dict[Block, list[Callable[[Block, Exception | None], None]]] = {}
         arena.released = self.release
+        arena.unseen = self._unseen
 
     def close(self) -> None:
         """Wait for what is under way; nothing can be moved any more."""
@@ -105,6 +109,7 @@ class Pager:
 
     def poll(self) -> None:
         """Take note of what has been copied."""
+        self._nudged = False
         while self._done:
             then, result, error = self._done.popleft()
             then(result, error)
@@ -115,7 +120,7 @@ class Pager:
     @property
     def space(self) -> int:
         """How many blocks can still be taken out."""
-        reusable = sum(block.place >= 0 and not block.moving for block in self._held.values())
+        reusable = sum(map(_reusable, self._held.values()))
         disk = self.files.free if self.files else 0
         return self.host.free + reusable + disk - len(self._waiting)
 
@@ -123,9 +128,24 @@ class Pager:
         """Begin to take a cache out; what nobody else sees leaves the arena as it is copied."""
         cache.move("cpu")
         cache.leave()
-        for block in cache.hide():
-            self._send(block)
+        cache.hide()
         self._pump()
+
+    def copy(self, block: Block) -> None:
+        """Have the block copied to host memory; it stays where others see it. :meth:`copied`: it is done."""
+        if not self.copied(block) and not block.moving and block not in self._copies:
+            self._copies.add(block)
+            self._waiting.append(block)
+            self._pump()
+
+    @staticmethod
+    def copied(block: Block) -> bool:
+        """Whether there is a copy of what the block holds."""
+        return block.home is not None and not block.dirty
+
+    def next_time(self) -> float | None:
+        """Seconds until a write that has failed is tried again, if anybody waits for it."""
+        return self.files.pause if self.files and self._waiting and self.files.error else None
 
     @property
     def leaving(self) -> int:
@@ -136,9 +156,14 @@ class Pager:
         """Whether all of it that can leave has left."""
         return not cache.shown and all(block.place < 0 or block.seen for block in cache.blocks())
 
+    def _unseen(self, block: Block) -> None:
+        if block.place >= 0 and not block.moving:  # else it is looked at again when it has landed
+            self._send(block)
+            if self._waiting and not self._nudged:
+                self._nudged = True
+                self._wake()
+
     def _send(self, block: Block) -> None:
-        if block.moving or block.seen:
-            return  # looked at again when it has landed
         if block.home is not None and not block.dirty:
             self.out.spared += 1
             self._vacate(block)
@@ -155,17 +180,22 @@ class Pager:
         while self._waiting:
             block = self._waiting[0]
             # It may have been needed again, have ended, or have been given slots and left since it began to wait.
-            if block.seen or block.moving or not block.tables or block.place < 0:
+            stays = block.seen > 0
+            if (stays and block not in self._copies) or block.moving or not block.tables or block.place < 0:
+                self._copies.discard(block)
                 self._waiting.popleft()
                 continue
-            if block.home is not None and not block.dirty:
+            if self.copied(block):
+                self._copies.discard(block)
                 self._waiting.popleft()
-                self._vacate(block)
+                if not stays:
+                    self._vacate(block)
                 continue
             slot = self._slot()
             if slot < 0:
                 break
             self._waiting.popleft()
+            self._copies.discard(block)
             self.release(block)  # what it held before it was written to
             block.moving, block.dirty = block.moving + 1, False
             self._held[slot] = block
@@ -182,11 +212,7 @@ class Pager:
         if not self.host.free:
             # Copies of what lies in the arena as well, or in a file, can be done without.
             spare = next(
-                (
-                    slot
-                    for slot, block in self._held.items()
-                    if block.home is not None and not block.moving and (block.place >= 0 or block.home.file is not None)
-                ),
+                (slot for slot, block in self._held.items() if _reusable(block)),
                 -1,
             )
             if spare < 0:
@@ -234,7 +260,7 @@ class Pager:
             block.home = home
             if not block.seen:
                 self._vacate(block)
-        if error is None:
+        if error is None or not block.tables:
             self.settle(block)
 
     def settle(self, block: Block) -> None:
@@ -243,8 +269,17 @@ class Pager:
             return
         if not block.tables:
             self.arena.end(block)
-        elif block.place >= 0 and not block.seen:
-            self._send(block)
+        elif not block.seen:
+            self._unseen(block)
+
+    def unpin(self, blocks: Iterable[Block]) -> None:
+        """Who has read these blocks is done with them."""
+        for block in blocks:
+            block.moving -= 1
+            self.arena.drop(block)
+            if block.tables:
+                self.settle(block)
+        self._pump()
 
     # ------------------------------------------------------------------ to files
 
@@ -267,9 +302,13 @@ class Pager:
             self._pump()
 
     def persist(self, block: Block, then: Callable[[Block, Exception | None], None]) -> None:
-        """Write a block that has a slot into a file; it keeps both."""
+        """Write a block that has a slot into a file; it keeps both. One that is being written is not written again."""
         files, home = self.files, block.home
         assert files is not None and home is not None
+        if block in self._filing:
+            self._filing[block].append(then)
+            return
+        self._filing[block] = [then]
         content = self.host.bytes(home.slot)
         block.moving += 1  # the slot stays until it is written
         files.written += 1
@@ -285,6 +324,7 @@ class Pager:
                 files.failed(error)
             else:
                 file, seconds = found
+                files.pending.discard(file.path)
                 self.spilled.bytes += files.size
                 self.spilled.seconds += seconds
                 self.spilled.blocks += 1
@@ -293,7 +333,8 @@ class Pager:
                 else:
                     self.drop_file(file)
             self.settle(block)
-            then(block, error)
+            for each in self._filing.pop(block):
+                each(block, error)
 
         self._hands["disk"].do(work, noted)
 
@@ -316,9 +357,10 @@ class Pager:
         The arena must have as many free blocks as :meth:`absent` says. :meth:`ready` tells when a layer may run.
         """
         away = [(table, number, block) for table in cache.tables for number, block in table.blocks.items()]
+        lost = next((block.lost for _, _, block in away if block.lost and block.place >= 0), "")
         away = [item for item in away if item[2].place < 0]
         for _, _, block in away:
-            block.place = self.arena.take()
+            block.place, block.lost = self.arena.take(), ""
         if away:
             self._copy_in(away, first)
         else:
@@ -328,6 +370,8 @@ class Pager:
         cache.enter()
         found = {id(block.arrival): block.arrival for block in cache.blocks() if block.arrival is not None}
         cache.arrivals = list(found.values())
+        if lost:  # others, who see it, have been told
+            cache.arrivals.append(Arrival([], done=True, error=lost))
 
     def absent(self, cache: SessionCache) -> int:
         """How many blocks bringing it back takes."""
@@ -364,13 +408,14 @@ class Pager:
             (block.home.file, self.arena.memory.block(block.place)) for block in arrival.blocks if block.home.slot < 0
         ]
         steps = self._steps(away, first)
+        ready = self.arena.memory.written()  # what still reads there what lay there before
 
         def work() -> float:
             began = time.perf_counter()
             # A digest is of a whole block: what comes from files is there for all layers before the first one is.
-            self._read_files(filed)
+            self._read_files(filed, ready)
             for step in steps:
-                self.arena.memory.write(step.pairs)
+                self.arena.memory.write(step.pairs, ready)
                 arrival.landed.update(step.landed)
                 if arrival.awaited:
                     self._wake()
@@ -385,16 +430,17 @@ class Pager:
                 self.into.bytes += len(arrival.blocks) * self.host.size
                 self.into.blocks += len(arrival.blocks)
             for block in arrival.blocks:
-                block.moving, block.arrival = block.moving - 1, None
+                block.moving, block.arrival, block.lost = block.moving - 1, None, arrival.error
                 self.settle(block)
+            self._pump()
 
         self._hands["in"].do(work, then)
 
-    def _read_files(self, filed: Sequence[tuple[File, Any]]) -> None:
+    def _read_files(self, filed: Sequence[tuple[File, Any]], ready: Any) -> None:
         for file, target in filed:
             assert self.files is not None
             self.files.read(file, self._bounce)
-            self.arena.memory.write([(self._bounce, target)])
+            self.arena.memory.write([(self._bounce, target)], ready)
 
     def _steps(self, away: Sequence[tuple[Table, int, Block]], first: int) -> list[_Step]:
         """What comes together, in order."""
@@ -467,3 +513,8 @@ class Pager:
                 self.host.bytes(slot)[: content.numel()].copy_(content)
                 made[number] = self._held[slot] = Block(-1, Home(self.host, slot))
             table.adopt(made)
+
+
+def _reusable(block: Block) -> bool:
+    """Whether its slot can be had: what it holds lies in the arena as well, or in a file."""
+    return block.home is not None and not block.moving and (block.place >= 0 or block.home.file is not None)

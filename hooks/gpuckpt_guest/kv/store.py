@@ -77,10 +77,10 @@ class File:
 
     __slots__ = ("digest", "path", "users")
 
-    def __init__(self, path: Path, digest: str) -> None:
+    def __init__(self, path: Path, digest: str, users: int = 1) -> None:
         self.path = path
         self.digest = digest
-        self.users = 1
+        self.users = users
 
     def drop(self) -> None:
         """One of the users is done with it."""
@@ -110,6 +110,7 @@ class BlockFiles:
         self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.written = 0  # blocks on the disk or about to be
+        self.pending: set[Path] = set()  # files of these that nobody has been told of yet
 
     @property
     def free(self) -> int:
@@ -117,6 +118,11 @@ class BlockFiles:
         if self.error and time.monotonic() < self._again:
             return 0
         return max(0, self.budget // self.size - self.written)
+
+    @property
+    def pause(self) -> float:
+        """Seconds until a write may be tried again."""
+        return max(0.0, self._again - time.monotonic())
 
     def failed(self, error: Exception) -> None:
         """A write has failed."""
@@ -129,9 +135,10 @@ class BlockFiles:
             self._lock = -1
 
     def write(self, content: Any) -> File:
-        """Write a block into a file of its own. Raises OSError; nothing is left behind then."""
+        """Write a block into a file of its own, ``pending`` from then on. Raises OSError; nothing is left then."""
         view = content.numpy()
         path = self.folder / f"{uuid.uuid4().hex}{self.SUFFIX}"
+        self.pending.add(path)
         try:
             with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, self._direct) as file:
                 _all(lambda at: os.pwrite(file, view[at:], at), len(view))
@@ -139,6 +146,7 @@ class BlockFiles:
         except BaseException:
             with suppress(OSError):
                 path.unlink()
+            self.pending.discard(path)
             raise
         return File(path, hashlib.blake2b(view, digest_size=16).hexdigest())
 
