@@ -187,7 +187,7 @@ def test_durable_sessions_outlive_their_replica_on_a_volume(
 
     # One at a time, and who comes second hears it at once.
     refused = bench.run("restore", name, "--as", other)
-    assert refused.code == 10 and "belongs to another server that runs" in refused.err
+    assert refused.code == 7 and "belongs to another server that runs" in refused.err
     refused = bench.run("restore", name, "--as", one + "x", "--as", other)
     assert refused.code == 2 and "only one replica" in refused.err
 

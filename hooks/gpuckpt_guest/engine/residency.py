@@ -8,6 +8,7 @@ there are more sessions than memory they take turns, and none of them fails.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from ..kv.policy import Candidate, Costs
 from .batches import Batches
 from .session import Session
 
+_log = logging.getLogger("gpuckpt_guest")
 # Until something was measured: bytes per second of a slow bus, seconds of a small model.
 _BANDWIDTH, _PASS_S, _TOKEN_S = 4e9, 0.02, 0.001
 _BLEND = 0.1  # how much a new measurement counts
@@ -114,13 +116,21 @@ class Residency:
             self.make_room()
             if not self._fits(session, tokens):  # what needed no copy has left at once
                 return False
-        if not cache.shown:
-            self._bring(session)
+        try:
+            if not cache.shown:
+                self._bring(session)
+        except OSError as error:
+            self._no_mappings(session, error)
+            return False
         if whole and self.pager.arriving(cache):
             return False
         if any(block.arrival is not None for block in self._shared(session, tokens)):
             return False  # it is copied before it is written to
-        cache.room(tokens)
+        try:
+            cache.room(tokens)
+        except OSError as error:
+            self._no_mappings(session, error)
+            return False
         self._served(session)
         self._granted.add(session)
         session.expected = None
@@ -168,6 +178,11 @@ class Residency:
     def _bring(self, session: Session) -> None:
         self.pager.bring(session.cache, self._device, session.halfway.layer if session.halfway else 0)
         session.came = self._clock()
+
+    def _no_mappings(self, session: Session, error: OSError) -> None:
+        """The memory cannot show as much as was thought: who comes waits until others have left."""
+        _log.error("session %s waits: its cache cannot be mapped: %s", session.id, error)
+        self._wait(session)
 
     def _wait(self, session: Session) -> None:
         self._waiting.setdefault(session, self._clock())
@@ -310,7 +325,11 @@ class Residency:
                     self.make_room()
                     if not self._fits(session, 0):
                         continue
-                self._bring(session)
+                try:
+                    self._bring(session)
+                except OSError as error:
+                    self._no_mappings(session, error)
+                    continue
             self._served(session)
             del self.wanted[session]
 
@@ -324,8 +343,8 @@ class Residency:
                 continue
             if session.expected - now <= self._early(session):
                 session.expected = None  # else it comes when it is asked for
-                if self._need(session, 0) <= self.arena.free:
-                    self._bring(session)
+                if self._fits(session, 0):
+                    self.fetch(session)
 
     def _early(self, session: Session) -> float:
         return policy.early(self.pager.absent(session.cache) * self.arena.memory.size, self.costs)

@@ -196,9 +196,9 @@ class Table:
             elif block.tables > 1:
                 memory, place = self.arena.memory, self.arena.take()
                 memory.block(place).copy_(memory.block(block.place))
-                self._conceal(number)
-                self.arena.drop(block, seen=True)
                 self._put(number, Block(place))
+                self.arena.pieces += self.track.streams  # it is seen where the other one was
+                self.arena.drop(block, seen=True)
             else:
                 block.dirty = True
         numbers = self._numbers(first, end)
@@ -218,8 +218,12 @@ class Table:
         return range(self.track.first(first), self.track.end(end))
 
     def _put(self, number: int, block: Block) -> None:
+        try:
+            self._show({number: block})
+        except BaseException:
+            self.arena.drop(block, seen=True)
+            raise
         self.blocks[number] = block
-        self._show({number: block})
 
     def forget(self, tokens: int) -> None:
         """The first ``tokens`` are not needed any more: blocks that hold nothing else go."""
@@ -273,6 +277,7 @@ class Table:
         try:
             self._show(self.blocks)
         except BaseException:
+            self.arena.pieces -= self.pieces  # hide() gives them back
             self.hide()
             raise
 
@@ -298,7 +303,6 @@ class Table:
 
     def _show(self, blocks: Mapping[int, Block]) -> None:
         slab, stride = self.track.slab, self._stride
-        self.arena.pieces -= self.track.streams * len(blocks)
         streams = [(stream * stride, stream * slab) for stream in range(self.track.streams)]
         self._range.show(
             (
@@ -308,6 +312,7 @@ class Table:
             ),
             slab,
         )
+        self.arena.pieces -= self.track.streams * len(blocks)
 
     def _conceal(self, number: int) -> None:
         self.arena.pieces += self.track.streams
