@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 from gpuckpt.containers import rootfs as layers
 from gpuckpt.containers.podman import OWNER, ContainerSpec
+from gpuckpt.errors import BusyError
 from gpuckpt.golden.replica import Replica, publish_address
 from gpuckpt.golden.tools import Tools
 from gpuckpt.host.seccomp import profile_path
-from gpuckpt.manifest import Address, Launch
+from gpuckpt.manifest import Address, Launch, Port
 from gpuckpt.store.digests import digest_bytes, digest_file
 from gpuckpt.workload.base import MEMORY_FOLDER, SOCKET_FOLDER
 from gpuckpt.workload.guest import present
@@ -41,6 +43,8 @@ def assemble(
         # then becomes the begin of the replica's own layer.
         copy_tree(golden_layer, replica.folder / "upper")
         golden_layer = None
+    if launch.port:
+        _refuse_taken(launch.port)
     rootfs = tools.overlay.mount(replica.folder, base, golden_layer)
     if launch.port:
         host, port = publish_address(launch.port)
@@ -65,6 +69,21 @@ def assemble(
         labels={OWNER: str(tools.layout.state)},
     )
     return replica, tools.containers.create(spec)
+
+
+def _refuse_taken(port: Port) -> None:
+    """Before podman tries: taking down a container that found its port in use, it cuts off who has the port."""
+    family = socket.AF_INET6 if ":" in port.host_ip else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((port.host_ip, port.host_port))
+        except OSError as error:
+            raise BusyError(
+                f"port {port.host_port} cannot be published",
+                cause=f"{port.host_ip or 'this machine'}: {error.strerror}",
+                remedy="publish another one, --publish 127.0.0.1:PORT, or free it (gpuckpt ls)",
+            ) from error
 
 
 def write_operation(

@@ -122,10 +122,14 @@ def test_published_port(bench: Bench) -> None:
     for options in ((), ("--ignore-static-ip", "--ignore-static-mac")):
         restored = bench.ok("restore", name, "--format", "json", *options).json
         assert restored["url"] == f"http://127.0.0.1:{port}"
-        answer = subprocess.run(
-            ["curl", "-sf", f"http://127.0.0.1:{port}/health"], capture_output=True, text=True, check=True
-        )
-        assert answer.stdout == "ok"
+        for _ in range(2):
+            answer = subprocess.run(
+                ["curl", "-sfm", "10", f"http://127.0.0.1:{port}/health"], capture_output=True, text=True, check=True
+            )
+            assert answer.stdout == "ok"
+            # One that wants the same port is refused, and does not cut off who has it.
+            refused = bench.run("restore", name, "--as", bench.name("second"), *options)
+            assert refused.code == 7 and f"port {port} cannot be published" in refused.err
         bench.ok("stop", name)
     assert bench.left() == []
 
