@@ -41,6 +41,7 @@ SIMULATED, BUDGET_SHARE = 48, 0.4  # sessions of a trace; the device's memory ov
 TARGETS = (
     Target("sessions that were answered in full", "completed_share", 1, ()),
     Target("sessions with other tokens than undisturbed", "token_mismatches", 0, (), at_most=True),
+    Target("sessions with other logits than undisturbed", "logits_mismatches", 0, (), at_most=True),
     Target(
         "speed over bare copies, the slower way", "gbps_over_memcpy", 0.85, ("paging.copies.out", "paging.copies.in")
     ),
@@ -52,6 +53,8 @@ TARGETS = (
 # What is no matter of speed: a run that finds it has failed.
 WRONG: dict[str, Callable[[Document], bool]] = {
     "sessions with wrong tokens": lambda document: document.get("token_mismatches", 0) > 0,
+    "sessions with wrong bits": lambda document: document.get("logits_mismatches", 0) > 0,
+    "sessions that were not resumed three times": lambda document: document.get("resumed_least", 3) < 3,
     "sessions without all their tokens": lambda document: document.get("completed_share", 1) < 1,
     "weights that come in turns": lambda document: document.get("weights", {}).get("token_mismatches", 0) > 0,
 }
@@ -71,6 +74,8 @@ def merge(documents: dict[str, Document]) -> Document:
             "demand_over_budget": run["demand_over_budget"],
             "completed": min(each["completed"] for each in over["factors"].values()),
             "token_mismatches": sum(each["token_mismatches"] for each in over["factors"].values()),
+            "logits_mismatches": sum(each["logits_mismatches"] for each in over["factors"].values()),
+            "resumed_least": min(each["resumed_least"] for each in over["factors"].values()),
         }
         made["completed_share"] = made["completed"] / made["sessions"]
     if paging := found.get("paging"):
@@ -81,6 +86,7 @@ def merge(documents: dict[str, Document]) -> Document:
             "append_cost_flat": paging["append"]["ours_flat"],
             "wake_p99_ms": _p99(largest["all_ms"]["samples"]),
             "wake_bytes": largest["bytes"],
+            "wake_n": largest["all_ms"]["n"],
         }
     if "paging" in found and "oversubscribe" in found:
         made["policy"] = simulated(found["paging"], found["oversubscribe"])

@@ -20,6 +20,7 @@ matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.style import COLOURS, INK, QUIET, REST, STYLE
 
@@ -106,6 +107,13 @@ def _cycles(axes: Axes, cycles: Document) -> None:
     axes.set_title(f"one session of {length} tokens leaves,\ncomes back and writes a token", loc="left", fontsize=10)
 
 
+def _note(document: Document) -> str:
+    same = "NOT the tokens of all layers" if document["weights"]["token_mismatches"] else "tokens as with all"
+    quick = "A trial, not a measurement. " if document["options"]["quick"] else ""
+    machine = document["machine"]
+    return f"{quick}Median and 95 % interval; {same}. {machine['cpu_model']}, {machine['cores']} cores."
+
+
 def _weights(document: Document) -> Figure:
     found = document["weights"]
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2))
@@ -121,13 +129,14 @@ def _weights(document: Document) -> Figure:
         ]
         axes.errorbar([fit for fit, _ in points], values, spread, color=colour, marker="o", capsize=2, label=words)
     axes.set(xlabel="layers on the device", ylabel="ms a token", ylim=(0, None), xlim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="lower left")
     figure.suptitle(
         f"{document['settings'][next(key for key in document['settings'] if key.startswith('weights'))]['model']}: "
         f"{found['layers']} layers, on a device that holds fewer",
         x=0.02, ha="left", fontsize=11, fontweight="bold",
     )  # fmt: skip
-    figure.text(0.02, 0.01, "Median and 95 % interval; tokens as with all layers.", fontsize=7, color=QUIET)
+    figure.text(0.02, 0.01, _note(document), fontsize=7, color=QUIET)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     return figure
 

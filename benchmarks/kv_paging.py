@@ -99,7 +99,7 @@ def bare(engine: Any, session: Any) -> tuple[float, float]:
     began = time.perf_counter()
     memory.read(pairs, ready)
     halfway = time.perf_counter()
-    memory.write([(there, here) for here, there in pairs])
+    memory.write([(there, here) for here, there in pairs], ready)
     return halfway - began, time.perf_counter() - halfway
 
 
@@ -115,7 +115,7 @@ def wakes(rig: KvRig) -> Document:
             rig.do(fill, engine, session, tokens)
             whole: list[float] = []
             first: list[float] = []
-            for index in rig.rounds(3 * rig.options.n + 1, f"wakes of {tokens} tokens"):
+            for index in rig.rounds(10 * rig.options.n + 1, f"wakes of {tokens} tokens"):
                 moved(rig, engine, session, "suspend")
                 took = moved(rig, engine, session, "wake")
                 moved(rig, engine, session, "suspend")
@@ -215,7 +215,8 @@ def counted(rig: KvRig, cache: Any, commit: Callable[[], None]) -> float:
     mode = kv_common.written(rig.torch)
     for _ in range(TOKENS):
         if hasattr(cache, "room"):
-            cache.room(1)
+            with mode:
+                cache.room(1)
         for layer in rig.loaded.blueprint.forms:
             columns = list(_columns(rig, layer, 1))
             with mode:

@@ -81,6 +81,7 @@ def _oldest(candidates: Sequence[Candidate], needed: int, *, drop: bool) -> list
 
 POLICIES: dict[str, tuple[Chooser, bool]] = {  # and whether what clients say is used to bring caches back early
     "gpuckpt": (ours, True),
+    "unhinted": (ours, False),
     "lru": (lru, False),
     "recompute": (recompute, False),
     "keep": (keep, False),

@@ -108,7 +108,7 @@ class Runner:
             return None
         made = self.document(part.key)
         if made is not None:  # a later run with --only may take it over
-            made["commit"] = self.commit
+            made |= {"commit": self.commit, "of": self._kind()}
             out.write_text(json.dumps(made, indent=1) + "\n")
         return made
 
@@ -118,7 +118,12 @@ class Runner:
         if not file.exists():
             return None
         made: Document = json.loads(file.read_text())
-        return made
+        # A trial is no measurement, and another machine's is none of this one.
+        return made if made.get("of", self._kind()) == self._kind() else None
+
+    def _kind(self) -> Document:
+        machine = environment.machine()
+        return {"quick": self.options.quick, "cpu_model": machine["cpu_model"], "cores": machine["cores"]}
 
     def rest(self, document: Document) -> None:
         """Wait until the machine is quiet; a trial does not."""

@@ -218,13 +218,16 @@ class Rig:
         """A new session of the engine."""
         return self.do(self.engine.create, **more)
 
-    def begin(self, session: Any, read: Sequence[int], tokens: int) -> tuple[float, Watch]:
+    def begin(
+        self, session: Any, read: Sequence[int], tokens: int, *, keep_logits: bool = False
+    ) -> tuple[float, Watch]:
         """Start a generation of exactly so many tokens, greedy; when it was asked for, and its events."""
         from hooks.gpuckpt_guest.engine.engine import Request
 
         watch = Watch()
         began = time.perf_counter()
-        self.do(self.engine.generate, session, Request(read=read, max_tokens=tokens, ignore_stops=True), watch)
+        wanted = Request(read=read, max_tokens=tokens, ignore_stops=True, keep_logits=keep_logits)
+        self.do(self.engine.generate, session, wanted, watch)
         return began, watch
 
     def generate(self, read: Sequence[int], tokens: int, **more: Any) -> tuple[float, list[int]]:

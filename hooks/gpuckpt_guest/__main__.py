@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.kv_dir is not None:
             with torch.inference_mode():
                 log.info(
-                    "of the sessions kept in %s %d are here, %d are damaged", options.kv_dir, *Durable(engine).find()
+                    "of the sessions kept in %s %d are here, %d cannot be", options.kv_dir, *Durable(engine).find()
                 )
     except BlockingIOError:
         print(f"gpuckpt_guest: another server keeps its sessions in {options.kv_dir}", file=sys.stderr)
@@ -95,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _mib(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of MiB: 1, 2, 3 …")
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 1 << 40:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of 1, 2, 3 …")
     return int(text)
 
 
@@ -112,10 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1 …")
     serve.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    serve.add_argument("--max-model-len", type=int, help="the most tokens of a session; default: the model's")
-    serve.add_argument("--max-batch", type=int, default=64, help="the most sessions in one batch")
-    serve.add_argument("--max-sessions", type=int, default=4096)
-    mib: dict[str, Any] = {"type": _mib, "metavar": "MIB"}
+    serve.add_argument("--max-model-len", type=_positive, help="the most tokens of a session; default: the model's")
+    serve.add_argument("--max-batch", type=_positive, default=64, help="the most sessions in one batch")
+    serve.add_argument("--max-sessions", type=_positive, default=4096)
+    mib: dict[str, Any] = {"type": _positive, "metavar": "MIB"}
     serve.add_argument("--weights-mib", **mib, help="device memory for the layers' weights; default: for all that fit")
     serve.add_argument("--kv-mib", **mib, help="device memory for keys and values; default: most of what is free")
     serve.add_argument(
@@ -123,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--kv-disk-mib", **mib, help="and in files, if --kv-dir is given; default: 65536")
     serve.add_argument("--kv-dir", type=Path, help="folder for them, and for sessions that are to outlive the server")
-    serve.add_argument("--ring-mib", type=int, default=64, help="host memory for activations of stopped sessions")
-    serve.add_argument("--threads", type=int, help="threads of one operation on the CPU; default: torch's")
+    serve.add_argument("--ring-mib", type=_positive, default=64, help="host memory for activations of stopped sessions")
+    serve.add_argument("--threads", type=_positive, help="threads of one operation on the CPU; default: torch's")
     return parser
 
 

@@ -42,6 +42,7 @@ class Durable:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self._kept: dict[Session, list[File]] = {}
         self._publishing: dict[Session, int] = {}
+        self._left: set[Path] = set()  # blocks of sessions that this server has no room for
         engine.memory.keep = self._keep
         engine.memory.dropped = self._drop
         engine.on_restore(self.renew)
@@ -137,11 +138,12 @@ class Durable:
     # ------------------------------------------------------------------ finding again
 
     def find(self) -> tuple[int, int]:
-        """Take up what was kept, before the engine is started; returns how many sessions, and how many were damaged.
+        """Take up what was kept, before the engine is started; returns how many sessions, and how many cannot be had.
 
         Those that are damaged are put aside: ``NAME.damaged``. Files that belong to none are removed.
         """
         found = damaged = 0
+        self._left = set()
         for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
             if path.name.removesuffix(_SUFFIX) in self._engine.sessions:
                 continue
@@ -149,17 +151,27 @@ class Durable:
                 self._take_up(path)
                 found += 1
             except (EngineError, OSError) as error:
+                damaged += 1
+                if isinstance(error, EngineError) and error.code not in ("malformed", "conflict"):
+                    # It is well, but this server has no room for it: it stays, with its blocks, for one that has.
+                    _log.error("%s stays where it is: %s", path, error)
+                    self._left |= set(self._blocks_of(path))
+                    continue
                 _log.error("%s cannot be taken up: %s", path, error)
                 path.rename(path.with_suffix(".damaged"))
-                damaged += 1
         for path in self._folder.glob("*.tmp"):
             path.unlink(missing_ok=True)
         self._tidy()
         return found, damaged
 
+    def _blocks_of(self, path: Path) -> list[Path]:
+        """The blocks of a session that is whole."""
+        _, metadata = transfer.unpack(path.read_bytes())
+        return [self._files.folder / str(item["file"]) for item in metadata["gpuckpt_session"].get("blocks") or []]
+
     def _tidy(self) -> None:
         """Remove files of blocks that belong to no session, and count the others."""
-        known = set(self._known()) | self._files.pending
+        known = set(self._known()) | self._files.pending | self._left
         self._files.written = len(known)
         for path in self._files.found():
             if path not in known:

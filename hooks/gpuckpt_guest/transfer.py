@@ -202,8 +202,13 @@ def _fill(
     attach: Attach | None,
 ) -> None:
     loaded = engine.loaded
-    if not all(token < loaded.vocabulary for token in held.tokens) or len(held.tokens) > loaded.limit:
+    if not all(token < loaded.vocabulary for token in held.tokens):
         raise ValueError("its tokens are not this model's")
+    if len(held.tokens) > loaded.limit:
+        raise EngineError(
+            f"the session in the file has {len(held.tokens)} tokens, a session here at most {loaded.limit}",
+            code="too_long",
+        )
     if held.length + sum(held.replay) > len(held.tokens):
         raise ValueError("its cache is longer than its text")
     if (held.replay and held.pause) or (held.reads is not None and sum(held.reads) != held.length + sum(held.replay)):

@@ -197,8 +197,9 @@ def test_who_was_brought_back_in_time_is_not_the_first_to_go(made: Made) -> None
     driver.begin(announced, prompt(1, 40), 1).wait("done")
     time.sleep(0.3)
     driver.begin(other, prompt(2, 40), 1).wait("done")
-    driver.do(driver.engine.memory.residency.leave, announced)
-    until(driver, lambda: where_now(driver, announced) == "away")
+    out(driver, announced, other)
+    driver.do(driver.engine.wake, other)  # both can leave without being copied
+    until(driver, lambda: where_now(driver, other) == "device")
     time.sleep(0.3)  # the other one, who said nothing, has not been at work for so long
     driver.do(driver.engine.expect, announced, 0.01)
     until(driver, lambda: where_now(driver, announced) == "device")
@@ -373,3 +374,115 @@ def test_an_engine_that_has_stopped_is_told_of_no_restore(made: Made) -> None:
     assert len(lifecycle._process._listeners) > before
     driver.engine.stop()
     assert len(lifecycle._process._listeners) == before
+
+
+# ---------------------------------------------------------------------- too little of everything
+
+
+def test_those_who_are_dropped_take_turns_too(made: Made) -> None:
+    """Nothing can be copied out: who leaves is computed again, and gets to go on in between."""
+    driver = made(6, host=0, max_batch=1)
+    running = [driver.begin(driver.new(), prompt(seed, 50), 30) for seed in range(4)]
+    for one in running:
+        assert one.wait("done").reason == "length"
+    evicted = driver.engine.memory.residency.counters.evicted
+    assert evicted < 60, evicted
+
+
+def test_where_nobody_can_leave_who_comes_waits_and_it_is_said(made: Made, caplog: pytest.LogCaptureFixture) -> None:
+    driver = made(6, host=0, max_batch=1)
+    idle = driver.new()
+    driver.begin(idle, prompt(1, 60), 1).wait("done")
+    idle.reads = None  # it cannot be computed again, and there is nowhere to put it
+    waiter = driver.new()
+    running = driver.begin(waiter, prompt(2, 60), 8)
+    until(driver, lambda: driver.engine.memory.residency.waits(waiter))
+    until(driver, lambda: f"session {waiter.id} waits for memory that nobody can leave" in caplog.text)
+    driver.do(driver.engine.delete, idle)
+    assert running.wait("done").reason == "length" and caplog.text.count("nobody can leave") == 1
+
+
+def test_files_need_no_host_memory_of_the_users(made: Made, tmp_path: Path) -> None:
+    wanted = alone(made, 60)
+    driver = made(6, host=0, max_batch=1, folder=tmp_path, disk=64)
+    session = parent(driver, 60)
+    session.reads = None
+    away(driver, session)
+    other = driver.new()
+    assert driver.begin(other, prompt(2, 60), 8).wait("done").reason == "length"
+    other.reads = None
+    driver.do(driver.engine.wake, session)
+    driver.begin(session, [7], 8).wait("done")
+    assert session.tokens == wanted
+
+
+def test_files_hold_no_more_than_they_may(made: Made, tmp_path: Path) -> None:
+    driver = made(64, max_batch=1, folder=tmp_path, disk=9)
+    Durable(driver.engine)
+    sessions = [parent(driver, 45 + number) for number in range(6)]
+    events: list[Any] = []
+    for session in sessions:
+        session.listeners.append(events.append)
+    driver.do(lambda: [driver.engine.suspend(session, durable=True) for session in sessions])
+    ends = time.monotonic() + WAIT
+    while sum(event["type"] in ("suspended", "not_kept") for event in events) < 6:
+        assert time.monotonic() < ends, events
+        time.sleep(0.01)
+    files = driver.engine.memory.files
+    assert files is not None and 0 < files.written <= 9 and len(list(files.found())) <= 9
+    assert sum(session.durable for session in sessions) == sum(event["type"] == "suspended" for event in events)
+
+
+def test_pinned_sessions_that_grow_do_not_keep_everything(made: Made) -> None:
+    driver = made(8, max_batch=1)
+    pinned = driver.new()
+    driver.begin(pinned, prompt(1, 10), 1).wait("done")
+    driver.do(driver.engine.pin, pinned, 3600.0)
+    driver.begin(pinned, prompt(2, 105), 1).wait("done")  # all but one block
+    assert driver.begin(driver.new(), prompt(3, 40), 4).wait("done").reason == "length"
+
+
+def test_a_server_with_less_room_leaves_what_is_kept_alone(made: Made, tmp_path: Path) -> None:
+    driver = made(64, max_batch=1, folder=tmp_path, disk=64)
+    Durable(driver.engine).find()
+    tokens = {}
+    for number in range(3):
+        session = driver.new(f"s{number}")
+        driver.begin(session, prompt(number, 60), 2).wait("done")
+        kept(driver, session)
+        tokens[session.id] = list(session.tokens)
+    driver.engine.stop()
+    fewer = made(64, max_batch=1, folder=tmp_path, disk=64, max_sessions=1)
+    assert fewer.do(lambda: Durable(fewer.engine).find()) == (1, 2)
+    fewer.engine.stop()
+    less = made(3, max_batch=1, folder=tmp_path, disk=64)
+    assert less.do(lambda: Durable(less.engine).find()) == (0, 3)
+    less.engine.stop()
+    again = made(64, max_batch=1, folder=tmp_path, disk=64)
+    assert again.do(lambda: Durable(again.engine).find()) == (3, 0)
+    for name, wanted in tokens.items():
+        session = again.engine.sessions[name]
+        again.do(again.engine.wake, session)
+        until(again, lambda session=session: where_now(again, session) == "device")  # type: ignore[misc]
+        assert session.tokens == wanted
+
+
+def test_waking_what_must_be_computed_again_is_told(made: Made, tmp_path: Path) -> None:
+    driver = made(64, max_batch=1, folder=tmp_path, disk=64)
+    Durable(driver.engine).find()
+    session = driver.new("s")
+    driver.begin(session, prompt(1, 60), 2).wait("done")
+    kept(driver, session)
+    driver.engine.stop()
+    (block, *_) = next(tmp_path.iterdir()).glob("*.block")
+    content = bytearray(block.read_bytes())
+    content[100] ^= 1
+    block.write_bytes(content)
+    again = made(64, max_batch=1, folder=tmp_path, disk=64)
+    again.do(lambda: Durable(again.engine).find())
+    session = again.engine.sessions["s"]
+    events: list[Any] = []
+    session.listeners.append(events.append)
+    again.do(again.engine.wake, session)
+    told(events, "woken")
+    assert session.replay and not session.failed

@@ -154,7 +154,7 @@ def test_two_servers_do_not_share_a_folder(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--kv-mib", "0"), "--kv-mib: '0' is no number of MiB"),
+        (("--kv-mib", "0"), "--kv-mib: '0' is none of 1, 2, 3"),
         (("--kv-host-mib", "-4"), "argument --kv-host-mib"),
         (("--kv-mib", "99999999"), "--kv-mib and --kv-host-mib ask for"),
         (("--kv-disk-mib", "64"), "say where with --kv-dir"),

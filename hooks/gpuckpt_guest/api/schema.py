@@ -118,7 +118,7 @@ class ResumeSpec(Strict):
     wait: Literal["none", "paused", "token", "end"] = "end"
 
 
-Seconds = Annotated[float, Field(ge=0, le=7 * 86400, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=7 * 86400, allow_inf_nan=False, strict=True)]
 
 
 class SuspendSpec(Strict):

@@ -180,7 +180,9 @@ class Engine:
     def _poll(self) -> None:
         """Caches have come or gone, or it is time that one does."""
         for session, error in self.memory.poll():
-            if not self.scheduler.recompute(session):
+            if self.scheduler.recompute(session):
+                self.memory.again()  # it is there, as far as who waits for it is concerned
+            else:
                 self.memory.fail(session, error)
                 self.scheduler.refuse(session)
         self.scheduler.look()

@@ -6,6 +6,7 @@ asked to do waits until the cache is back. To suspend is to order that it leave,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,12 +27,12 @@ from ..kv.store import BlockFiles, HostMemoryPool, publish
 from .batches import Batches
 from .errors import full
 from .model import Loaded
-from .residency import Residency
+from .residency import PINNED_SHARE, Residency
 from .session import Session
 
 _SHARE = 0.85  # of a GPU's memory that is free once the model is loaded
 _PINNED = 8 << 30  # bytes: more takes long to pin, and is to be asked for
-_PINNED_SHARE = 0.75  # of the device's blocks may be pinned
+_LEAST_SLOTS = 2
 _REST = 1.0  # seconds without work after which free blocks give their pages back
 
 
@@ -85,11 +86,14 @@ def layout_in(folder: Path, piece: int, plan: Blueprint) -> int:
     kind = hashlib.blake2b(repr((LAYOUT, plan.forms, plan.windows)).encode(), digest_size=16).hexdigest()
     try:
         found = json.loads(path.read_text())
+    except ValueError as error:
+        what = f"it is damaged ({error}); move the folder away, or put the file back"
+        raise OSError(errno.EINVAL, what, str(path)) from error
     except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         publish(path, json.dumps({"piece": piece, "kind": kind}).encode())
         return piece
-    if not isinstance(found, dict) or found.get("kind") != kind or not isinstance(found.get("piece"), int):
+    if not isinstance(found, dict) or found.get("kind") != kind or type(found.get("piece")) is not int:
         raise ValueError(f"the sessions in {folder} were kept by another version; move them away")
     return int(found["piece"])
 
@@ -117,6 +121,8 @@ class SessionMemory:
         )
         size = self.arena.memory.size
         self.files = BlockFiles(folder, budgets.disk, size) if folder else None
+        if folder:
+            host = max(host, _LEAST_SLOTS * size)  # what goes into files comes by there
         pool = HostMemoryPool(host, size, pinned=loaded.device.type == "cuda")
         self.pager = Pager(self.arena, pool, self.files, wake)
         self.batches = Batches(self.arena)
@@ -179,7 +185,7 @@ class SessionMemory:
         held = {session.cache} if seconds else set()
         held |= {one.cache for one in self.pinned() if one is not session}
         blocks = {id(block) for cache in held for block in cache.blocks()}
-        if len(blocks) > self.arena.memory.places * _PINNED_SHARE:
+        if len(blocks) > self.arena.memory.places * PINNED_SHARE:
             return False
         session.pinned = now + seconds if seconds else 0.0
         if seconds and not session.cache.shown:
@@ -242,6 +248,10 @@ class SessionMemory:
                 session.cache.arrivals = []
                 found.append((session, error))
         return found
+
+    def again(self) -> None:
+        """Have :meth:`poll` called once more."""
+        self._wake()
 
     def fail(self, session: Session, error: str) -> None:
         """What it has read is lost, and cannot be computed again."""

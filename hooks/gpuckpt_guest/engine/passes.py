@@ -249,6 +249,8 @@ class Passes:
         if flight.again:
             (session,) = flight.rows
             cache.commit(session.replay.popleft())
+            if not session.replay:
+                session.came = time.monotonic()
             if session.turn and session.turn.cancelled:
                 self.end(session, session.turn, "cancelled")
                 return []

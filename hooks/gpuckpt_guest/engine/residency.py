@@ -23,6 +23,7 @@ from .session import Session
 _log = logging.getLogger("gpuckpt_guest")
 # Until something was measured: bytes per second of a slow bus, seconds of a small model.
 _BANDWIDTH, _PASS_S, _TOKEN_S = 4e9, 0.02, 0.001
+PINNED_SHARE = 0.75  # of the device's blocks may be pinned
 _BLEND = 0.1  # how much a new measurement counts
 
 
@@ -60,6 +61,7 @@ class Residency:
         self.wanted: dict[Session, None] = {}  # to be brought back, although they have nothing to compute
         self.freed = False  # there is room that was not there when those who wait were last looked at
         self._granted: set[Session] = set()  # have a pass on its way
+        self._warned: set[Session] = set()  # of those who wait: it has been said that nobody can make room
         self._waiting: dict[Session, float] = {}  # for memory, since when
         self._pass_s, self._token_s = _PASS_S, _TOKEN_S
 
@@ -148,6 +150,7 @@ class Residency:
     def forget(self, session: Session) -> None:
         """It does not want anything any more."""
         self._waiting.pop(session, None)
+        self._warned.discard(session)
         self.wanted.pop(session, None)
         self._granted.discard(session)
 
@@ -189,6 +192,7 @@ class Residency:
 
     def _served(self, session: Session) -> None:
         since = self._waiting.pop(session, None)
+        self._warned.discard(session)
         if since is not None:
             self.counters.waited_s.append(self._clock() - since)
             del self.counters.waited_s[:-1000]
@@ -202,18 +206,18 @@ class Residency:
         """Who has waited longest, of those for whom there is room once others have left."""
         if not self._waiting:
             return None
-        now = self._clock()
-        stay = {
-            id(block): one
-            for one in self._sessions()
-            if one.pinned > now and one.cache.shown
-            for block in one.cache.blocks()
-        }
+        stay = {id(block): one for one in self._pinned() if one.cache.shown for block in one.cache.blocks()}
+        if len(stay) > self.arena.memory.places * PINNED_SHARE:
+            stay = {}
         for session in self._waiting:
             mine = sum(one is session for one in stay.values())
             if self._need(session, self._wanted(session)) <= self.arena.memory.places - len(stay) + mine:
                 return session
         return None
+
+    def _pinned(self) -> list[Session]:
+        now = self._clock()
+        return [session for session in self._sessions() if session.pinned > now]
 
     @staticmethod
     def _wanted(session: Session) -> int:
@@ -223,8 +227,17 @@ class Residency:
         return session.next_tokens if session.turn else 0
 
     def _in_tenure(self, session: Session) -> bool:
+        if session.replay:
+            return True  # what it reads again would have been for nothing
         held = sum(block.place >= 0 for block in session.cache.blocks()) * self.arena.memory.size
-        return self._clock() - session.came < policy.tenure(held, self.costs)
+        again = 0.0
+        if session.reads is not None and held > self.pager.space * self.arena.memory.size:  # it would be dropped
+            again = self.costs.replay(len(session.reads), sum(session.reads) - len(session.reads))
+        return self._clock() - session.came < policy.tenure(held, self.costs, again)
+
+    def _can_go_on(self, session: Session) -> bool:
+        """Whether its next pass finds room as it is."""
+        return session.cache.shown and self._need(session, self._wanted(session)) <= self.arena.free
 
     # ------------------------------------------------------------------ making room
 
@@ -239,10 +252,19 @@ class Residency:
         idle = [one for one in movable if one.turn is None or one.pause]
         turns = [one for one in movable if one.turn is not None and not one.pause]
         wanted -= self._evict(idle, wanted)
-        wanted -= self._evict([one for one in turns if not self._in_tenure(one)], wanted)
-        if wanted > 0 and not self._granted and not self.pager.leaving:
-            # Nobody can go on, so nobody would ever leave: one who has only just come has to.
-            self._evict([one for one in turns if self._in_tenure(one)], wanted)
+        tenured = {one for one in turns if self._in_tenure(one)}
+        wanted -= self._evict([one for one in turns if one not in tenured], wanted)
+        if wanted <= 0 or self._granted or self.pager.leaving or any(self._can_go_on(one) for one in tenured):
+            return
+        # Nobody can go on, so nobody would ever leave: one who has only just come has to.
+        wanted -= self._evict(tenured, wanted)
+        if wanted > 0 and not self.pager.leaving and first not in self._warned:
+            self._warned.add(first)
+            _log.warning(
+                "session %s waits for memory that nobody can leave: what is there is in use, pinned or has nowhere to"
+                " go; delete or resume others, or give the server more (--kv-mib, --kv-host-mib, --kv-dir)",
+                first.id,
+            )
 
     def _lacking(self, session: Session) -> int:
         """Blocks that must still leave for it to find room."""
@@ -252,7 +274,9 @@ class Residency:
         return max(need - self.arena.free - self.pager.leaving, unshown)
 
     def _movable(self, but: Session) -> list[Session]:
-        now = self._clock()
+        # Pinned sessions may grow: beyond what may be pinned they are as all others.
+        held = {id(block) for one in self._pinned() for block in one.cache.blocks()}
+        now = self._clock() if len(held) <= self.arena.memory.places * PINNED_SHARE else float("inf")
         return [
             session
             for session in self._sessions()

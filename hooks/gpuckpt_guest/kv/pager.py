@@ -13,6 +13,7 @@ goes out a second time without being copied. Tokens are only ever written at the
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections import deque
@@ -307,6 +308,10 @@ class Pager:
         assert files is not None and home is not None
         if block in self._filing:
             self._filing[block].append(then)
+            return
+        if not files.free:
+            what = files.error or "the files hold as many bytes as they may (--kv-disk-mib)"
+            then(block, OSError(errno.ENOSPC, what))
             return
         self._filing[block] = [then]
         content = self.host.bytes(home.slot)

@@ -114,6 +114,9 @@ def early(bytes: int, costs: Costs) -> float:
     return _EARLY * bytes / costs.into
 
 
-def tenure(bytes: int, costs: Costs) -> float:
-    """For how many seconds a cache that has been brought back may stay while others wait."""
-    return max(_TENURE_LEAST, _TENURE * (bytes / costs.into + bytes / costs.out))
+def tenure(bytes: int, costs: Costs, replay: float = 0.0) -> float:
+    """For how many seconds a cache that has been brought back may stay while others wait.
+
+    ``replay``: seconds to compute it again, if that is how it would come back.
+    """
+    return max(_TENURE_LEAST, _TENURE * max(replay, bytes / costs.into + bytes / costs.out))
