@@ -87,8 +87,9 @@ def _oversubscribed(document: Document) -> Iterator[str]:
     yield (
         f"{over['sessions']} sessions, {over['at_once']} of them at once, each with a prompt of about {prompt:.0f}"
         f" tokens, {over['tokens']['written']} tokens written by each; they need {size(over['demand_bytes'])}."
-        f" Each is resumed {min(run['resumed_least'] for run in over['factors'].values())} times from off the device: who"
-        " has not been sent away by others is suspended first. Undisturbed, with memory for all and none leaving, this takes"
+        f" Each is resumed {min(run['resumed_least'] for run in over['factors'].values())} times from off the device:"
+        " who has not been sent away by others is suspended first. Undisturbed, with memory for all and none leaving,"
+        " this takes"
         f" {over['undisturbed']['seconds']:.1f} s, and {over['batched']['seconds']:.1f} s if batches are formed, which"
         " has other bits."
     )
