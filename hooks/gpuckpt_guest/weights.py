@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .kv.hand import Hand
+from .kv.store import pages, pinned_pages
 
 ALIGN = 256  # bytes: what kernels like, and the same as an allocator gives
 _SLOTS = 2  # one computes, one comes
@@ -85,7 +86,7 @@ class PagedWeights:
         self.turns = sorted({number * self.count // turns for number in range(turns)}) if turns else []
         cuda = self.device.type == "cuda"
         self._parts = {layer: parts[layer] for layer in self.turns}
-        self._host = {layer: torch.empty(sizes[layer], dtype=torch.uint8, pin_memory=cuda) for layer in self.turns}
+        self._host = {layer: (pinned_pages if cuda else pages)(sizes[layer]) for layer in self.turns}
         for layer, mine in self._parts.items():
             for part in mine:
                 _view(part, self._host[layer]).copy_(part.parameter.data)

@@ -160,14 +160,14 @@ def test_random_histories(steps: list[tuple[str, int, int]], filed: bool, tmp_pa
         elif what == "write" and one.cache.shown and not pager.arriving(one.cache):
             if one.cache.lacking(count) <= arena.free and one.cache.length + count < 300:
                 world.write(one, count)
-        elif what == "fork" and len(world.sessions) < 8 and not pager.arriving(one.cache):
+        elif what == "fork" and len(world.sessions) < 8:
             world.sessions.append(Session(one.cache.fork(), list(one.numbers)))
         elif what == "leave":
             if sum(block.dirty for block in one.cache.blocks()) <= pager.space:
                 pager.leave(one.cache)
         elif what == "bring" and not one.cache.shown and pager.absent(one.cache) <= arena.free:
             pager.bring(one.cache, "cpu", which % LAYERS)
-        elif what == "export":
+        elif what == "export" and not pager.arriving(one.cache):
             snapshot = Snapshot(pager, one.cache)
             check(one, dict(snapshot.tensors()))
             snapshot.release()

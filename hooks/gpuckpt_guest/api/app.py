@@ -89,7 +89,8 @@ def _exposition(engine: Engine) -> str:
     lines += [f'gpuckpt_guest_sessions{{state="{state}"}} {count}' for state, count in states.items()]
     scheduler, memory = engine.scheduler, engine.memory.report()
     for name, kind, value in (
-        ("requests_running", "gauge", states[State.RUNNING]),
+        # A server that is to be frozen is waited for until this is 0: no file of a block is half written then.
+        ("requests_running", "gauge", states[State.RUNNING] + engine.memory.pager.at_work),
         ("layers_run_total", "counter", scheduler.layers_run),
         ("tokens_sampled_total", "counter", scheduler.passes.tokens_sampled),
         ("batch_size_max", "gauge", scheduler.largest_batch),

@@ -250,7 +250,7 @@ class Passes:
             (session,) = flight.rows
             cache.commit(session.replay.popleft())
             if not session.replay:
-                session.came = time.monotonic()
+                session.came, session.worked = time.monotonic(), 0.0
             if session.turn and session.turn.cancelled:
                 self.end(session, session.turn, "cancelled")
                 return []

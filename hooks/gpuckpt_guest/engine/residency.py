@@ -180,7 +180,7 @@ class Residency:
 
     def _bring(self, session: Session) -> None:
         self.pager.bring(session.cache, self._device, session.halfway.layer if session.halfway else 0)
-        session.came = self._clock()
+        session.came, session.worked = self._clock(), 0.0
 
     def _no_mappings(self, session: Session, error: OSError) -> None:
         """The memory cannot show as much as was thought: who comes waits until others have left."""
@@ -233,7 +233,7 @@ class Residency:
         again = 0.0
         if session.reads is not None and held > self.pager.space * self.arena.memory.size:  # it would be dropped
             again = self.costs.replay(len(session.reads), sum(session.reads) - len(session.reads))
-        return self._clock() - session.came < policy.tenure(held, self.costs, again)
+        return session.worked < policy.tenure(held, self.costs, again)
 
     def _can_go_on(self, session: Session) -> bool:
         """Whether its next pass finds room as it is."""
@@ -377,5 +377,5 @@ class Residency:
         """The clock may have jumped: the process has been restored elsewhere. What was said of times is forgotten."""
         now = self._clock()
         for session in self._sessions():
-            session.used = session.came = now
+            session.used, session.came, session.worked = now, now, 0.0
             session.pinned, session.expected = 0.0, None

@@ -266,6 +266,8 @@ class Scheduler:
             self.layers_run += 1
             return self._boundary(flight)
         rows = list(flight.rows)
+        for session in rows:
+            session.worked += flight.seconds / len(rows)
         on_their_way = self.passes.land(flight)
         for session in rows:
             self.residency.release(session)

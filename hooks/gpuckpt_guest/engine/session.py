@@ -126,6 +126,7 @@ class Session:
     # stay there, when its client expects to go on.
     used: float = field(default_factory=time.monotonic)
     came: float = field(default_factory=time.monotonic)
+    worked: float = 0.0  # seconds that it has computed since then
     pinned: float = 0.0
     expected: float | None = None
     durable: bool = False

@@ -102,6 +102,8 @@ class Arena:
     def charge(self, bytes: int) -> None:
         """So many bytes of the device's memory are used, or not any more, by what does not lie in blocks."""
         self._charged += bytes
+        if bytes > 0:
+            self.memory.fit(self.memory.places * self.memory.size - self._charged, self._free)
 
     def trim(self) -> None:
         """Give the pages of free places back to the machine, where it can use them."""

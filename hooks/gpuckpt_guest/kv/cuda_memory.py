@@ -70,6 +70,7 @@ class CudaMemory:
         self._handles: dict[int, list[Any]] = {}
         self._blocks = _Addresses(self, places * size)
         self._streams = {way: torch.cuda.Stream(device) for way in ("out", "in")}
+        weakref.finalize(self, _release_all, self._handles)
 
     def block(self, place: int) -> Any:
         self.handles(place)
@@ -84,22 +85,34 @@ class CudaMemory:
         """The pieces of a place, which are created if it has not been used yet."""
         if place not in self._handles:
             driver, properties = _driver(), _properties(self.device)
-            made = [_checked(driver.cuMemCreate(self.granule, properties, 0)) for _ in range(self.size // self.granule)]
+            made: list[Any] = []
+            try:
+                while len(made) < self.size // self.granule:
+                    made.append(_checked(driver.cuMemCreate(self.granule, properties, 0)))
+                self._blocks.map(place * self.size, made)
+            except BaseException:
+                _release(made)
+                raise
             self._handles[place] = made
-            self._blocks.map(place * self.size, made)
         return self._handles[place]
 
     def reserve(self, size: int) -> CudaRange:
         return CudaRange(self, -(-size // self.granule) * self.granule)
 
     def trim(self, places: Sequence[int]) -> None:
-        used = [place for place in places if place in self._handles]
-        if used:
+        self._let_go([place for place in places if place in self._handles])
+
+    def fit(self, bytes: int, free: Sequence[int]) -> None:
+        over = len(self._handles) - bytes // self.size
+        if over > 0:
+            self._let_go([place for place in free if place in self._handles][:over])
+
+    def _let_go(self, places: Sequence[int]) -> None:
+        if places:
             torch.cuda.synchronize(self.device)
-        for place in used:
+        for place in places:
             self._blocks.unmap(place * self.size, self.size)
-            for handle in self._handles.pop(place):
-                _checked(_driver().cuMemRelease(handle))
+            _release(self._handles.pop(place))
 
     def written(self) -> Any:
         event = torch.cuda.Event()
@@ -120,6 +133,23 @@ class CudaMemory:
         stream.synchronize()
 
 
+def _release(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        _checked(_driver().cuMemRelease(handle))
+
+
+def _release_all(handles: dict[int, list[Any]]) -> None:
+    for made in handles.values():
+        _release(made)
+
+
+def _free_addresses(base: int, size: int, mapped: dict[int, int]) -> None:
+    torch.cuda.synchronize()
+    for at, length in mapped.items():
+        _checked(_driver().cuMemUnmap(base + at, length))
+    _checked(_driver().cuMemAddressFree(base, size))
+
+
 class _Addresses:
     """Reserved addresses of a GPU, and the tensor of their bytes, of which only what is mapped may be touched."""
 
@@ -128,7 +158,9 @@ class _Addresses:
         self._memory = weakref.ref(memory)
         self._device, self._granule = memory.device, memory.granule
         self.base = int(_checked(driver.cuMemAddressReserve(size, 0, 0, 0)))
-        weakref.finalize(self, lambda base: driver.cuMemAddressFree(base, size), self.base)
+        # What is mapped, by offset: addresses are free once nothing is.
+        self._mapped: dict[int, int] = {}
+        weakref.finalize(self, _free_addresses, self.base, size, self._mapped)
         # A tensor at an address that torch has not allocated; the public ways ask the driver what lies there, which is
         # nothing yet.
         storage = torch._C._construct_storage_from_data_pointer(self.base, memory.device, size)
@@ -142,11 +174,13 @@ class _Addresses:
         access = driver.CUmemAccessDesc()
         access.location = _properties(self._device).location
         access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._mapped[at] = len(handles) * self._granule
         _checked(driver.cuMemSetAccess(self.base + at, len(handles) * self._granule, [access], 1))
 
     def unmap(self, at: int, size: int) -> None:
         """Have nothing appear there any more."""
         _checked(_driver().cuMemUnmap(self.base + at, size))
+        self._mapped.pop(at, None)
 
 
 class CudaRange:

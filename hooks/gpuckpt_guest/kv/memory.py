@@ -92,6 +92,10 @@ class Memory(Protocol):
         """What lies in these places is not needed: the machine may have the memory, until they are used again."""
         ...
 
+    def fit(self, bytes: int, free: Sequence[int]) -> None:
+        """Hold no more than so many bytes of the device: what the ``free`` places beyond that have goes."""
+        ...
+
     def written(self) -> Any:
         """A moment for :meth:`read` and :meth:`write`: what the calling thread has asked for so far is done first."""
         ...
@@ -162,6 +166,9 @@ class HostMemory:
             code = _libc.fallocate(self._file, _PUNCH_HOLE | _KEEP_SIZE, place * self.size, self.size)
             if code:
                 raise OSError(ctypes.get_errno(), "free blocks could not give their pages back")
+
+    def fit(self, bytes: int, free: Sequence[int]) -> None:
+        """Pages are given back when there is time (:meth:`trim`): the machine is not the device."""
 
     def written(self) -> None:
         return None

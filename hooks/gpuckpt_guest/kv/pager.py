@@ -87,6 +87,7 @@ class Pager:
         self._held: dict[int, Block] = {}  # the block in each slot, the longest there first
         self._outgoing = 0
         self._spilling = 0
+        self._jobs = 0  # of others, for the disk's thread
         self._numbers = {id(track): number for number, track in enumerate(arena.tracks)}
         self._bounce = files.bounce() if files else None
         self._nudged = False  # somebody has been told that there is something for poll()
@@ -345,7 +346,18 @@ class Pager:
 
     def do(self, work: Callable[[], Any], then: Then) -> None:
         """Have the disk's thread do something, behind what it has been given."""
-        self._hands["disk"].do(work, then)
+        self._jobs += 1
+
+        def noted(result: Any, error: Exception | None) -> None:
+            self._jobs -= 1
+            then(result, error)
+
+        self._hands["disk"].do(work, noted)
+
+    @property
+    def at_work(self) -> int:
+        """How much of copying and writing is under way."""
+        return self._outgoing + len(self._filing) + self._jobs
 
     def drop_file(self, file: File) -> None:
         """One of its users is done with the file."""

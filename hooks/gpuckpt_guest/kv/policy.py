@@ -18,8 +18,9 @@ from dataclasses import dataclass
 _LEAST = 0.02
 # A cache that is expected at a known time is brought back this many times its own time before.
 _EARLY = 2.0
-# Those who compute keep their place for so many times what bringing them back costs, or so many seconds.
-_TENURE, _TENURE_LEAST = 4.0, 0.2
+# Those who compute keep their place until they have computed for so many times what bringing them back costs, or for so
+# many seconds: of their own, for those that take turns with many others get little done in a second.
+_TENURE, _TENURE_LEAST = 4.0, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def early(bytes: int, costs: Costs) -> float:
 
 
 def tenure(bytes: int, costs: Costs, replay: float = 0.0) -> float:
-    """For how many seconds a cache that has been brought back may stay while others wait.
+    """How many seconds of computing a cache that has been brought back may stay for while others wait.
 
     ``replay``: seconds to compute it again, if that is how it would come back.
     """

@@ -14,6 +14,7 @@ import mmap
 import os
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -34,8 +35,7 @@ class HostMemoryPool:
     def __init__(self, budget: int, size: int, *, pinned: bool) -> None:
         self.size = size
         self.slots = budget // size
-        # Pages begin where pages of files must lie for O_DIRECT.
-        self._slots = _aligned(self.slots * size, pinned=pinned).view(self.slots, size)
+        self._slots = (pinned_pages if pinned else pages)(self.slots * size).view(self.slots, size)
         self._free = list(range(self.slots))  # a heap: neighbours are taken together
 
     @property
@@ -60,16 +60,27 @@ class HostMemoryPool:
         return self._slots.narrow(0, slot, count)
 
 
-def _aligned(size: int, *, pinned: bool) -> Any:
-    if pinned:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)  # cudaHostAlloc gives whole pages
+def pages(size: int) -> Any:
+    """Host memory as a tensor of bytes; its pages are taken from the machine when they are first used.
+
+    It begins where a page does, as files must be read to for O_DIRECT.
+    """
     if not size:
         return torch.empty(0, dtype=torch.uint8)
-    # Pages are taken from the machine when they are first used; large ones where it has them: a fifth faster to copy.
     made = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # a kernel without large ones, which are a fifth faster to copy
         made.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(made, dtype=torch.uint8)
+
+
+def pinned_pages(size: int) -> Any:
+    """The same, that a GPU copies from and to by itself; torch's own way takes powers of two. Raises RuntimeError."""
+    made = pages(size)
+    if size:
+        runtime, at = torch.cuda.cudart(), made.data_ptr()
+        torch.cuda.check_error(int(runtime.cudaHostRegister(at, size, 0)))
+        weakref.finalize(made.untyped_storage(), runtime.cudaHostUnregister, at)
+    return made
 
 
 class File:
@@ -167,7 +178,7 @@ class BlockFiles:
 
     def bounce(self) -> Any:
         """Memory to read a block into."""
-        return _aligned(self.size, pinned=False)
+        return pages(self.size)
 
 
 class _opened:
