@@ -1,0 +1,73 @@
+"""What is asked of NVIDIA's driver about the device state of processes, and its own implementations.
+
+The driver moves a process' device memory to host memory and back: *lock* (its CUDA calls wait from now on, what is on
+the device finishes), *checkpoint* (device memory goes to host memory, the GPU is free), *restore*, *unlock*. The states
+between are the driver's (CUprocessState in the CUDA Driver API, "CUDA Checkpointing").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+State = Literal["running", "locked", "checkpointed", "failed"]
+
+
+class Gpu(Struct, frozen=True):
+    """A device: its UUID (``GPU-…``), the type's name, bytes of memory in all and free, whether it is cut by MIG."""
+
+    uuid: str
+    name: str
+    memory: int
+    free: int
+    mig: bool = False
+
+
+class DriverError(Exception):
+    """The driver refused. ``code`` is its name for the reason, CUDA_ERROR_… where it has one."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}" if message else code)
+        self.code = code
+        self.message = message
+
+
+class Driver(Protocol):
+    """Device state of processes on this host, by process id. Any method may be called by any thread."""
+
+    def state(self, pid: int) -> State | None:
+        """The process' state; None if it has no CUDA context."""
+        ...
+
+    def lock(self, pid: int, timeout: float) -> None:
+        """Have its CUDA calls wait, and what is on the device finish, within ``timeout`` seconds. DriverError."""
+        ...
+
+    def checkpoint(self, pid: int) -> None:
+        """Move the device memory of a locked process to host memory. DriverError."""
+        ...
+
+    def restore(self, pid: int, gpus: Mapping[str, str]) -> None:
+        """Move it back, to the devices ``gpus`` names by UUID, from old to new; empty: where it was. DriverError.
+
+        The process is locked then. One whose restore has failed for lack of memory can never be restored.
+        """
+        ...
+
+    def unlock(self, pid: int) -> None:
+        """Let its CUDA calls go on. DriverError."""
+        ...
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        """The devices of this host."""
+        ...
+
+    def memory(self, pid: int) -> dict[str, int]:
+        """Bytes of device memory that the process holds, by UUID."""
+        ...
+
+    def version(self) -> str:
+        """The driver's version, ``570.86.15``."""
+        ...

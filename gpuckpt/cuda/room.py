@@ -1,0 +1,144 @@
+"""Room on the devices: which of them a suspended server comes back to, and that nobody else takes the memory meanwhile.
+
+A restore that runs out of device memory leaves the process beyond help (the driver refuses every later attempt), so
+the memory is counted first, and kept: restores of other commands count what those before them have reserved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from gpuckpt.cuda.driver import Driver, Gpu
+from gpuckpt.errors import DeadlineError, IncompatibleError, OutOfSpaceError
+
+_MOMENT = 0.1  # seconds between two looks at what is free
+# Beside what a server's processes held, the driver needs memory of its own for each context.
+_CONTEXT = 600 << 20
+
+
+class Held(Struct, frozen=True):
+    """A device that a server used: its UUID and type, and the bytes that its processes held there."""
+
+    uuid: str
+    name: str
+    bytes: int
+
+
+def place(held: Sequence[Held], gpus: Sequence[Gpu], reserved: Mapping[str, int]) -> dict[str, str] | None:
+    """Onto which devices it can come back now, by UUID, old to new; None: there is no room at the moment.
+
+    Where it was, if there is room; else on the ones of the same type with most free memory. Raises IncompatibleError
+    if it can never fit: no device of the type, or none as large. ``reserved``: bytes that others are about to take.
+    """
+    left = {gpu.uuid: gpu.free - reserved.get(gpu.uuid, 0) for gpu in gpus if not gpu.mig}
+    chosen: dict[str, str] = {}
+    full = False
+    for one in sorted(held, key=lambda one: -one.bytes):
+        alike = [gpu for gpu in gpus if gpu.name == one.name and not gpu.mig and gpu.uuid not in chosen.values()]
+        large = [gpu for gpu in alike if gpu.memory >= one.bytes + _CONTEXT]
+        if not large:
+            there = ", ".join(dict.fromkeys(f"{gpu.name}{' (MIG)' if gpu.mig else ''}" for gpu in gpus)) or "none"
+            raise IncompatibleError(
+                f"there is no GPU for it: it ran on a {one.name}, with {one.bytes >> 20} MiB",
+                cause=f"GPUs here: {there}" + (f", of which {len(alike)} of that type are free of it" if alike else ""),
+                remedy="restore it where there is one, or create the golden anew here",
+            )
+        fitting = [gpu for gpu in large if left[gpu.uuid] >= one.bytes + _CONTEXT]
+        full = full or not fitting
+        if fitting:
+            same = next((gpu for gpu in fitting if gpu.uuid == one.uuid), None)
+            chosen[one.uuid] = (same or max(fitting, key=lambda gpu: left[gpu.uuid])).uuid
+    return None if full else chosen
+
+
+class Room:
+    """Reservations of device memory, in a folder that all commands share; those of ended processes do not count."""
+
+    def __init__(self, folder: Path, driver: Driver, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._folder = folder
+        self._driver = driver
+        self._sleep = sleep
+
+    @contextlib.contextmanager
+    def reserve(self, held: Sequence[Held], *, timeout: float = 0.0) -> Iterator[dict[str, str]]:
+        """Keep room for it while the body runs, and say where: UUIDs, old to new. Empty if it holds nothing.
+
+        Raises IncompatibleError at once if it can never fit; OutOfSpaceError, or DeadlineError if ``timeout`` seconds
+        were waited, if there is no room.
+        """
+        if not held:
+            yield {}
+            return
+        until = time.monotonic() + timeout
+        while True:
+            with self._locked() as others:
+                gpus = self._driver.gpus()
+                chosen = place(held, gpus, _sum(others))
+                if chosen is not None:
+                    mine = self._write(held, chosen)
+                    break
+            if time.monotonic() >= until:
+                raise self._full(held, gpus, timeout)
+            self._sleep(_MOMENT)
+        try:
+            yield chosen
+        finally:
+            mine.unlink(missing_ok=True)
+
+    def _full(self, held: Sequence[Held], gpus: Sequence[Gpu], timeout: float) -> OutOfSpaceError | DeadlineError:
+        what = f"{sum(one.bytes for one in held) >> 20} MiB of GPU memory are needed"
+        free = ", ".join(f"{gpu.name} {gpu.uuid}: {gpu.free >> 20} MiB" for gpu in gpus)
+        remedy = "stop or suspend a replica that is on the GPU (gpuckpt ls, gpuckpt suspend), and try again"
+        if timeout:
+            return DeadlineError(
+                f"{what}, and were not free within {timeout:g} s", cause=f"free: {free}", remedy=remedy
+            )
+        return OutOfSpaceError(f"{what}, and are not free", cause=f"free: {free}", remedy=remedy)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[list[dict[str, int]]]:
+        """Others' reservations, while nobody else can make one."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = []
+            for file in self._folder.glob("*.json"):
+                held = json.loads(file.read_text())
+                if _started(held["pid"]) == held["started"]:
+                    found.append(held["bytes"])
+                else:  # it was killed
+                    file.unlink(missing_ok=True)
+            yield found
+        finally:
+            os.close(lock)
+
+    def _write(self, held: Sequence[Held], chosen: Mapping[str, str]) -> Path:
+        needs = {chosen[one.uuid]: one.bytes + _CONTEXT for one in held}
+        file = self._folder / f"{os.getpid()}-{time.monotonic_ns()}.json"
+        file.write_text(json.dumps({"pid": os.getpid(), "started": _started(os.getpid()), "bytes": needs}))
+        return file
+
+
+def _sum(reservations: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for one in reservations:
+        for uuid, count in one.items():
+            found[uuid] = found.get(uuid, 0) + count
+    return found
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in the kernel's ticks, for a pid may be another's by now; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""

@@ -1,0 +1,417 @@
+"""Suspending and resuming device state, on a driver without a GPU: every failure at every step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from gpuckpt.cuda.driver import DriverError
+from gpuckpt.cuda.helper import Helper, Remote
+from gpuckpt.cuda.holders import holders
+from gpuckpt.cuda.room import Held, Room, place
+from gpuckpt.cuda.suspend import Limits, resume, suspend
+from gpuckpt.errors import (
+    CheckpointError,
+    DaemonUnreachableError,
+    DeadlineError,
+    IncompatibleError,
+    OutOfSpaceError,
+    PreflightError,
+    RestoreError,
+)
+from tests.cuda_fake import H100, MIB, FakeDriver, gpu
+
+QUICK = Limits(lock=0.2, checkpoint=0.2, restore=0.2, unlock=0.2)
+PIDS = (11, 12, 13)
+
+
+@pytest.fixture
+def driver() -> FakeDriver:
+    """Three processes of one server on two devices."""
+    made = FakeDriver({one.uuid: one for one in (gpu(0), gpu(1))})
+    first, second = made.devices
+    made.start(11, 20_000, first)
+    made.start(12, 1_000, first)
+    made.start(13, 30_000, second)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpuckpt.cuda.suspend._SPARE", 0.1)
+
+
+def states(driver: FakeDriver) -> set[str | None]:
+    return {driver.state(pid) for pid in PIDS}
+
+
+def free(driver: FakeDriver) -> list[int]:
+    return [one.free // MIB for one in driver.gpus()]
+
+
+# ---------------------------------------------------------------------- the order
+
+
+def test_all_are_locked_before_any_is_checkpointed_and_restored_before_any_is_unlocked(driver: FakeDriver) -> None:
+    before = free(driver)
+    steps = suspend(driver, PIDS)
+    assert states(driver) == {"checkpointed"} and free(driver) == [80_000, 80_000]
+    steps += resume(driver, PIDS)
+    assert states(driver) == {"running"} and free(driver) == before
+    assert [name for name, _ in driver.calls] == [
+        step for step in ("lock", "checkpoint", "restore", "unlock") for _ in PIDS
+    ]
+    assert [step.name for step in steps] == ["lock", "checkpoint", "restore", "unlock"]
+    assert all(step.begin_ns <= step.end_ns for step in steps)
+
+
+def test_each_step_is_made_side_by_side(driver: FakeDriver) -> None:
+    meeting = threading.Barrier(len(PIDS))
+
+    def meet(step: str, pid: int) -> None:
+        if step != "state":
+            meeting.wait(5)  # all are at the same step, or nobody gets on
+
+    driver.before = meet
+    suspend(driver, PIDS)
+    resume(driver, PIDS)
+    assert states(driver) == {"running"}
+
+
+def test_a_server_without_cuda_has_nothing_to_move() -> None:
+    driver = FakeDriver()
+    assert [step.name for step in suspend(driver, ())] == ["lock", "checkpoint"] and not driver.calls
+
+
+# ---------------------------------------------------------------------- every failure at every step
+
+
+@pytest.mark.parametrize(("step", "pid"), list(product(("lock", "checkpoint"), PIDS)))
+@pytest.mark.parametrize("how", ["refused", "hangs"])
+def test_a_suspend_that_fails_leaves_the_server_running(driver: FakeDriver, step: str, pid: int, how: str) -> None:
+    before = free(driver)
+    if how == "refused":
+        driver.refuse[step, pid] = DriverError("CUDA_ERROR_NOT_SUPPORTED", "peers")
+    else:
+        driver.hang[step, pid] = 0.5
+    with pytest.raises(CheckpointError, match=f"{step} failed") as caught:
+        suspend(driver, PIDS, QUICK)
+    assert caught.value.cause and f"process {pid}:" in caught.value.cause
+    if how == "refused":
+        assert "CUDA_ERROR_NOT_SUPPORTED: peers" in caught.value.cause
+        assert caught.value.remedy and caught.value.remedy.startswith("the server runs on")
+        assert states(driver) == {"running"} and free(driver) == before
+        driver.refuse.clear()
+        suspend(driver, PIDS, QUICK)  # and it can be tried again
+    else:
+        assert "did not answer within" in caught.value.cause
+
+
+@pytest.mark.parametrize("pid", PIDS)
+def test_a_restore_that_fails_takes_the_others_off_again(driver: FakeDriver, pid: int) -> None:
+    suspend(driver, PIDS)
+    driver.refuse["restore", pid] = DriverError("CUDA_ERROR_UNKNOWN", "")
+    with pytest.raises(RestoreError, match="restore failed") as caught:
+        resume(driver, PIDS, limits=QUICK)
+    assert caught.value.remedy and "none of it is on a device" in caught.value.remedy
+    assert states(driver) == {"checkpointed"} and free(driver) == [80_000, 80_000]
+    driver.refuse.clear()
+    resume(driver, PIDS)
+    assert states(driver) == {"running"}
+
+
+@pytest.mark.parametrize("pid", PIDS)
+def test_an_unlock_that_fails_is_told(driver: FakeDriver, pid: int) -> None:
+    suspend(driver, PIDS)
+    driver.refuse["unlock", pid] = DriverError("CUDA_ERROR_UNKNOWN", "")
+    with pytest.raises(RestoreError, match="unlock failed"):
+        resume(driver, PIDS, limits=QUICK)
+
+
+@pytest.mark.parametrize("pid", PIDS)
+def test_what_cannot_be_undone_is_said(driver: FakeDriver, pid: int) -> None:
+    driver.refuse["checkpoint", 12] = DriverError("CUDA_ERROR_UNKNOWN", "")
+    driver.refuse["unlock", pid] = DriverError("CUDA_ERROR_UNKNOWN", "stuck")
+    with pytest.raises(CheckpointError) as caught:
+        suspend(driver, PIDS, QUICK)
+    assert (
+        caught.value.remedy
+        and "could not be undone" in caught.value.remedy
+        and "stop the server" in caught.value.remedy
+    )
+    assert f"process {pid}" in caught.value.remedy
+
+
+@pytest.mark.parametrize("state", ["locked", "checkpointed", "failed", None])
+def test_a_process_that_another_program_works_on_is_left_alone(driver: FakeDriver, state: str | None) -> None:
+    if state is None:
+        del driver.processes[12]
+    else:
+        driver.processes[12].state = state  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match="not what it should be") as caught:
+        suspend(driver, PIDS)
+    assert caught.value.cause and f"process 12 is {state or 'without CUDA'}, not running" in caught.value.cause
+    assert not driver.calls
+
+
+def test_a_fault_of_ours_is_not_taken_for_the_driver_s(driver: FakeDriver) -> None:
+    def broken(step: str, pid: int) -> None:
+        if step == "lock":
+            raise ZeroDivisionError
+
+    driver.before = broken
+    with pytest.raises(ZeroDivisionError):
+        suspend(driver, PIDS)
+
+
+# ---------------------------------------------------------------------- room
+
+
+def held(*wanted: tuple[int, int], name: str = H100) -> list[Held]:
+    return [Held(gpu(number).uuid, name, mib * MIB) for number, mib in wanted]
+
+
+def test_it_comes_back_where_it_was_if_there_is_room() -> None:
+    gpus = (gpu(0, free=30_000), gpu(1, free=80_000))
+    assert place(held((0, 20_000)), gpus, {}) == {gpu(0).uuid: gpu(0).uuid}
+    assert place(held((0, 40_000)), gpus, {}) == {gpu(0).uuid: gpu(1).uuid}  # another of the same type
+    assert place(held((0, 20_000)), gpus, {gpu(0).uuid: 15_000 * MIB}) == {gpu(0).uuid: gpu(1).uuid}
+    assert place(held((7, 20_000)), gpus, {}) == {gpu(7).uuid: gpu(1).uuid}  # from another host
+    assert place([], gpus, {}) == {}
+
+
+def test_two_devices_come_back_to_two() -> None:
+    gpus = (gpu(0, free=30_000), gpu(1, free=80_000))
+    assert place(held((0, 20_000), (1, 60_000)), gpus, {}) == {gpu(0).uuid: gpu(0).uuid, gpu(1).uuid: gpu(1).uuid}
+    assert place(held((0, 60_000), (1, 20_000)), gpus, {}) == {gpu(0).uuid: gpu(1).uuid, gpu(1).uuid: gpu(0).uuid}
+    assert place(held((0, 60_000), (1, 60_000)), gpus, {}) is None
+    with pytest.raises(IncompatibleError, match="no GPU for it"):
+        place(held((0, 20_000), (1, 20_000), (2, 20_000)), gpus, {})
+
+
+@pytest.mark.parametrize(
+    "gpus",
+    [(), (gpu(0, name="NVIDIA A100"),), (gpu(0, memory=16_000, free=16_000),), (gpu(0, mig=True),)],
+    ids=["none", "another type", "too small", "MIG"],
+)
+def test_what_can_never_fit_is_refused(gpus: tuple[object, ...]) -> None:
+    with pytest.raises(IncompatibleError, match="no GPU for it: it ran on a NVIDIA H100"):
+        place(held((0, 20_000)), gpus, {})  # type: ignore[arg-type]
+
+
+def test_reservations_of_others_count_until_they_end(tmp_path: Path) -> None:
+    driver = FakeDriver()
+    one, other = Room(tmp_path, driver), Room(tmp_path, driver)
+    with one.reserve(held((0, 50_000))) as where:
+        assert where == {gpu(0).uuid: gpu(0).uuid}
+        with (
+            pytest.raises(OutOfSpaceError, match="50000 MiB of GPU memory are needed"),
+            other.reserve(held((0, 50_000))),
+        ):
+            pass
+        with other.reserve(held((0, 20_000))):
+            pass
+    with other.reserve(held((0, 50_000))):
+        pass
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_who_waits_for_room_gets_it_or_hears_of_it(tmp_path: Path) -> None:
+    driver = FakeDriver({gpu(0).uuid: gpu(0, free=1_000)})
+    looks = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            driver.devices[gpu(0).uuid] = gpu(0)
+        time.sleep(0.001)
+
+    with Room(tmp_path, driver, sleep=sleep).reserve(held((0, 50_000)), timeout=10) as where:
+        assert where and looks == 3
+    driver.devices[gpu(0).uuid] = gpu(0, free=1_000)
+    with (
+        pytest.raises(DeadlineError, match=r"were not free within 0\.05 s"),
+        Room(tmp_path, driver).reserve(held((0, 50_000)), timeout=0.05),
+    ):
+        pass
+
+
+def test_a_reservation_of_a_killed_command_does_not_count(tmp_path: Path) -> None:
+    driver = FakeDriver()
+    script = (
+        f"import os, sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "from pathlib import Path\n"
+        "from gpuckpt.cuda.room import Room\n"
+        "from tests.cuda_fake import FakeDriver\n"
+        "from tests.unit.test_cuda import held\n"
+        f"kept = Room(Path({str(tmp_path)!r}), FakeDriver()).reserve(held((0, 50_000)))\n"
+        "kept.__enter__()\n"
+        "os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert list(tmp_path.glob("*.json"))
+    with Room(tmp_path, driver).reserve(held((0, 50_000))):
+        assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+# ---------------------------------------------------------------------- who holds device memory
+
+
+def test_only_processes_with_the_devices_open_are_asked_about(tmp_path: Path) -> None:
+    driver = FakeDriver()
+    driver.start(11, 100)
+    asked: list[int] = []
+    driver.before = lambda step, pid: asked.append(pid)
+    for pid, target in ((11, "/dev/nvidiactl"), (12, "/dev/nvidia-uvm"), (13, "/dev/null")):
+        folder = tmp_path / str(pid) / "fd"
+        folder.mkdir(parents=True)
+        (folder / "3").symlink_to(target)
+    assert holders(driver, [13, 12, 11, 99], proc=tmp_path) == [11]
+    assert asked == [12, 11]
+
+
+# ---------------------------------------------------------------------- the helper
+
+
+@pytest.fixture
+def served(tmp_path: Path, driver: FakeDriver) -> Iterator[Path]:
+    path = tmp_path / "gpu.sock"
+    thread = threading.Thread(target=Helper(driver, path, idle=30).serve)
+    thread.start()
+    while not path.exists():
+        time.sleep(0.005)
+    yield path
+    path.unlink(missing_ok=True)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_the_helper_says_what_the_driver_says(served: Path, driver: FakeDriver) -> None:
+    remote = Remote(served)
+    assert remote.gpus() == driver.gpus() and remote.version() == "570.86.15"
+    assert remote.state(11) == "running" and remote.state(99) is None
+    assert remote.memory(11) == driver.memory(11)
+    suspend(remote, PIDS)
+    assert states(driver) == {"checkpointed"}
+    resume(remote, PIDS, {})
+    assert states(driver) == {"running"}
+    with pytest.raises(DriverError) as caught:
+        remote.unlock(11)
+    assert caught.value.code == "CUDA_ERROR_ILLEGAL_STATE" and "running" in caught.value.message
+    assert served.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_choreography_is_the_same_through_the_helper(served: Path, driver: FakeDriver) -> None:
+    driver.refuse["checkpoint", 12] = DriverError("CUDA_ERROR_NOT_SUPPORTED", "")
+    with pytest.raises(CheckpointError, match="checkpoint failed"):
+        suspend(Remote(served), PIDS, QUICK)
+    assert states(driver) == {"running"}
+
+
+def test_one_call_that_hangs_keeps_nobody_else(served: Path, driver: FakeDriver) -> None:
+    driver.hang["lock", 11] = 0.5
+    slow = threading.Thread(target=Remote(served).lock, args=(11, 1.0))
+    slow.start()
+    began = time.monotonic()
+    Remote(served).lock(12, 1.0)
+    assert time.monotonic() - began < 0.4
+    slow.join()
+
+
+def test_nonsense_is_answered(served: Path) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(served))
+        with connection.makefile("rwb") as stream:
+            for line in (
+                b"nonsense",
+                b"{}",
+                b'{"call": "__init__", "arguments": []}',
+                b'{"call": "state", "arguments": [1, 2]}',
+            ):
+                stream.write(line + b"\n")
+                stream.flush()
+                assert b'"error"' in stream.readline()
+
+
+_SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from gpuckpt.cuda.helper import Helper
+from tests.cuda_fake import FakeDriver
+class Dies(FakeDriver):
+    def checkpoint(self, pid):
+        import os; os._exit(3)
+driver = Dies()
+driver.start(11, 100)
+driver.processes[12] = driver.processes[11]
+Helper(driver, Path(sys.argv[1]), idle={idle}).serve()
+"""
+
+
+def command(tmp_path: Path, idle: float = 20.0) -> tuple[str, ...]:
+    script = tmp_path / "helper.py"
+    script.write_text(_SCRIPT.format(path=[str(Path(__file__).parents[2])], idle=idle))
+    return (sys.executable, str(script))
+
+
+def test_the_helper_is_started_once_and_again_after_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "gpu.sock"
+    remotes = [Remote(path, argv=command(tmp_path)) for _ in range(6)]
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda one=one: found.append(one.version())) for one in remotes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["570.86.15"] * 6
+    inode = path.stat().st_ino
+    assert remotes[0].state(11) == "running" and path.stat().st_ino == inode
+    remotes[0].lock(11, 1.0)
+    with pytest.raises(DaemonUnreachableError, match="ended while it was asked “checkpoint”"):
+        remotes[0].checkpoint(11)
+    assert remotes[0].state(11) == "running"  # another one
+    path.unlink()  # it ends
+
+
+def test_a_crash_in_the_midst_of_a_suspend_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.sock"
+    remote = Remote(path, argv=command(tmp_path))
+    with pytest.raises(CheckpointError, match="checkpoint failed") as caught:
+        suspend(remote, [11], QUICK)
+    assert caught.value.cause and "ended while it was asked" in caught.value.cause
+    path.unlink(missing_ok=True)
+
+
+def test_the_helper_ends_when_nobody_asks(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.sock"
+    assert Remote(path, argv=command(tmp_path, idle=0.1)).version()
+    until = time.monotonic() + 10
+    while path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ('print(\'{"error": ["CUDA cannot be initialised", "why", "do"]}\')', "CUDA cannot be initialised"),
+        ("raise SystemExit('no such thing')", "could not be started"),
+        ("", "could not be started"),
+    ],
+)
+def test_a_helper_that_cannot_start_says_why(tmp_path: Path, script: str, said: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(script)
+    with pytest.raises(PreflightError, match=said):
+        Remote(tmp_path / "gpu.sock", argv=(sys.executable, str(file))).version()
