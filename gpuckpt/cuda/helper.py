@@ -32,7 +32,8 @@ from gpuckpt.errors import DaemonUnreachableError, GpuckptError, PreflightError
 _IDLE = 900.0  # seconds without a question after which it ends
 _START = 60.0  # seconds that initialising CUDA may take
 _LONGEST = 300.0  # seconds that one answer may take: the memory of a large process is copied meanwhile
-_METHODS = ("state", "lock", "checkpoint", "restore", "unlock", "gpus", "memory", "version")
+_QUESTIONS = ("state", "gpus", "memory", "version")
+_METHODS = (*_QUESTIONS, "lock", "checkpoint", "restore", "unlock")
 _LINE = 1 << 20
 
 
@@ -171,19 +172,9 @@ class Remote:
         return found
 
     def _ask(self, name: str, *arguments: Any) -> Any:
-        with self._connected() as connection, connection.makefile("rwb") as stream:
-            try:
-                stream.write(json.dumps({"call": name, "arguments": arguments}).encode() + b"\n")
-                stream.flush()
-                line = stream.readline(_LINE)
-            except TimeoutError as error:
-                raise DaemonUnreachableError(
-                    f"the GPU helper did not answer “{name}” within {self._timeout:g} s",
-                    cause="the driver may hang",
-                    remedy="see the kernel's log (dmesg) for NVRM lines; stop the replica",
-                ) from error
-            except OSError:
-                line = b""
+        line = self._answer(name, arguments)
+        if not line and name in _QUESTIONS:  # they change nothing: another helper may answer
+            line = self._answer(name, arguments)
         if not line:
             raise DaemonUnreachableError(
                 f"the GPU helper ended while it was asked “{name}”",
@@ -193,6 +184,22 @@ class Remote:
         if "error" in answer:
             raise DriverError(answer["error"]["code"], answer["error"]["message"])
         return answer["result"]
+
+    def _answer(self, name: str, arguments: tuple[Any, ...]) -> bytes:
+        """A line; empty if the helper has ended."""
+        with self._connected() as connection, connection.makefile("rwb") as stream:
+            try:
+                stream.write(json.dumps({"call": name, "arguments": arguments}).encode() + b"\n")
+                stream.flush()
+                return stream.readline(_LINE)
+            except TimeoutError as error:
+                raise DaemonUnreachableError(
+                    f"the GPU helper did not answer “{name}” within {self._timeout:g} s",
+                    cause="the driver may hang",
+                    remedy="see the kernel's log (dmesg) for NVRM lines; stop the replica",
+                ) from error
+            except OSError:
+                return b""
 
     def _connected(self) -> socket.socket:
         made = self._connect()
