@@ -320,3 +320,27 @@ def test_a_narrow_window_shows_all_of_it_without_scrolling_sideways(page: Page) 
     assert page.evaluate("document.documentElement.scrollHeight") < 4000
     page.get_by_role("button", name="Resume").click()
     done(page)
+
+
+def test_where_caches_lie_is_shown(page: Page, server: str) -> None:
+    name = start(page, layers="")
+    done(page)
+    memory = page.locator("#memory")
+    expect(memory).to_contain_text("Memory for caches")
+    expect(memory).to_contain_text("device")
+    expect(memory).to_contain_text("host")
+    facts = page.locator("#facts")
+    expect(facts).to_contain_text("on the device")
+    page.get_by_role("button", name="Suspend").click()
+    expect(page.locator("#state")).to_have_text("suspended")
+    expect(facts).to_contain_text("off the device")
+    expect(memory).to_contain_text("moved in and out")
+    where = ask(server, "GET", f"/v1/sessions/{name}")["memory"]
+    assert where["state"] == "away" and where["bytes"]["device"] == 0
+    # However many sessions there are, and in a small window, all of the meter can be seen.
+    page.set_viewport_size({"width": 1200, "height": 600})
+    for _ in range(40):
+        ask(server, "POST", "/v1/sessions", {})
+    expect(page.locator("#list li")).to_have_count(len(ask(server, "GET", "/v1/sessions")["sessions"]))
+    box = memory.bounding_box()
+    assert box is not None and box["y"] + box["height"] <= 600
