@@ -21,6 +21,7 @@ from gpuckpt import proc
 from gpuckpt.containers.podman import OWNER
 from gpuckpt.errors import GpuckptError, NotFoundError
 from gpuckpt.host import hugepages
+from gpuckpt.store import locks
 
 PREFIX = "gpuckpt-bench"
 LABEL = "gpuckpt.bench"  # containers and images that are not gpuckpt's own carry it, with the workspace as its value
@@ -97,22 +98,8 @@ def workspace(*, parent: Path = PARENT, store_size: str = "") -> Iterator[Worksp
 def sweep(parent: Path = PARENT) -> None:
     """Remove the workspaces of runs that were killed."""
     for folder in parent.glob(f"{PREFIX}-*"):
-        if not _in_use(folder):
+        if not locks.held(folder / _LOCK):
             remove(folder)
-
-
-def _in_use(folder: Path) -> bool:
-    try:
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def remove(folder: Path) -> None:

@@ -78,8 +78,10 @@ class PagedWeights:
         self.count = len(layers)
         fit = min(self.count, budget // self.largest) if self.largest else self.count
         if self.largest and fit < _SLOTS:
+            least_mib = -(-_SLOTS * self.largest // (1 << 20))
             raise ValueError(
-                f"{budget} bytes for weights hold less than two layers of {self.largest}: one computes, one comes"
+                f"{budget >> 20} MiB for weights hold less than two layers, one that computes and one that comes;"
+                f" --weights-mib must be at least {least_mib}"
             )
         turns = self.count - fit + _SLOTS if fit < self.count else 0
         # The layers that come in turns, in order.

@@ -391,7 +391,7 @@ class Engine:
         if session.suspended and seconds:
             raise conflict(f"session {session.id} is suspended; resume it first", "suspended")
         if not self.memory.pin(session, seconds):
-            others = ", ".join(sorted(one.id for one in self.memory.pinned() if one is not session))
+            others = ", ".join(sorted(one.id for one in self.memory.residency.pinned() if one is not session))
             what = "pinned sessions would hold more than three quarters of the device's memory for caches"
             raise conflict(f"{what}; pinned are {others or 'no others'}", "too_many_pinned")
 

@@ -183,7 +183,7 @@ class SessionMemory:
         """Have it stay for so long; False: there would be too little left for others."""
         now = self._clock()
         held = {session.cache} if seconds else set()
-        held |= {one.cache for one in self.pinned() if one is not session}
+        held |= {one.cache for one in self.residency.pinned() if one is not session}
         blocks = {id(block) for cache in held for block in cache.blocks()}
         if len(blocks) > self.arena.memory.places * PINNED_SHARE:
             return False
@@ -191,11 +191,6 @@ class SessionMemory:
         if seconds and not session.cache.shown:
             self.wake(session)
         return True
-
-    def pinned(self) -> list[Session]:
-        """Sessions that stay on the device, for now."""
-        now = self._clock()
-        return [session for session in self._sessions() if session.pinned > now]
 
     def expect(self, session: Session, seconds: float) -> None:
         """It is not needed for so long; 0: nothing is known."""

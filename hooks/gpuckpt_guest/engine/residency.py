@@ -206,18 +206,23 @@ class Residency:
         """Who has waited longest, of those for whom there is room once others have left."""
         if not self._waiting:
             return None
-        stay = {id(block): one for one in self._pinned() if one.cache.shown for block in one.cache.blocks()}
-        if len(stay) > self.arena.memory.places * PINNED_SHARE:
-            stay = {}
+        stay = {id(block): one for one in self._staying() if one.cache.shown for block in one.cache.blocks()}
         for session in self._waiting:
             mine = sum(one is session for one in stay.values())
             if self._need(session, self._wanted(session)) <= self.arena.memory.places - len(stay) + mine:
                 return session
         return None
 
-    def _pinned(self) -> list[Session]:
+    def pinned(self) -> list[Session]:
+        """Sessions that are to stay on the device, for now."""
         now = self._clock()
         return [session for session in self._sessions() if session.pinned > now]
+
+    def _staying(self) -> list[Session]:
+        """Those of them that do: none, if they have grown beyond what may be pinned."""
+        found = self.pinned()
+        held = {id(block) for one in found for block in one.cache.blocks()}
+        return found if len(held) <= self.arena.memory.places * PINNED_SHARE else []
 
     @staticmethod
     def _wanted(session: Session) -> int:
@@ -274,16 +279,14 @@ class Residency:
         return max(need - self.arena.free - self.pager.leaving, unshown)
 
     def _movable(self, but: Session) -> list[Session]:
-        # Pinned sessions may grow: beyond what may be pinned they are as all others.
-        held = {id(block) for one in self._pinned() for block in one.cache.blocks()}
-        now = self._clock() if len(held) <= self.arena.memory.places * PINNED_SHARE else float("inf")
+        staying = set(self._staying())
         return [
             session
             for session in self._sessions()
             if session is not but
             and session.cache.shown
             and session not in self._granted
-            and session.pinned <= now
+            and session not in staying
             and not session.failed
             and not self.pager.arriving(session.cache)
         ]

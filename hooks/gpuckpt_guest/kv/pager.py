@@ -166,7 +166,7 @@ class Pager:
                 self._wake()
 
     def _send(self, block: Block) -> None:
-        if block.home is not None and not block.dirty:
+        if self.copied(block):
             self.out.spared += 1
             self._vacate(block)
         else:
@@ -213,10 +213,7 @@ class Pager:
     def _slot(self) -> int:
         if not self.host.free:
             # Copies of what lies in the arena as well, or in a file, can be done without.
-            spare = next(
-                (slot for slot, block in self._held.items() if _reusable(block)),
-                -1,
-            )
+            spare = next((slot for slot, block in self._held.items() if _reusable(block)), -1)
             if spare < 0:
                 return -1
             self._forget_slot(self._held[spare])
