@@ -44,7 +44,7 @@ from gpuckpt.manifest import (
 from gpuckpt.store import digests, seal
 from gpuckpt.store.layout import Layout
 from gpuckpt.timing import now_ns
-from gpuckpt.workload.base import MEMORY_FOLDER, LaunchLine, Replay
+from gpuckpt.workload.base import MEMORY_FOLDER, PROCESSORS, Accelerator, LaunchLine, Replay
 from gpuckpt.workload.endpoint import Endpoint
 
 DUMP_STAGES = ("pre-dump", "network-lock", "post-dump", "network-unlock")
@@ -330,7 +330,9 @@ class FakeAdapter:
     def _answer(self) -> str:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
-    def launch(self, arguments: Sequence[str], *, port: int | None, python: Path | None) -> LaunchLine:
+    def launch(
+        self, arguments: Sequence[str], *, port: int | None, python: Path | None, on: Accelerator = PROCESSORS
+    ) -> LaunchLine:
         return LaunchLine(tuple(arguments), {"SERVER": "fake"})
 
     def healthy(self, endpoint: Endpoint, *, timeout: float = 2) -> bool:

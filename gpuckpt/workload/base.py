@@ -18,6 +18,21 @@ SOCKET_FOLDER = "/run/gpuckpt"
 MEMORY_FOLDER = "/run/gpuckpt-memory"
 SOCKET_NAME = "server.sock"
 SOCKET_INSIDE = f"{SOCKET_FOLDER}/{SOCKET_NAME}"
+# Beside it, where a server can be told to give its device memory back: see hooks/gpuckpt_guest/control.py.
+CONTROL_NAME = "control.sock"
+
+
+class Accelerator(Struct, frozen=True):
+    """What a server runs on beside processors. ``gpu``: it is given GPUs; ``graphs``: it captures CUDA graphs, else it is
+    eager; ``outside``: its weights are to be kept outside its image, so it must be able to give them back and take them.
+    """
+
+    gpu: bool = False
+    graphs: bool = False
+    outside: bool = False
+
+
+PROCESSORS = Accelerator()
 
 
 class LaunchLine(Struct, frozen=True):
@@ -50,7 +65,9 @@ class Adapter(Protocol):
     @property
     def record(self) -> Workload: ...
 
-    def launch(self, arguments: Sequence[str], *, port: int | None, python: Path | None) -> LaunchLine:
+    def launch(
+        self, arguments: Sequence[str], *, port: int | None, python: Path | None, on: Accelerator = PROCESSORS
+    ) -> LaunchLine:
         """The launch line for the user's ``arguments``; ``port``: listen on TCP, else on SOCKET_INSIDE.
 
         ``python`` is the interpreter of the server environment, when the host's root file system is used.

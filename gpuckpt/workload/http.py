@@ -10,7 +10,7 @@ from pathlib import Path
 from gpuckpt.errors import GpuckptError, UsageError, VerificationError
 from gpuckpt.manifest import Canary, Request, Workload
 from gpuckpt.timing import now_ns
-from gpuckpt.workload.base import SOCKET_INSIDE, LaunchLine, Replay
+from gpuckpt.workload.base import PROCESSORS, SOCKET_INSIDE, Accelerator, LaunchLine, Replay
 from gpuckpt.workload.endpoint import Answer, Endpoint, RequestFailed
 from gpuckpt.workload.guest import GUEST_ENVIRONMENT, guest_mount
 
@@ -26,7 +26,9 @@ class Http:
     def __init__(self, record: Workload) -> None:
         self.record = record
 
-    def launch(self, arguments: Sequence[str], *, port: int | None, python: Path | None) -> LaunchLine:
+    def launch(
+        self, arguments: Sequence[str], *, port: int | None, python: Path | None, on: Accelerator = PROCESSORS
+    ) -> LaunchLine:
         if not arguments:
             raise UsageError(
                 "no command to run", remedy="give it after --: gpuckpt create NAME -- python3 server.py {socket}"

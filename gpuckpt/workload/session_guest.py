@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpuckpt.errors import UsageError
-from gpuckpt.workload.base import SOCKET_INSIDE, LaunchLine
+from gpuckpt.workload.base import PROCESSORS, SOCKET_INSIDE, Accelerator, LaunchLine
 from gpuckpt.workload.endpoint import Endpoint
 from gpuckpt.workload.guest import GUEST_ENVIRONMENT, guest_mount
 from gpuckpt.workload.http import send
@@ -31,7 +31,9 @@ class Guest(OpenAI):
     kind = "guest"
     running = "gpuckpt_guest_requests_running"
 
-    def launch(self, arguments: Sequence[str], *, port: int | None, python: Path | None) -> LaunchLine:
+    def launch(
+        self, arguments: Sequence[str], *, port: int | None, python: Path | None, on: Accelerator = PROCESSORS
+    ) -> LaunchLine:
         folder = self.folder()
         if folder is None:
             raise UsageError(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpuckpt.manifest import Mount
-from gpuckpt.workload.base import SOCKET_INSIDE, LaunchLine
+from gpuckpt.workload.base import PROCESSORS, SOCKET_INSIDE, Accelerator, LaunchLine
 from gpuckpt.workload.guest import GUEST_ENVIRONMENT, guest_mount
 from gpuckpt.workload.openai import OpenAI, option, without
 
@@ -41,7 +41,9 @@ class Vllm(OpenAI):
     kind = "vllm"
     running = r"vllm:num_requests_(?:running|waiting)"
 
-    def launch(self, arguments: Sequence[str], *, port: int | None, python: Path | None) -> LaunchLine:
+    def launch(
+        self, arguments: Sequence[str], *, port: int | None, python: Path | None, on: Accelerator = PROCESSORS
+    ) -> LaunchLine:
         mounts: tuple[Mount, ...] = (guest_mount(),)
         env = _ENVIRONMENT | GUEST_ENVIRONMENT
         model = self.record.model or ""
