@@ -23,8 +23,10 @@ CONTROL_NAME = "control.sock"
 
 
 class Accelerator(Struct, frozen=True):
-    """What a server runs on beside processors. ``gpu``: it is given GPUs; ``graphs``: it captures CUDA graphs, else it is
-    eager; ``outside``: its weights are to be kept outside its image, so it must be able to give them back and take them.
+    """What a server runs on beside processors.
+
+    ``gpu``: it is given GPUs; ``graphs``: it captures CUDA graphs, else it is eager; ``outside``: its weights are kept
+    outside its image, so it must be able to give them back and take them again.
     """
 
     gpu: bool = False
