@@ -11,6 +11,7 @@
     ├── CheckpointError          9   the server could not be started, warmed up or dumped
     ├── RestoreError            10   the replica could not be brought back
     ├── OutOfSpaceError         11   not enough memory, tmpfs or disk
+    │   └── GpuFullError        11   not enough memory on the GPUs
     ├── DaemonUnreachableError  12   the service (podman's, the pool's) does not answer
     └── DeadlineError           13   it took too long
     InterruptedByUser          130   Ctrl-C or SIGTERM; no GpuckptError, so that nothing that handles failures stops it
@@ -108,6 +109,10 @@ class OutOfSpaceError(GpuckptError):
 
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {"lacking": self.lacking}
+
+
+class GpuFullError(OutOfSpaceError):
+    """Goldens that leave the store would not help."""
 
 
 class DaemonUnreachableError(GpuckptError):

@@ -67,6 +67,9 @@ class Launch(_Record, frozen=True, kw_only=True):
         tuple[str, ...],
         Meta(description="folders of the host that one replica at a time can have: it holds FOLDER/*/lock by flock(2)"),
     ] = ()
+    gpus: Annotated[
+        tuple[str, ...], Meta(description="GPUs the container is given, as CDI names them: all, an index, a UUID")
+    ] = ()
     port: Annotated[
         Port | None, Meta(description="published port; None: no network, the server listens on a Unix socket")
     ]
@@ -152,6 +155,22 @@ class Process(_Record, frozen=True, kw_only=True):
     pages_bytes: int
 
 
+class Held(_Record, frozen=True, kw_only=False):
+    """A GPU that a server used: its UUID and type, and the bytes of its memory that the server held."""
+
+    uuid: str
+    name: str
+    bytes: int
+
+
+class DeviceState(_Record, frozen=True, kw_only=True):
+    """State on GPUs that the images carry: what the server held there while it was awake, and which processes hold it
+    (ids inside the container)."""
+
+    devices: tuple[Held, ...]
+    processes: tuple[int, ...]
+
+
 class CopiedMemory(_Record, frozen=True, kw_only=True):
     """Memory of a process that a restore copies, in bytes, and why it cannot be mapped."""
 
@@ -178,10 +197,14 @@ class Memory(_Record, frozen=True, kw_only=True):
 
 
 class Sizes(_Record, frozen=True, kw_only=True):
-    """Bytes of the golden by kind; ``cpu_pages`` are copied by a restore, ``mapped_pages`` are not."""
+    """Bytes of the golden by kind; ``cpu_pages`` are copied by a restore, ``mapped_pages`` are not.
+
+    ``weights`` are files beside the images, ``gpu`` files of CRIU plugins.
+    """
 
     cpu_pages: int
     mapped_pages: int = 0
+    weights: int = 0
     gpu: int
     shared_memory: int
     rootfs: int
@@ -189,7 +212,8 @@ class Sizes(_Record, frozen=True, kw_only=True):
 
     @property
     def total(self) -> int:
-        return self.cpu_pages + self.mapped_pages + self.gpu + self.shared_memory + self.rootfs + self.metadata
+        pages = self.cpu_pages + self.mapped_pages + self.shared_memory
+        return pages + self.weights + self.gpu + self.rootfs + self.metadata
 
 
 class FileRecord(_Record, frozen=True, kw_only=True):
@@ -220,6 +244,10 @@ class Manifest(_Record, frozen=True, kw_only=True):
     canary: Canary | None
     sizes: Sizes
     memory: Memory = Memory(mode="copy")
+    gpu: DeviceState | None = None
+    weights: Annotated[
+        tuple[str, ...], Meta(description="files in `memory` with the weights, one for each process that holds some")
+    ] = ()
     processes: tuple[Process, ...]
     affinity: Annotated[
         dict[str, tuple[int, ...]], Meta(description="ids of threads by the only processors that they may run on")

@@ -243,6 +243,15 @@ def processes_below(pid: int) -> list[int]:
     return found
 
 
+def inside(pid: int) -> int:
+    """What a process is called in its own pid namespace; ``pid`` itself if that is ours, or it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return pid
+    return next((int(line.split()[-1]) for line in lines if line.startswith("NSpid:")), pid)
+
+
 def is_killed(pid: int) -> bool:
     """Whether the process is gone, or was sent SIGKILL: one in a frozen group of version 1 dies when it is thawed."""
     try:

@@ -25,6 +25,7 @@ from gpuckpt.config import Create, Paths, Settings, Store
 from gpuckpt.containers.podman import LABEL, OWNER, Container, ContainerSpec
 from gpuckpt.criu import hot
 from gpuckpt.criu.binary import Criu
+from gpuckpt.cuda.devices import Devices
 from gpuckpt.errors import BusyError, DaemonUnreachableError, GpuckptError, NotFoundError
 from gpuckpt.golden.create import CreateRequest
 from gpuckpt.golden.tools import Tools
@@ -46,6 +47,7 @@ from gpuckpt.store.layout import Layout
 from gpuckpt.timing import now_ns
 from gpuckpt.workload.base import MEMORY_FOLDER, PROCESSORS, Accelerator, LaunchLine, Replay
 from gpuckpt.workload.endpoint import Endpoint
+from tests.cuda_fake import FakeDriver
 
 DUMP_STAGES = ("pre-dump", "network-lock", "post-dump", "network-unlock")
 RESTORE_STAGES = (
@@ -394,6 +396,7 @@ class World:
     adapter: FakeAdapter
     report: FakeReporter
     tools: Tools
+    driver: FakeDriver
     huge_pages: bool = field(default=False)
 
     @property
@@ -448,6 +451,7 @@ def tools_for(folder: Path) -> World:
     containers = FakeContainers(folder / "podman", journal)
     overlay = FakeOverlay(journal)
     report = FakeReporter(journal)
+    driver = FakeDriver()
 
     def memory_of(pid: int) -> int:
         assert pid == 4242, "the memory of the container's init is asked for"
@@ -492,6 +496,7 @@ def tools_for(folder: Path) -> World:
         runtime="runc",
         containers=containers,
         overlay=overlay,
+        devices=Devices(lambda: driver, folder / "run" / "room", below=lambda pid: [4242, *driver.processes]),
         huge_pages=huge_pages,
         memory_of=memory_of,
         programs_of=programs_of,
@@ -501,7 +506,7 @@ def tools_for(folder: Path) -> World:
         bind=bind,
         report=report,
     )
-    world = World(folder, settings, layout, journal, containers, overlay, FakeAdapter(journal), report, tools)
+    world = World(folder, settings, layout, journal, containers, overlay, FakeAdapter(journal), report, tools, driver)
     return world
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "create": ("create", "Start a server, warm it up and freeze it into a golden."),
     "restore": ("restore", "Bring a replica back from a golden."),
+    "suspend": ("suspend", "Make a standby of a running replica: frozen, without GPU memory."),
+    "wake": ("wake", "Let a standby answer again."),
     "stop": ("stop", "Stop and remove a running replica."),
     "ls": ("ls", "List goldens and their replicas."),
     "inspect": ("inspect", "Show what a golden holds, without restoring it."),

@@ -69,6 +69,22 @@ _SERVER = "gpuckpt.server_arguments"
     show_default=True,
     help="How memory comes back: mapped from files or, page by page, copied. auto: mapped wherever that is safe.",
 )
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="all|INDEX|UUID",
+    help="Give the server GPUs, as CDI names them; repeatable. all: a replica may come back on another one.",
+)
+@click.option("--cuda-graphs", is_flag=True, help="Capture CUDA graphs (vllm, --gpu): faster steps, a longer creation.")
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "image", "outside"]),
+    default="auto",
+    show_default=True,
+    help="Where a model's weights are kept: in the image, or outside it, in a file that replicas share. auto: outside"
+    " on a GPU, if the canary proves that they can be read again.",
+)
 @click.option("--replace", is_flag=True, help="Replace an existing golden of this name, in one step.")
 @click.option("--criu", "criu_path", metavar="PATH", help="The criu program to use.")
 @format_option
@@ -113,6 +129,8 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
                 "first_token_monotonic_ns": created.first_token_ns,
                 "canary": manifest.canary is not None,
                 "memory": manifest.memory.mode,
+                "weights": "outside" if manifest.weights else "image",
+                "gpu_bytes": sum(one.bytes for one in manifest.gpu.devices) if manifest.gpu else 0,
                 "wall_s": phases.wall_seconds,
                 "phases": phases.as_list(),
                 "left_running": str(created.replica.endpoint) if created.replica else None,
@@ -123,6 +141,11 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
     how = "mapped" if manifest.memory.mode == "mapped" else f"copied ({manifest.memory.reason or '--mode copy'})"
     click.echo(f"\ngolden {manifest.name}: {size(manifest.sizes.total)}, cold first token {manifest.cold_ttft_s:.2f} s")
     click.echo(f"its memory will be {how}")
+    if manifest.gpu:
+        held = ", ".join(f"{size(one.bytes)} on {one.name}" for one in manifest.gpu.devices)
+        click.echo(f"a replica takes {held}")
+    if manifest.weights:
+        click.echo(f"its weights lie beside its image: {size(manifest.sizes.weights)}")
     if created.replica:
         click.echo(f"the server keeps running on {created.replica.endpoint}")
     else:

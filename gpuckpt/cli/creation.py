@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gpuckpt.config import Settings, parse_size
 from gpuckpt.errors import NotFoundError, UsageError
@@ -52,7 +52,37 @@ def request_from(
         tcp_established=options["tcp_established"],
         replace=options["replace"],
         mode=options["mode"],
+        gpus=_gpus(options["gpus"]),
+        graphs=_graphs(options),
+        weights=_weights(options),
     )
+
+
+def _gpus(names: tuple[str, ...]) -> tuple[str, ...]:
+    """What ``--gpu`` names, as the Container Device Interface does."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:-]*", name):
+            raise UsageError(f"--gpu: “{_shown(name)}” names no GPU", remedy="all, an index (0) or a UUID (GPU-…)")
+    if "all" in names and len(names) > 1:
+        raise UsageError("--gpu all names every GPU", remedy="leave the others out, or leave all out")
+    return tuple(dict.fromkeys(names))
+
+
+def _graphs(options: dict[str, Any]) -> bool:
+    if options["cuda_graphs"] and not options["gpus"]:
+        raise UsageError("--cuda-graphs is for servers on a GPU", remedy="add --gpu all, or leave it out")
+    return bool(options["cuda_graphs"])
+
+
+def _weights(options: dict[str, Any]) -> Literal["auto", "image", "outside"]:
+    chosen: Literal["auto", "image", "outside"] = options["weights"]
+    if chosen == "outside" and options["no_canary"]:
+        raise UsageError(
+            "--weights outside needs a canary",
+            cause="only its answer tells whether weights that were read again are the same",
+            remedy="leave --no-canary out",
+        )
+    return chosen
 
 
 def unheard(request: CreateRequest) -> str | None:

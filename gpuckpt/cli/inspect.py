@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from gpuckpt.cli.complete import golden_names
 from gpuckpt.cli.context import settings_from
-from gpuckpt.cli.render import format_option, print_json, print_table, seconds, size
+from gpuckpt.cli.render import format_option, many, print_json, print_table, seconds, size
+
+if TYPE_CHECKING:
+    from gpuckpt.manifest import Manifest
 
 
 @click.command()
@@ -41,7 +46,7 @@ def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
         ("listens on", f"port {launch.port.host_port}" if launch.port else "a Unix socket"),
         ("base", f"{base}, {len(identity.base.files) or ''} files held, {identity.base.digest[:19]}"),
         ("made on", f"kernel {identity.kernel}, CRIU {identity.criu}, {identity.runtime}, {identity.cpu_model}"),
-        ("GPU", f"driver {identity.driver}" if identity.driver else "none"),
+        ("GPU", _gpu(golden)),
         ("capabilities", " ".join(launch.capabilities)),
         ("canary", f"{len(golden.canary.tokens)} tokens with logprobs" if golden.canary and golden.canary.tokens
          else "an answer" if golden.canary else "none"),
@@ -53,6 +58,7 @@ def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
     rows = [
         ("CPU pages, copied", sizes.cpu_pages),
         ("CPU pages, mapped", sizes.mapped_pages),
+        ("weights", sizes.weights),
         ("GPU", sizes.gpu),
         ("shared memory", sizes.shared_memory),
     ]
@@ -84,3 +90,10 @@ def command(ctx: click.Context, /, name: str, as_json: bool) -> None:
         click.echo("\nSockets")
         for line in golden.sockets:
             click.echo(f"  {line}")
+
+
+def _gpu(golden: Manifest) -> str:
+    if golden.gpu is None:
+        return "none"
+    held = ", ".join(f"{size(one.bytes)} on {one.name} {one.uuid}" for one in golden.gpu.devices)
+    return f"{held}, of {many(len(golden.gpu.processes), 'process')}; driver {golden.identity.driver}"

@@ -13,6 +13,7 @@ import click
 from gpuckpt.cli.complete import golden_names
 from gpuckpt.cli.context import settings_from
 from gpuckpt.cli.render import format_option, print_json, print_table, say, seconds
+from gpuckpt.cli.wake import waiting
 from gpuckpt.errors import GpuckptError, UsageError
 from gpuckpt.golden.identity import FIELDS
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-huge-pages", is_flag=True, help="Do not switch transparent huge pages on for the restore.")
 @click.option("--fallback", type=click.Choice(["cold"]), help="Start the server cold if it cannot be restored.")
+@click.option("--gpu-wait", metavar="DURATION", default="0s", help="Longest wait for room on the GPUs.  [default: 0s]")
 @click.option("--stage", is_flag=True, help="A golden on disk: copy it into the tmpfs first, and keep it there.")
 @click.option("--import", "archive", metavar="FILE", help="Import the golden from this archive first.")
 @click.option("--trust", is_flag=True, help="With --import: trust the archive's processes to run as root.")
@@ -111,6 +113,7 @@ def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: A
                 huge_pages=not options["no_huge_pages"],
                 fallback=options["fallback"],
                 start_timeout=settings.create.start_timeout,
+                gpu_wait=waiting(options["gpu_wait"]),
             )
             for replica, part in _replicas(options)
         ]

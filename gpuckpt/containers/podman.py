@@ -296,6 +296,9 @@ def _specification(spec: ContainerSpec) -> dict[str, Any]:
         "stop_timeout": 10,
         "log_configuration": {"driver": "k8s-file"},  # whose file we read
     }
+    if launch.gpus:
+        # Devices, libraries and hooks of NVIDIA's by the Container Device Interface, as `podman run --device` does.
+        body["devices"] = [{"path": f"nvidia.com/gpu={name}"} for name in launch.gpus]
     if launch.port:
         body["netns"] = {"nsmode": "bridge"}
         body["portmappings"] = [

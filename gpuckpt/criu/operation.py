@@ -83,6 +83,8 @@ class Operation(Struct, frozen=True):
         """
         check_hooks(hooks)
         self.folder.mkdir(mode=0o700, exist_ok=True)
+        plugins = self.folder / "plugins"
+        plugins.mkdir(mode=0o700, exist_ok=True)
         self.begin()
         context = [f"GOLDEN={golden}", f"REPLICA={replica}", f"HOOKS={hooks}"]
         context += [f"HOOK_SECONDS={hook_seconds:g}"]
@@ -98,6 +100,9 @@ class Operation(Struct, frozen=True):
             "skip-in-flight",  # connections half accepted: their clients are gone anyway
             *(["tcp-established"] if tcp_established else ["tcp-close", "network-lock skip"]),
             f"ghost-limit {ghost_limit}",
+            # None: its plugin for CUDA would start a program for each process, one after the other, and look for device
+            # state that is moved by us.
+            f"libdir {plugins}",
             f"action-script {script}",
         ]
         self.config.write_text("\n".join(options) + "\n")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
-from gpuckpt import proc
 from gpuckpt.checks import Check, Verdict
 from gpuckpt.config import Settings
+from gpuckpt.cuda.choice import find_program
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _CDI = (Path("/etc/cdi"), Path("/var/run/cdi"))
@@ -56,11 +55,10 @@ def api(version: str) -> Check:
 
 def program(settings: Settings, version: str) -> Check:
     """Is NVIDIA's cuda-checkpoint program there?"""
-    path = f"{settings.paths.prefix / 'bin'}:{proc.environment()['PATH']}"
-    found = shutil.which("cuda-checkpoint", path=path)
+    found = find_program(settings.paths.prefix)
     why = "the way to suspend GPU state by hand, and the only one for drivers before 570"
     if found:
-        return Check("cuda.program", "cuda-checkpoint", "ok", found, why)
+        return Check("cuda.program", "cuda-checkpoint", "ok", str(found), why)
     verdict: Verdict = "ok" if _major(version) >= _API else "warn"
     text = "not installed, and not needed with this driver" if verdict == "ok" else "not installed"
     # One static program in a repository: no package manager has it.

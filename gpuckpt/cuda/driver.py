@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
+from gpuckpt.errors import GpuckptError
+
 State = Literal["running", "locked", "checkpointed", "failed"]
 
 
@@ -25,13 +27,14 @@ class Gpu(Struct, frozen=True):
     mig: bool = False
 
 
-class DriverError(Exception):
-    """The driver refused. ``code`` is its name for the reason, CUDA_ERROR_… where it has one."""
+class DriverError(GpuckptError):
+    """The driver refused. ``code`` is its name for the reason, CUDA_ERROR_… where it has one; ``detail`` its words."""
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}" if message else code)
+    def __init__(self, code: str, detail: str) -> None:
+        told = f"{code}: {detail}" if detail else code
+        super().__init__(f"NVIDIA's driver refused: {told}", remedy="gpuckpt doctor; dmesg, for lines with NVRM")
         self.code = code
-        self.message = message
+        self.detail = detail
 
 
 class Driver(Protocol):

@@ -108,7 +108,7 @@ class Helper:
         try:
             return {"result": to_builtins(getattr(self._driver, name)(*arguments))}
         except DriverError as error:
-            return {"error": {"code": error.code, "message": error.message}}
+            return {"error": {"code": error.code, "message": error.detail}}
         except Exception as error:  # a fault of ours: whoever asked is to see it
             return {"error": {"code": "HELPER", "message": f"{type(error).__name__}: {error}"}}
 

@@ -11,6 +11,7 @@ from gpuckpt.cuda.driver import Driver
 
 # Every CUDA process has these open: the control device, and that of unified memory.
 _DEVICES = ("/dev/nvidiactl", "/dev/nvidia-uvm")
+_ANY = "/dev/nvidia"
 
 
 def holders(driver: Driver, pids: Sequence[int], *, proc: Path = Path("/proc")) -> list[int]:
@@ -25,6 +26,11 @@ def holders(driver: Driver, pids: Sequence[int], *, proc: Path = Path("/proc")) 
 def has_devices(pid: int, *, proc: Path = Path("/proc")) -> bool:
     """Whether the process has NVIDIA's devices open; False if it has ended."""
     return any(target.startswith(_DEVICES) for target in _open_files(proc / str(pid) / "fd"))
+
+
+def device_files(pid: int, *, proc: Path = Path("/proc")) -> list[str]:
+    """Every file of NVIDIA's driver that the process has open."""
+    return sorted({target for target in _open_files(proc / str(pid) / "fd") if target.startswith(_ANY)})
 
 
 def _open_files(folder: Path) -> Iterator[str]:

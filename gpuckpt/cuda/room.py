@@ -11,25 +11,16 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from msgspec import Struct
-
 from gpuckpt.cuda.driver import Driver, Gpu
-from gpuckpt.errors import DeadlineError, IncompatibleError, OutOfSpaceError
+from gpuckpt.errors import DeadlineError, GpuFullError, IncompatibleError
+from gpuckpt.manifest import Held
 
 _MOMENT = 0.1  # seconds between two looks at what is free
 # Beside what a server's processes held, the driver needs memory of its own for each context.
 _CONTEXT = 600 << 20
-
-
-class Held(Struct, frozen=True):
-    """A device that a server used: its UUID and type, and the bytes that its processes held there."""
-
-    uuid: str
-    name: str
-    bytes: int
 
 
 def place(held: Sequence[Held], gpus: Sequence[Gpu], reserved: Mapping[str, int]) -> dict[str, str] | None:
@@ -68,10 +59,14 @@ class Room:
         self._sleep = sleep
 
     @contextlib.contextmanager
-    def reserve(self, held: Sequence[Held], *, timeout: float = 0.0) -> Iterator[dict[str, str]]:
+    def reserve(
+        self, held: Sequence[Held], *, timeout: float = 0.0, allowed: Collection[str] | None = None
+    ) -> Iterator[dict[str, str]]:
         """Keep room for it while the body runs, and say where: UUIDs, old to new. Empty if it holds nothing.
 
-        Raises IncompatibleError at once if it can never fit; OutOfSpaceError, or DeadlineError if ``timeout`` seconds
+        ``allowed``: the only devices to choose from, by UUID; None: any.
+
+        Raises IncompatibleError at once if it can never fit; GpuFullError, or DeadlineError if ``timeout`` seconds
         were waited, if there is no room.
         """
         if not held:
@@ -80,7 +75,7 @@ class Room:
         until = time.monotonic() + timeout
         while True:
             with self._locked() as others:
-                gpus = self._driver.gpus()
+                gpus = [gpu for gpu in self._driver.gpus() if allowed is None or gpu.uuid in allowed]
                 chosen = place(held, gpus, _sum(others))
                 if chosen is not None:
                     mine = self._write(held, chosen)
@@ -93,7 +88,7 @@ class Room:
         finally:
             mine.unlink(missing_ok=True)
 
-    def _full(self, held: Sequence[Held], gpus: Sequence[Gpu], timeout: float) -> OutOfSpaceError | DeadlineError:
+    def _full(self, held: Sequence[Held], gpus: Sequence[Gpu], timeout: float) -> GpuFullError | DeadlineError:
         what = f"{sum(one.bytes for one in held) >> 20} MiB of GPU memory are needed"
         free = ", ".join(f"{gpu.name} {gpu.uuid}: {gpu.free >> 20} MiB" for gpu in gpus)
         remedy = "stop or suspend a replica that is on the GPU (gpuckpt ls, gpuckpt suspend), and try again"
@@ -101,7 +96,7 @@ class Room:
             return DeadlineError(
                 f"{what}, and were not free within {timeout:g} s", cause=f"free: {free}", remedy=remedy
             )
-        return OutOfSpaceError(f"{what}, and are not free", cause=f"free: {free}", remedy=remedy)
+        return GpuFullError(f"{what}, and are not free", cause=f"free: {free}", remedy=remedy)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[list[dict[str, int]]]:

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from gpuckpt.cuda.driver import Driver, DriverError, State
 from gpuckpt.errors import CheckpointError, GpuckptError, RestoreError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _SPARE = 2.0  # seconds beyond a step's own limit after which the driver itself is taken to hang
 
@@ -111,6 +114,8 @@ def _each(pids: Sequence[int], limit: float, work: Callable[[int], None]) -> dic
     """Call ``work`` for each side by side; why it failed, by process id. One that hangs is left to itself."""
     if not pids:
         return {}
+    from concurrent.futures import ThreadPoolExecutor, wait  # which restores of other servers do not need
+
     pool = ThreadPoolExecutor(len(pids), thread_name_prefix="gpuckpt-cuda")
     try:
         running: dict[Future[None], int] = {pool.submit(work, pid): pid for pid in pids}
@@ -121,7 +126,7 @@ def _each(pids: Sequence[int], limit: float, work: Callable[[int], None]) -> dic
     found |= {running[one]: str(error) for one in done if (error := one.exception()) is not None}
     for one in done:
         error = one.exception()
-        if error is not None and not isinstance(error, DriverError | GpuckptError):
+        if error is not None and not isinstance(error, GpuckptError):
             raise error
     return dict(sorted(found.items()))
 

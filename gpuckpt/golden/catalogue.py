@@ -55,8 +55,10 @@ def entries(layout: Layout, states: dict[str, str]) -> list[Entry]:
 
 
 def state_of(replica: Replica, states: dict[str, str]) -> str:
-    """What to call the state of a replica: podman's word for its container, or ``prepared``, or ``gone``."""
+    """What to call the state of a replica: podman's word for its container, ``prepared``, ``standby``, or ``gone``."""
     state = states.get(replica.name, "gone")
+    if replica.standby is not None and state == "running":
+        return "standby"
     return "prepared" if replica.state == "prepared" and state == "exited" else state
 
 

@@ -25,8 +25,9 @@ from gpuckpt.errors import (
     NotFoundError,
     OutOfSpaceError,
     UsageError,
+    VerificationError,
 )
-from gpuckpt.golden import catalogue, failures, mapping, prepare, profile, trial
+from gpuckpt.golden import catalogue, failures, gpu, mapping, prepare, profile, trial, weights
 from gpuckpt.golden.assembly import assemble, link_images, seccomp_digest
 from gpuckpt.golden.describe import describe
 from gpuckpt.golden.replica import Replica, alive, commit, discard, empty_again, making
@@ -47,7 +48,7 @@ from gpuckpt.manifest import (
 from gpuckpt.store import digests, locks, seal, sharing
 from gpuckpt.store.layout import Layout, check_name, exchange
 from gpuckpt.timing import PhaseTable
-from gpuckpt.workload.base import Adapter, LaunchLine
+from gpuckpt.workload.base import Accelerator, Adapter, LaunchLine
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,16 @@ class CreateRequest:
     tcp_established: bool = False
     replace: bool = False
     mode: Literal["auto", "mapped", "copy"] = "auto"
+    gpus: tuple[str, ...] = ()
+    graphs: bool = False
+    weights: Literal["auto", "image", "outside"] = "auto"
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """What the server runs on. Weights are outside by themselves where a GPU has them and a canary proves it."""
+        able = bool(self.gpus) and self.canary and self.adapter.record.kind != "http"
+        outside = self.weights == "outside" or (self.weights == "auto" and able)
+        return Accelerator(gpu=bool(self.gpus), graphs=self.graphs, outside=outside)
 
 
 @dataclass(frozen=True)
@@ -109,23 +120,26 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 f"golden {name} cannot be replaced: it has running replicas: {', '.join(running)}",
                 remedy=f"stop them first: gpuckpt stop {' '.join(running)}",
             )
-        launch = _launch(request, tools)
+        launch = _launch(request, tools, request.accelerator)
         _refuse_own_folders(launch, tools)
         staging = stack.enter_context(_staging(layout, layout.staging / name))
         replica = stack.enter_context(making(tools, name, name))
-        started = _started(request, tools, phases, launch, replica, staging)
-        replica, launch, container, written = started.replica, started.launch, started.container, started.written
-        canary, first_token_ns = _exercise(request, tools, replica, phases)
+        ready = _ready(request, tools, phases, launch, replica, staging)
+        replica, launch, container = ready.started.replica, ready.started.launch, ready.started.container
+        written, canary, first_token_ns = ready.started.written, ready.canary, ready.first_token_ns
 
         present = tools.containers.inspect(container)
-        expected = tools.memory_of(present.pid) + sum(map(_size_of, written))
+        expected = tools.memory_of(present.pid) + gpu.carried(tools, ready.holders) + sum(map(_size_of, written))
         _require_space(tools, expected)
         affinity = tools.affinity_of(present.pid)
-        with phase(tools, phases, "dump"), _watching(tools, staging, expected):
-            link_images(present.bundle, staging / "images")
-            _dump(request, tools, replica, container, present.bundle)
-        replica.operation.require_marks(*written.values())
-        phases.split("dump", replica.operation.marks(), first="podman: dump")
+        with gpu.suspended(tools, phases, ready.holders, resume=request.leave_running):
+            with phase(tools, phases, "dump"), _watching(tools, staging, expected):
+                link_images(present.bundle, staging / "images")
+                _dump(request, tools, replica, container, present.bundle)
+            replica.operation.require_marks(*written.values())
+            phases.split("dump", replica.operation.marks(), first="podman: dump")
+        if request.leave_running and ready.weights:
+            weights.wake(tools, phases, replica, ready.weights)
         address = Address(ip=present.ip, mac=present.mac) if present.ip and present.mac else None
 
         mapped = mapping.COPIED
@@ -136,11 +150,15 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
         memory = mapped.memory
         if memory.mode == "mapped" and not request.leave_running:
             with phase(tools, phases, "trial"):
-                pages = trial.trial(tools, replica, launch, present.bundle, request.adapter, canary)
+                state = ready.holders.state if ready.holders else None
+                tried = trial.Trial(launch, present.bundle, request.adapter, canary, state, ready.weights)
+                pages = trial.trial(tools, replica, tried)
                 memory = trial.keep_copied(tools, staging, memory, pages)
         with phase(tools, phases, "digests"):
+            kept = weights.keep(tools, staging, ready.weights)
             _make_private(staging)
-            contents = digests.record(staging, lambda done: report.bytes(done, 0), known=mapped.digests)
+            known = mapped.digests | kept.digests
+            contents = digests.record(staging, lambda done: report.bytes(done, 0), known=known)
         with phase(tools, phases, "publish"):
             manifest = describe(
                 tools,
@@ -155,6 +173,8 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 contents=contents,
                 memory=memory,
                 affinity=affinity,
+                gpu=ready.holders.state if ready.holders else None,
+                weights=kept.names,
             )
             manifest.write(staging)
             seal.write(staging)
@@ -190,6 +210,52 @@ class _Started:
     launch: Launch
     container: str
     written: dict[Path, Path]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A server that was warmed up and is to be dumped: what holds its device state, where its weights were written."""
+
+    started: _Started
+    canary: Canary | None
+    first_token_ns: int
+    holders: gpu.Holders | None
+    weights: list[Path]
+
+
+def _ready(
+    request: CreateRequest, tools: Tools, phases: PhaseTable, launch: Launch, replica: Replica, staging: Path
+) -> _Ready:
+    """Start and exercise the server; once more with its weights in the image, if it cannot have them outside."""
+    started = _started(request, tools, phases, launch, replica, staging)
+    canary, first_token_ns = _exercise(request, tools, started.replica, phases)
+    holders = _holders(request, tools, started)
+    if not request.accelerator.outside or canary is None:
+        return _Ready(started, canary, first_token_ns, holders, [])
+    folder = staging / "weights"
+    try:
+        files = weights.release(tools, phases, started.replica, request.adapter, canary, folder)
+        return _Ready(started, canary, first_token_ns, holders, files)
+    except (CheckpointError, VerificationError) as error:
+        if request.weights == "outside":
+            raise
+        why = f"{error.message}: {error.cause}" if error.cause else error.message
+        tools.report.note(f"starting once more, with the weights in the image: {why}")
+    shutil.rmtree(folder)
+    within = structs.replace(request.accelerator, outside=False)
+    again = _launch(request, tools, within)
+    started = _started(request, tools, phases, again, empty_again(tools, started.replica), staging)
+    canary, _ = _exercise(request, tools, started.replica, phases)
+    return _Ready(started, canary, first_token_ns, _holders(request, tools, started), [])
+
+
+def _holders(request: CreateRequest, tools: Tools, started: _Started) -> gpu.Holders | None:
+    if not request.gpus:
+        return None
+    found = gpu.find(tools, tools.containers.inspect(started.container).pid, request.gpus)
+    if found is None:
+        tools.report.note("the server was given GPUs and holds no memory there")
+    return found
 
 
 def _started(
@@ -247,7 +313,7 @@ def _start(
     return _Started(replica, launch, container, written)
 
 
-def _launch(request: CreateRequest, tools: Tools) -> Launch:
+def _launch(request: CreateRequest, tools: Tools, on: Accelerator) -> Launch:
     mapped = (
         request.mode != "copy"
     )  # decided before the dump: what a process was told about memory cannot be taken back
@@ -260,7 +326,7 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
     else:
         candidate = tools.settings.paths.prefix / "server" / "bin" / "python"
         python = candidate if candidate.exists() else None
-    line = request.adapter.launch(request.arguments, port=port, python=python)
+    line = request.adapter.launch(request.arguments, port=port, python=python, on=on)
     workdir = request.workdir or str(config.get("WorkingDir") or "/")
     env = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
     env |= dict(str(pair).partition("=")[::2] for pair in _words(config.get("Env")))
@@ -278,6 +344,7 @@ def _launch(request: CreateRequest, tools: Tools) -> Launch:
         mounts=(*line.mounts, *request.mounts),
         volumes=request.volumes,
         own=_own(request, line, workdir, tools),
+        gpus=request.gpus,
         port=request.publish,
         ulimits=tuple(
             Ulimit(name=str(limit["Name"]), soft=int(limit["Soft"]), hard=int(limit["Hard"]))

@@ -11,7 +11,7 @@ from gpuckpt import __version__
 from gpuckpt.criu import images as criu_images
 from gpuckpt.golden import identity
 from gpuckpt.golden.tools import Tools
-from gpuckpt.manifest import Address, Canary, Launch, Manifest, Memory, PhaseRecord, Sizes, Workload
+from gpuckpt.manifest import Address, Canary, DeviceState, Launch, Manifest, Memory, PhaseRecord, Sizes, Workload
 from gpuckpt.store.digests import Contents, walk
 from gpuckpt.timing import PhaseTable
 
@@ -30,6 +30,8 @@ def describe(
     contents: Contents,
     memory: Memory,
     affinity: dict[str, tuple[int, ...]],
+    gpu: DeviceState | None,
+    weights: tuple[str, ...],
 ) -> Manifest:
     """The manifest of the golden in ``staging``, whose ``contents`` were digested; the phases up to now go with it."""
     images = staging / "images"
@@ -45,12 +47,14 @@ def describe(
         workload=workload,
         launch=structs.replace(launch, capabilities=criu_images.capabilities(images)),
         address=address,
-        identity=identity.record(tools.criu, tools.runtime, base),
+        identity=identity.record(tools.criu, tools.runtime, base, gpu=gpu is not None),
         canary=canary,
-        sizes=sizes(staging),
+        sizes=sizes(staging, weights),
         memory=memory,
         processes=criu_images.processes(images),
         affinity=affinity,
+        gpu=gpu,
+        weights=weights,
         sockets=criu_images.sockets(images),
         files=contents.files,
         links=contents.links,
@@ -60,18 +64,20 @@ def describe(
     )
 
 
-def sizes(staging: Path) -> Sizes:
-    """Bytes of the golden in ``staging`` by kind."""
+def sizes(staging: Path, weights: tuple[str, ...] = ()) -> Sizes:
+    """Bytes of the golden in ``staging`` by kind; ``weights`` names those of the files in ``memory``."""
     images = staging / "images"
     pages = sum(path.stat().st_size for path in images.glob("pages-*.img"))
     shared_pages, shared_files = criu_images.shared_memory_bytes(images)
+    outside = sum((staging / "memory" / name).stat().st_size for name in set(weights))
     gpu = sum(path.stat().st_size for pattern in ("gpu-*", "amdgpu-*") for path in images.glob(pattern))
     everything = sum(path.stat().st_size for path in images.iterdir())
     mapped = sum(path.stat().st_size for path in (staging / "memory").iterdir())
     layer = sum(status.st_size for relative, status in walk(staging) if relative.startswith(("rootfs/", "volumes/")))
     return Sizes(
         cpu_pages=pages - shared_pages,
-        mapped_pages=mapped,
+        mapped_pages=mapped - outside,
+        weights=outside,
         gpu=gpu,
         shared_memory=shared_pages + shared_files,
         rootfs=layer,

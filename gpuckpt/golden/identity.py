@@ -31,11 +31,14 @@ DEFAULT_CAPABILITIES = frozenset(
 FIELDS = ("kernel", "machine", "cpu", "criu", "runtime", "base", "driver", "seccomp", "limits", "capabilities")
 
 
-def record(criu: Criu, runtime: str, base: BaseFiles) -> Identity:
-    """The identity of this machine with ``base`` as the container's root file system."""
+def record(criu: Criu, runtime: str, base: BaseFiles, *, gpu: bool = False) -> Identity:
+    """The identity of this machine with ``base`` as the container's root file system.
+
+    With ``gpu`` NVIDIA's driver is part of it: processes map its libraries, and these must fit the kernel's part.
+    """
     here = host.machine()
     return Identity(
-        driver=driver_version(),
+        driver=driver_version() if gpu else None,
         kernel=here.kernel,
         machine=here.machine,
         cpu_model=here.cpu_model,

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gpuckpt.containers.podman import ALIVE, OWNER, container_name
 from gpuckpt.criu.operation import Operation
@@ -19,10 +20,20 @@ from gpuckpt.manifest import Port
 from gpuckpt.paths import LONGEST_SOCKET
 from gpuckpt.store import locks
 from gpuckpt.store.layout import check_name
-from gpuckpt.workload.base import SOCKET_NAME
+from gpuckpt.workload.base import CONTROL_NAME, SOCKET_NAME
 from gpuckpt.workload.endpoint import Endpoint
 
 SETTLED = ("ready", "prepared")  # states that outlive the transaction that made them
+
+
+@dataclass(frozen=True)
+class Standby:
+    """What a standby has given up, by which it is woken: its processes with device state (ids on the host), the devices
+    as (UUID, type, bytes), and whether its weights are to be read again."""
+
+    processes: tuple[int, ...] = ()
+    devices: tuple[tuple[str, str, int], ...] = ()
+    weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class Replica:
     moment it is taken apart; ``prepared`` is one whose container waits for its restore. ``volumes`` names those that
     the transaction created. ``tier`` says what it was started from, ``memory`` how its memory came back. ``bundle`` is
     podman's folder of the container that was prepared, ``key`` says for what (see :mod:`gpuckpt.golden.prepare`).
-    ``keeper`` is who looks after it, if that is not the user: the warm pool knows its own by it.
+    ``keeper`` is who looks after it, if that is not the user: the warm pool knows its own by it. ``standby`` is there
+    while it is frozen, and on the way there and back.
     """
 
     name: str
@@ -48,6 +60,7 @@ class Replica:
     bundle: str = ""
     key: str = ""
     keeper: str = ""
+    standby: Standby | None = None
 
     @property
     def container(self) -> str:
@@ -89,9 +102,16 @@ def load(folder: Path) -> Replica | None:
     """The replica recorded in ``folder``; None if its making had not come so far."""
     try:
         record = json.loads((folder / "replica.json").read_text())
-        return Replica(**(record | {"name": folder.name, "folder": folder, "volumes": tuple(record["volumes"])}))
+        standby = _standby(record["standby"]) if record.get("standby") else None
+        own = {"name": folder.name, "folder": folder, "volumes": tuple(record["volumes"]), "standby": standby}
+        return Replica(**(record | own))
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _standby(record: dict[str, Any]) -> Standby:
+    devices = tuple((str(uuid), str(name), int(count)) for uuid, name, count in record["devices"])
+    return Standby(tuple(map(int, record["processes"])), devices, bool(record["weights"]))
 
 
 def all_of(parent: Path) -> list[Replica]:
@@ -189,7 +209,7 @@ def making(tools: Tools, name: str, golden: str, *, key: str = "", keeper: str =
     """
     with locks.exclusive(tools.layout.replica_locks, "replica", check_name(name)):
         folder = tools.layout.replicas / name
-        _check_socket(Replica(name, golden, folder).sockets / SOCKET_NAME)
+        _check_socket(Replica(name, golden, folder).sockets / max(SOCKET_NAME, CONTROL_NAME, key=len))
         if folder.exists():
             earlier = load(folder) or Replica(name, golden, folder)
             if earlier.state == "ready" and alive(tools, earlier):

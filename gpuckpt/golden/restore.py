@@ -23,7 +23,7 @@ from gpuckpt.errors import (
     UsageError,
     VerificationError,
 )
-from gpuckpt.golden import clone, failures, identity, prepare
+from gpuckpt.golden import clone, failures, gpu, identity, prepare, weights
 from gpuckpt.golden.assembly import assemble, write_operation
 from gpuckpt.golden.prepare import Options, Source
 from gpuckpt.golden.replica import Replica, alive, commit, empty_again, making, stop
@@ -51,7 +51,8 @@ _MUCH = 256 << 20  # bytes of copied memory from which on it is worth to switch 
 class RestoreRequest:
     """Which golden to restore, as what, and how; see ``gpuckpt restore --help`` for each field's meaning.
 
-    ``replica`` None: one that was prepared, else one that bears the golden's name.
+    ``replica`` None: one that was prepared, else one that bears the golden's name. ``gpu_wait``: seconds that it may
+    wait for room on the GPUs.
     """
 
     name: str
@@ -64,6 +65,7 @@ class RestoreRequest:
     fallback: Literal["cold"] | None = None
     start_timeout: float = 600
     keeper: str = ""
+    gpu_wait: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def restore(request: RestoreRequest, tools: Tools, phases: PhaseTable) -> Restor
 
     Either the replica is ready, its canary equal to the recorded one, or nothing of it remains. Raises NotFoundError,
     BusyError (the replica runs already), IncompatibleError (another machine), VerificationError (the golden's bytes
-    or the canary differ), OutOfSpaceError, RestoreError. With ``fallback`` these start the server cold instead.
+    or the canary differ), OutOfSpaceError (GpuFullError on the GPUs, DeadlineError after waiting), RestoreError. With
+    ``fallback`` these start the server cold instead.
     """
     with prepare.opened(tools, request.name) as source, contextlib.ExitStack() as stack:
         with phase(tools, phases, "checks"):
@@ -243,10 +246,18 @@ def _from_golden(
     clone.identify(replica)
     _renew_entropy(tools)
     limit = _LONGEST + golden.sizes.total / _SLOWEST
-    with _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring:
+    held = golden.gpu.devices if golden.gpu else ()
+    with (
+        tools.devices.reserve(held, golden.launch.gpus, timeout=request.gpu_wait) as chosen,
+        _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring,
+    ):
         with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
-            restoring.until_resumed(partial(_bind, tools, golden))
+            first = restoring.until_resumed(partial(_bind, tools, golden))
         phases.split("restore", replica.operation.marks(), first="podman: restore")
+        if golden.gpu is not None:
+            gpu.restored(tools, phases, golden.gpu, first, chosen)
+        if golden.weights:
+            weights.wake(tools, phases, replica, weights.files_of(golden, source.folder))
         first_token_ns, match = _answers(request, tools, phases, golden, replica, restoring)
     if request.keep:
         _keep_work_files(bundle, replica)
@@ -275,8 +286,8 @@ class _Restoring(threading.Thread):
         except BaseException as error:
             self.error = error
 
-    def until_resumed(self, prepare: Callable[[int], None]) -> None:
-        """Start it, and wait until the processes run, or it is over; raises what it raised.
+    def until_resumed(self, prepare: Callable[[int], None]) -> int:
+        """Start it, and wait until the processes run, or it is over; returns the first one, raises what it raised.
 
         ``prepare`` is called with the first process when all are there and CRIU is about to let them run.
         """
@@ -290,6 +301,7 @@ class _Restoring(threading.Thread):
             self.join(0.001)
         if self.error is not None:
             raise self.error
+        return first or 0
 
 
 @contextlib.contextmanager
@@ -364,6 +376,8 @@ def _check(request: RestoreRequest, tools: Tools, source: Source, replicas: int)
         image_digest=tools.containers.image_digest,
         ignore=request.ignore_identity,
     )
+    if golden.gpu is not None:
+        tools.devices.check(golden.gpu.devices, golden.launch.gpus)
     if found := seal.broken(source.folder, golden):
         raise VerificationError(
             f"golden {golden.name} is damaged and was not restored",

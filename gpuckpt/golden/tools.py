@@ -15,6 +15,8 @@ from gpuckpt.containers import rootfs, service
 from gpuckpt.containers.podman import Container, ContainerSpec, Podman
 from gpuckpt.criu import kerneldata
 from gpuckpt.criu.binary import Criu, find
+from gpuckpt.cuda.devices import Devices
+from gpuckpt.cuda.driver import Driver
 from gpuckpt.host import affinity, entropy, hugepages, tmpfs
 from gpuckpt.store.layout import Layout
 from gpuckpt.timing import PhaseTable
@@ -83,7 +85,7 @@ class Overlay(Protocol):
 
 
 class Tools(Struct, frozen=True):
-    """Everything outside: settings, folders, CRIU, podman, mounts, huge pages, randomness, processors, whom to tell."""
+    """Everything outside: settings, folders, CRIU, podman, mounts, GPUs, huge pages, randomness, whom to tell."""
 
     settings: Settings
     layout: Layout
@@ -91,6 +93,7 @@ class Tools(Struct, frozen=True):
     runtime: str
     containers: Containers
     overlay: Overlay
+    devices: Devices
     huge_pages: Callable[[Path], AbstractContextManager[bool]]
     memory_of: Callable[[int], int]
     programs_of: Callable[[int], set[str]]
@@ -133,6 +136,18 @@ def open_store(settings: Settings) -> bool:
     return mounted
 
 
+def devices(settings: Settings) -> Devices:
+    """The GPUs of this machine; nothing is started or asked before somebody needs it."""
+    run = settings.paths.run
+
+    def driver() -> Driver:
+        from gpuckpt.cuda import choice  # not for a restore without any
+
+        return choice.driver(run, settings.paths.prefix)
+
+    return Devices(driver, run / "cuda" / "room")
+
+
 def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | None = None) -> Tools:
     """The real ones: prepares the folders and connects to (or starts) the podman service."""
     layout = Layout.of(settings)
@@ -149,6 +164,7 @@ def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | No
         runtime=runtime,
         containers=Podman(api),
         overlay=rootfs,
+        devices=devices(settings),
         huge_pages=hugepages.transparent_huge_pages_always,
         memory_of=memory_below,
         programs_of=programs_below,

@@ -8,31 +8,45 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from msgspec import structs
 
 from gpuckpt.criu import hot
 from gpuckpt.errors import CheckpointError, DaemonUnreachableError, GpuckptError, VerificationError
-from gpuckpt.golden import failures
+from gpuckpt.golden import failures, gpu, weights
 from gpuckpt.golden.assembly import write_operation
 from gpuckpt.golden.replica import Replica, alive
 from gpuckpt.golden.tools import Tools
-from gpuckpt.manifest import Canary, CopiedMemory, Launch, Memory
+from gpuckpt.manifest import Canary, CopiedMemory, DeviceState, Launch, Memory
+from gpuckpt.timing import PhaseTable
 from gpuckpt.workload.base import MEMORY_FOLDER, Adapter
 
 REASON = "written by the first answer: cheaper to copy"
 _PATIENCE = 60.0  # seconds in which a restored server must answer
 
 
-def trial(
-    tools: Tools, replica: Replica, launch: Launch, bundle: Path, adapter: Adapter, canary: Canary | None
-) -> hot.Pages:
+@dataclass(frozen=True)
+class Trial:
+    """What is tried: the golden's launch, podman's folder of its container, how it is asked, what it held outside."""
+
+    launch: Launch
+    bundle: Path
+    adapter: Adapter
+    canary: Canary | None
+    state: DeviceState | None = None
+    weights: Sequence[Path] = ()
+
+
+def trial(tools: Tools, replica: Replica, tried: Trial) -> hot.Pages:
     """Restore the frozen container of ``replica``, ask it, and remove it; returns the pages that the answer wrote.
 
     Raises CheckpointError if it cannot be restored or does not answer, VerificationError if it answers differently.
     """
     # What the user wants done at a restore is meant for replicas: no hooks.
+    launch, adapter, canary = tried.launch, tried.adapter, tried.canary
     nothing = replica.folder / "no-hooks"
     write_operation(tools, replica, launch, tcp_established=launch.tcp_established, hooks=nothing)
     try:
@@ -40,7 +54,8 @@ def trial(
             tools.containers.restore(replica.container, tools.layout.state, tcp_established=launch.tcp_established)
         except (GpuckptError, OSError) as error:
             reason = error if isinstance(error, GpuckptError) else GpuckptError(str(error))
-            raise _failed(failures.restore_failure(tools, replica, bundle, reason)) from error
+            raise _failed(failures.restore_failure(tools, replica, tried.bundle, reason)) from error
+        _take_back(tools, replica, tried)
         _first_answer(tools, replica, adapter)
         pages = tools.written(tools.containers.inspect(replica.container).pid, MEMORY_FOLDER)
         if canary is not None and (differences := adapter.replay(replica.endpoint, canary).differences):
@@ -65,6 +80,21 @@ def keep_copied(tools: Tools, staging: Path, memory: Memory, pages: hot.Pages) -
     own = tuple(CopiedMemory(pid=pid, reason=REASON, bytes=count) for pid, count in copied.items())
     total = sum(copied.values())
     return structs.replace(memory, mapped=memory.mapped - total, copied=(*memory.copied, *own))
+
+
+def _take_back(tools: Tools, replica: Replica, tried: Trial) -> None:
+    """Device state and weights, as a replica takes them."""
+    spent = PhaseTable()  # of the trial as a whole
+    try:
+        if tried.state is not None:
+            first = tools.containers.inspect(replica.container).pid
+            # The server that was dumped has just left its devices, so there is room, or will be.
+            with tools.devices.reserve(tried.state.devices, tried.launch.gpus, timeout=_PATIENCE) as chosen:
+                gpu.restored(tools, spent, tried.state, first, chosen)
+        if tried.weights:
+            weights.wake(tools, spent, replica, tried.weights)
+    except GpuckptError as error:
+        raise _failed(error) from error
 
 
 def _first_answer(tools: Tools, replica: Replica, adapter: Adapter) -> None:

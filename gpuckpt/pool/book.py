@@ -126,7 +126,7 @@ class Of:
     def found(self, seen: Found) -> None:
         """Its golden is as it was just seen."""
         self.golden, self.golden_bytes, self.served = seen.golden, seen.golden_bytes, seen.served
-        self.estimate = seen.memory or self.estimate
+        self.estimate, self.gpu = seen.memory or self.estimate, seen.gpu or self.gpu
 
     def weighs(self, held: Held, memory: int) -> None:
         """A replica of it holds so many bytes."""

@@ -30,7 +30,7 @@ class Found:
     ``prepared`` those that wait for their restore.
 
     ``prefix`` is what its replicas' names begin with, ``served`` what its own server calls it, ``memory`` what a
-    replica will hold at most after its restore.
+    replica will hold at most after its restore, ``gpu`` the same on GPUs.
     """
 
     prefix: str
@@ -40,6 +40,7 @@ class Found:
     served: str | None = None
     replicas: tuple[tuple[Made, Phase], ...] = ()
     prepared: tuple[str, ...] = ()
+    gpu: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, OutOfSpaceError, VerificationError
+from gpuckpt.errors import BusyError, GpuckptError, GpuFullError, NotFoundError, OutOfSpaceError, VerificationError
 from gpuckpt.pool import policy
 from gpuckpt.pool.book import Event, Held, Of, RefusedError
 from gpuckpt.pool.hands import Hands, Made
@@ -249,7 +249,8 @@ class Operations:
         model.make_at = self._clock() + self.retry * 2 ** min(max(0, model.failures - 1), _UNASKED_DOUBLINGS)
         model.trouble = _why(error)
         # Where nobody knows how much, one golden goes after the other.
-        model.cramped = max(1, error.lacking) if isinstance(error, OutOfSpaceError) else 0
+        cramped = isinstance(error, OutOfSpaceError) and not isinstance(error, GpuFullError)
+        model.cramped = max(1, getattr(error, "lacking", 0)) if cramped else 0
         self.say("failed", model.name, held.name, _why(error), tier)
         if isinstance(error, VerificationError):
             # From now on it starts cold, at once: what failed will not fail again.

@@ -36,7 +36,7 @@ from gpuckpt.errors import (
     OutOfSpaceError,
     RestoreError,
 )
-from gpuckpt.golden import prepare, tiers
+from gpuckpt.golden import prepare, standby, tiers
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.prepare import Options
 from gpuckpt.golden.replica import Replica
@@ -57,6 +57,7 @@ _MOVERS = 2  # goldens moved at once, one each way
 _NICE = 10  # of theirs: nobody waits for a golden to be moved, and requests are answered on the same cores
 _DUMP_SECONDS = 600  # the most that warming up and dumping may take
 _KEEPER = "pool"
+_GPU_PATIENCE = 30.0  # seconds that a wake or restore waits for room on the GPUs: others are leaving it
 
 
 class _Failure(msgspec.Struct, frozen=True):
@@ -141,7 +142,8 @@ class Workshop:
         # Of a mapped one only what it writes is its own; nobody knows how much before one has run.
         memory = manifest.sizes.cpu_pages + manifest.sizes.shared_memory
         place = Golden.TMPFS if "tmpfs" in here else Golden.DISK
-        return Found(golden, place, manifest.sizes.total, memory, manifest.workload.served_name)
+        gpu = sum(one.bytes for one in manifest.gpu.devices) if manifest.gpu else 0
+        return Found(golden, place, manifest.sizes.total, memory, manifest.workload.served_name, gpu=gpu)
 
     def _left(self, golden: str) -> tuple[list[tuple[Made, Phase]], list[str]]:
         """Replicas of an earlier service that can be used, and prepared ones; the others are removed."""
@@ -190,7 +192,9 @@ class Workshop:
             raise RestoreError(f"replica {replica.name} has ended", cause=f"its container is {container.status}")
         self._endpoints[replica.name] = replica.endpoint
         spent = {row.name: row.seconds for row in phases.rows()} if phases else {}
-        return Made(replica.name, replica.endpoint, _private(container.pid), 0, container.pid, spent)
+        record = self._known_record(replica.golden)
+        gpu = sum(one.bytes for one in record.gpu.devices) if record and record.gpu else 0
+        return Made(replica.name, replica.endpoint, _private(container.pid), gpu, container.pid, spent)
 
     # ------------------------------------------------------------------ replicas
 
@@ -201,7 +205,11 @@ class Workshop:
         self._known.pop(name, None)
         phases = PhaseTable()
         # Its first real request is its proof; a canary of sixteen tokens would keep that waiting.
-        restored = restore(RestoreRequest(golden, replica=name, canary=False, keeper=_KEEPER), self._tools, phases)
+        restored = restore(
+            RestoreRequest(golden, replica=name, canary=False, keeper=_KEEPER, gpu_wait=_GPU_PATIENCE),
+            self._tools,
+            phases,
+        )
         try:
             return self._made(restored.replica, phases)
         except BaseException:
@@ -250,18 +258,27 @@ class Workshop:
                 child.interrupt()
 
     async def wake(self, model: str, replica: str) -> None:
-        await self._in_thread(self._thaw, replica)
+        await self._in_thread(self._wake, self._sources[model].golden, replica)
 
-    def _thaw(self, name: str) -> None:
-        container = self._container(name)
-        freezer.thaw(container.pid, container.id)
+    def _wake(self, golden: str, name: str) -> None:
+        record, container = self._known_record(golden), self._container(name)
+        with contextlib.suppress(NothingToDo):  # somebody did it by hand
+            standby.wake(self._tools, name, record, PhaseTable(), timeout=_GPU_PATIENCE, container=container)
 
     async def freeze(self, model: str, replica: str) -> None:
-        await self._in_thread(self._freeze, replica)
+        await self._in_thread(self._freeze, self._sources[model].golden, replica)
 
-    def _freeze(self, name: str) -> None:
-        container = self._container(name)
-        freezer.freeze(container.pid, container.id)
+    def _freeze(self, golden: str, name: str) -> None:
+        record, container = self._known_record(golden), self._container(name)
+        with contextlib.suppress(NothingToDo):
+            standby.suspend(self._tools, name, record, PhaseTable(), container=container)
+
+    def _known_record(self, golden: str) -> Manifest | None:
+        """The golden's manifest; the last one known while it is being replaced."""
+        try:
+            return self._record(golden)
+        except NotFoundError:
+            return self._records[golden][1] if golden in self._records else None
 
     async def stop(self, model: str, replica: str) -> None:
         await self._in_thread(self._stop, replica)

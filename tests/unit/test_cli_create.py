@@ -36,6 +36,9 @@ OPTIONS: dict[str, Any] = {
     "tcp_established": False,
     "replace": False,
     "mode": "copy",
+    "gpus": (),
+    "cuda_graphs": False,
+    "weights": "auto",
 }
 
 

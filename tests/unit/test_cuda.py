@@ -15,17 +15,18 @@ import pytest
 from gpuckpt.cuda.driver import DriverError
 from gpuckpt.cuda.helper import Helper, Remote
 from gpuckpt.cuda.holders import holders
-from gpuckpt.cuda.room import Held, Room, place
+from gpuckpt.cuda.room import Room, place
 from gpuckpt.cuda.suspend import Limits, resume, suspend
 from gpuckpt.errors import (
     CheckpointError,
     DaemonUnreachableError,
     DeadlineError,
+    GpuFullError,
     IncompatibleError,
-    OutOfSpaceError,
     PreflightError,
     RestoreError,
 )
+from gpuckpt.manifest import Held
 from tests.cuda_fake import H100, MIB, FakeDriver, gpu
 
 QUICK = Limits(lock=0.2, checkpoint=0.2, restore=0.2, unlock=0.2)
@@ -212,7 +213,7 @@ def test_reservations_of_others_count_until_they_end(tmp_path: Path) -> None:
     with one.reserve(held((0, 50_000))) as where:
         assert where == {gpu(0).uuid: gpu(0).uuid}
         with (
-            pytest.raises(OutOfSpaceError, match="50000 MiB of GPU memory are needed"),
+            pytest.raises(GpuFullError, match="50000 MiB of GPU memory are needed"),
             other.reserve(held((0, 50_000))),
         ):
             pass

@@ -1,0 +1,39 @@
+"""Which way to the driver this machine has."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from gpuckpt import proc
+from gpuckpt.cuda.driver import Driver
+from gpuckpt.cuda.helper import Remote
+from gpuckpt.cuda.program import Program
+
+_PROGRAM = "cuda-checkpoint"
+
+
+def driver(run: Path, prefix: Path) -> Driver:
+    """The helper, where the Python packages are; else NVIDIA's program, where only that is.
+
+    Where neither is, the helper: asked for the first time, it says what to install. ``run`` holds its socket,
+    ``prefix / "bin"`` is looked in before PATH.
+    """
+    if not bindings_installed() and (program := find_program(prefix)) is not None:
+        return Program(program)
+    return Remote(run / "cuda" / "helper.sock")
+
+
+def bindings_installed() -> bool:
+    """Whether the packages of the extra ``gpuckpt[cuda]`` are there; imports none of them."""
+    try:
+        return find_spec("cuda.core") is not None and find_spec("pynvml") is not None
+    except ModuleNotFoundError:  # there is not even a package named cuda
+        return False
+
+
+def find_program(prefix: Path) -> Path | None:
+    """The cuda-checkpoint program."""
+    found = shutil.which(_PROGRAM, path=f"{prefix / 'bin'}:{proc.environment()['PATH']}")
+    return Path(found) if found else None

@@ -1,0 +1,155 @@
+"""Device state of containers: who holds it, how much, and moving it; what transactions ask of this package.
+
+Processes are named by their ids on the host. Once their state was taken off, nothing of a process tells that it had
+any: who was suspended must be kept by whoever asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+
+from gpuckpt import proc
+from gpuckpt.cuda.driver import Driver, Gpu
+from gpuckpt.cuda.holders import device_files, has_devices, holders
+from gpuckpt.cuda.room import Room, place
+from gpuckpt.cuda.suspend import LIMITS, Limits, Step, resume, suspend
+from gpuckpt.errors import CheckpointError, GpuckptError
+from gpuckpt.manifest import Held
+
+
+class Devices:
+    """The GPUs of this host. The driver is reached at the first question, so a machine without any needs nothing."""
+
+    def __init__(
+        self,
+        driver: Callable[[], Driver],
+        room: Path,
+        *,
+        below: Callable[[int], list[int]] = proc.processes_below,
+        files: Path = Path("/proc"),
+        limits: Limits = LIMITS,
+    ) -> None:
+        """``room``: folder of the reservations; ``below``: a process and its descendants; ``files``: procfs."""
+        self._make = driver
+        self._folder = room
+        self._below = below
+        self._files = files
+        self._limits = limits
+
+    @cached_property
+    def driver(self) -> Driver:
+        """What is asked."""
+        return self._make()
+
+    def holders(self, first: int) -> list[int]:
+        """Those of the process ``first`` and its descendants that hold a CUDA context."""
+        pids = [pid for pid in self._below(first) if has_devices(pid, proc=self._files)]
+        return holders(self.driver, pids, proc=self._files) if pids else []
+
+    def held(self, pids: Sequence[int]) -> tuple[Held, ...]:
+        """What the processes hold, by device; those that were suspended hold nothing."""
+        if not pids:
+            return ()
+        total: dict[str, int] = {}
+        for pid in pids:
+            for uuid, count in self.driver.memory(pid).items():
+                total[uuid] = total.get(uuid, 0) + count
+        types = {gpu.uuid: gpu.name for gpu in self.gpus()}
+        return tuple(Held(uuid, types.get(uuid, ""), count) for uuid, count in sorted(total.items()))
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        """The devices of this host."""
+        return self.driver.gpus()
+
+    def refuse(self, held: Sequence[Held]) -> None:
+        """Raise CheckpointError for devices whose state the driver cannot move, before anything is tried."""
+        mine = {one.uuid for one in held}
+        if cut := [gpu for gpu in self.gpus() if gpu.mig and gpu.uuid in mine]:
+            raise CheckpointError(
+                "the server runs on a part of a GPU, and its state there cannot be frozen",
+                cause=f"{cut[0].name} {cut[0].uuid} is divided (MIG), which the driver's checkpoints do not know",
+                remedy="give it a whole GPU: nvidia-smi -mig 0, or --gpu with another one",
+            )
+
+    def suspend(self, first: int, pids: Sequence[int]) -> list[Step]:
+        """Take the state of ``pids`` off the devices; the other processes below ``first`` must have none open.
+
+        Raises CheckpointError; the processes run on then, unless its remedy says that they cannot.
+        """
+        others = {pid: device_files(pid, proc=self._files) for pid in self._below(first) if pid not in pids}
+        if kept := {pid: files for pid, files in others.items() if files}:
+            # NVML without a context; CRIU can neither dump nor restore such a file.
+            raise CheckpointError(
+                "a process of the server has a GPU's files open without using CUDA, and cannot be frozen",
+                cause="; ".join(f"process {pid}: {', '.join(files)}" for pid, files in kept.items()),
+                remedy="have it close NVML (nvmlShutdown) before the golden is made, or start without that process",
+            )
+        steps = suspend(self.driver, pids, self._limits)
+        if left := self.held(pids):
+            undone = self._undone(pids)
+            raise CheckpointError(
+                "the server was suspended and still holds GPU memory",
+                cause=", ".join(f"{one.bytes >> 20} MiB on {one.uuid}" for one in left),
+                remedy=f"{undone}; the driver's version may not move all kinds of memory: gpuckpt doctor",
+            )
+        return steps
+
+    def _undone(self, pids: Sequence[int]) -> str:
+        try:
+            resume(self.driver, pids, limits=self._limits)
+        except GpuckptError as error:
+            return f"it could not be resumed ({error.message}): stop it"
+        return "the server runs on"
+
+    def check(self, held: Sequence[Held], visible: Sequence[str]) -> None:
+        """Raise IncompatibleError if what was held on ``held`` can never come back to this host's devices."""
+        if held:
+            place(held, self._usable(held, visible), {})
+
+    def reserve(
+        self, held: Sequence[Held], visible: Sequence[str] = ("all",), *, timeout: float = 0.0
+    ) -> AbstractContextManager[dict[str, str]]:
+        """Keep room on the devices for ``held``, and say where: see :meth:`gpuckpt.cuda.room.Room.reserve`.
+
+        ``visible``: the devices that the container has been given, ``all`` or UUIDs and indices; on a choice of some
+        only those that were used before are taken.
+        """
+        allowed = None if "all" in visible else {one.uuid for one in held}
+        return Room(self._folder, self.driver).reserve(held, timeout=timeout, allowed=allowed)
+
+    def _usable(self, held: Sequence[Held], visible: Sequence[str]) -> list[Gpu]:
+        mine = {one.uuid for one in held}
+        return [gpu for gpu in self.gpus() if "all" in visible or gpu.uuid in mine]
+
+    def resume(self, pids: Sequence[int], gpus: Mapping[str, str]) -> list[Step]:
+        """Put the state of ``pids`` back and let them run; ``gpus`` as :meth:`reserve` gave it. Raises RestoreError."""
+        moved = {old: new for old, new in gpus.items() if old != new}
+        return resume(self.driver, pids, permutation(moved, [gpu.uuid for gpu in self.gpus()]), self._limits)
+
+    def settle(self, pids: Sequence[int], gpus: Mapping[str, str]) -> list[Step]:
+        """The same for processes that may be at any step: whoever suspended or resumed them may have been killed."""
+        states = {pid: self.driver.state(pid) for pid in pids}
+        off = [pid for pid, state in states.items() if state == "checkpointed"]
+        steps = self.resume(off, gpus) if off else []
+        for pid, state in states.items():
+            if state == "locked":
+                self.driver.unlock(pid)
+        return steps
+
+
+def permutation(moved: Mapping[str, str], present: Sequence[str]) -> dict[str, str]:
+    """``moved`` completed to all devices: the driver wants every one that the process could see, each once.
+
+    Empty where nothing is moved. A device that somebody moves to changes places with the one they leave.
+    """
+    if not moved:
+        return {}
+    found = {uuid: uuid for uuid in present} | dict(moved)
+    vacated = [uuid for uuid in moved if uuid not in moved.values()]
+    for uuid in present:
+        if uuid not in moved and found[uuid] in moved.values():
+            found[uuid] = vacated.pop(0)
+    return found

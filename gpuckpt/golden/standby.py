@@ -1,0 +1,183 @@
+"""Standbys: replicas that hold no GPU memory and no processor, and answer again after a fraction of a second.
+
+On the way down a server gives its weights back where they lie outside its image, its device state goes to host memory,
+its processes are frozen. On the way up they are thawed, their device state is put back, the weights are read. What is
+on the way is written down before the first step, so that one that was cut short can be woken or stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from gpuckpt.containers import freezer
+from gpuckpt.containers.podman import Container
+from gpuckpt.errors import BusyError, CheckpointError, DeadlineError, GpuckptError, NothingToDo, RestoreError
+from gpuckpt.golden import gpu, weights
+from gpuckpt.golden.replica import Replica, Standby, by_name
+from gpuckpt.golden.tools import Tools, phase
+from gpuckpt.manifest import DeviceState, Held, Manifest
+from gpuckpt.store import locks
+from gpuckpt.timing import PhaseTable, now_ns
+from gpuckpt.workload import adapter
+
+_QUIET = 30.0  # seconds in which the requests of a server on a GPU must have ended
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A replica that was suspended or woken, where the time went, and its bytes of GPU memory: that it gave or took."""
+
+    replica: Replica
+    phases: PhaseTable
+    gpu_bytes: int
+
+
+def suspend(
+    tools: Tools, name: str, golden: Manifest | None, phases: PhaseTable, *, container: Container | None = None
+) -> Changed:
+    """Make a standby of the running replica ``name``; afterwards it holds no GPU memory.
+
+    ``golden`` is its golden's manifest, if there is one; it says whether weights lie outside. ``container``: its
+    container, where the caller knows it. Raises NotFoundError,
+    BusyError, NothingToDo (it is a standby), DeadlineError (requests do not end), CheckpointError. The replica runs on
+    then, unless the error says that it cannot.
+    """
+    with _held(tools, name, container) as (replica, container):
+        if replica.standby is not None and freezer.frozen(container.pid, container.id):
+            raise NothingToDo(f"replica {name} is a standby already", remedy=f"gpuckpt wake {name}")
+        if replica.standby is not None:  # one that was killed on its way: up again, and down once more
+            _up(tools, replica, container, golden, phases, timeout=_QUIET)
+            replica = by_name(tools.layout.replicas, name)
+        return _down(tools, replica, container, golden, phases)
+
+
+def wake(
+    tools: Tools,
+    name: str,
+    golden: Manifest | None,
+    phases: PhaseTable,
+    *,
+    timeout: float = 0.0,
+    container: Container | None = None,
+) -> Changed:
+    """Let the standby ``name`` answer again; it waits at most ``timeout`` seconds for room on the GPUs.
+
+    Raises NotFoundError, BusyError, NothingToDo (it is awake), GpuFullError or DeadlineError (no room; it stays a
+    standby), RestoreError.
+    """
+    with _held(tools, name, container) as (replica, container):
+        if replica.standby is None and not freezer.frozen(container.pid, container.id):
+            raise NothingToDo(f"replica {name} is awake", remedy=f"gpuckpt suspend {name}")
+        return _up(tools, replica, container, golden, phases, timeout=timeout)
+
+
+@contextlib.contextmanager
+def _held(tools: Tools, name: str, known: Container | None) -> Iterator[tuple[Replica, Container]]:
+    by_name(tools.layout.replicas, name)
+    with locks.exclusive(tools.layout.replica_locks, "replica", name):
+        replica = by_name(tools.layout.replicas, name)
+        container = known or tools.containers.inspect(replica.container)
+        if replica.state != "ready" or not container.alive or not container.pid:
+            raise BusyError(
+                f"replica {name} does not run",
+                cause=f"it is {replica.state}, its container {container.status}",
+                remedy=f"gpuckpt stop {name}, and restore {replica.golden} again",
+            )
+        if container.status == "paused":
+            raise BusyError(f"replica {name} was paused by podman", remedy=f"podman unpause {replica.container}")
+        yield replica, container
+
+
+def _down(tools: Tools, replica: Replica, container: Container, golden: Manifest | None, phases: PhaseTable) -> Changed:
+    holders = gpu.find(tools, container.pid, golden.launch.gpus if golden else ("all",))
+    outside = bool(golden and golden.weights)
+    if golden is not None and (holders is not None or outside):
+        with phase(tools, phases, "quiesce"):
+            adapter(golden.workload).quiesce(replica.endpoint, timeout=_QUIET)
+    held = holders.state.devices if holders else ()
+    going = Standby(
+        processes=holders.pids if holders else (),
+        devices=tuple((one.uuid, one.name, one.bytes) for one in held),
+        weights=outside,
+    )
+    replace(replica, standby=going).save()
+    try:
+        if outside:
+            weights.sleep(tools, phases, replica)
+        with gpu.suspended(tools, phases, holders, resume=False), phase(tools, phases, "freeze"):
+            freezer.freeze(container.pid, container.id)
+    except BaseException as error:
+        _undo(tools, replica, container, golden, error)
+        raise
+    phases.stop()
+    return Changed(replace(replica, standby=going), phases, sum(one.bytes for one in held))
+
+
+def _undo(tools: Tools, replica: Replica, container: Container, golden: Manifest | None, error: BaseException) -> None:
+    """Let a server that could not be suspended answer as before; what cannot be undone the next wake tries again."""
+    with contextlib.suppress(OSError, GpuckptError):
+        freezer.thaw(container.pid, container.id)
+    try:
+        if golden is not None and golden.weights:
+            files = weights.files_of(golden, tools.layout.golden(golden.name))
+            weights.wake(tools, PhaseTable(), replica, files)
+        replica.save()
+    except (OSError, GpuckptError) as trouble:
+        tools.report.note(f"{replica.name} does not answer yet: {trouble}; try gpuckpt wake {replica.name}")
+
+
+def _up(
+    tools: Tools,
+    replica: Replica,
+    container: Container,
+    golden: Manifest | None,
+    phases: PhaseTable,
+    *,
+    timeout: float,
+) -> Changed:
+    was = replica.standby or Standby()
+    held = tuple(Held(uuid, name, count) for uuid, name, count in was.devices)
+    visible = golden.launch.gpus if golden and golden.launch.gpus else ("all",)
+    waited = now_ns()
+    with tools.devices.reserve(held, visible, timeout=timeout) as chosen:
+        if held:
+            phases.add("GPU: room", waited, now_ns())
+        with phase(tools, phases, "thaw"):
+            freezer.thaw(container.pid, container.id)
+        try:
+            if was.processes:
+                gpu.note(phases, tools.devices.settle(was.processes, chosen))
+        except (GpuckptError, OSError):
+            # Either none of its state is on a device, and it can be tried again, or it is lost: nobody can ask it.
+            with contextlib.suppress(DeadlineError, OSError):
+                freezer.freeze(container.pid, container.id)
+            raise
+        if was.weights:
+            _read_weights(tools, replica, golden, phases)
+    awake = replace(replica, standby=None)
+    awake.save()
+    phases.stop()
+    return Changed(awake, phases, sum(one.bytes for one in held))
+
+
+def _read_weights(tools: Tools, replica: Replica, golden: Manifest | None, phases: PhaseTable) -> None:
+    if golden is None:
+        raise RestoreError(
+            f"the weights of {replica.name} are gone",
+            cause=f"they were part of golden {replica.golden}, which was removed",
+            remedy=f"gpuckpt stop {replica.name}",
+        )
+    weights.wake(tools, phases, replica, weights.files_of(golden, tools.layout.golden(golden.name)))
+
+
+def memory_on_devices(tools: Tools, state: DeviceState | None, first: int) -> int:
+    """Bytes of GPU memory that a replica's processes hold now, as NVML counts them."""
+    if state is None:
+        return 0
+    try:
+        pids = gpu.on_host(state, first)
+    except RestoreError as error:
+        raise CheckpointError(error.message, cause=error.cause) from error
+    return sum(one.bytes for one in tools.devices.held(pids))
