@@ -409,6 +409,16 @@ class World:
         request = CreateRequest(name=name, adapter=self.adapter, arguments=("serve", "--fast"), rootfs=self.base)
         return replace(request, **changes)
 
+    def on_gpu(self, **mib: int) -> None:
+        """Have the container's processes hold device memory: ``p4242=1024``. Steps of the driver go to the journal."""
+        self.driver.before = lambda step, pid: self.journal.note(f"{step} {pid}") if step != "state" else None
+        for name, count in mib.items():
+            pid = int(name[1:])
+            self.driver.start(pid, count)
+            files = self.folder / "proc" / str(pid) / "fd"
+            files.mkdir(parents=True)
+            (files / "3").symlink_to("/dev/nvidiactl")
+
     def hook(self, stage: str, script: str) -> Path:
         """Install a user's hook."""
         folder = self.settings.paths.hooks / stage
@@ -496,7 +506,12 @@ def tools_for(folder: Path) -> World:
         runtime="runc",
         containers=containers,
         overlay=overlay,
-        devices=Devices(lambda: driver, folder / "run" / "room", below=lambda pid: [4242, *driver.processes]),
+        devices=Devices(
+            lambda: driver,
+            folder / "run" / "room",
+            below=lambda pid: sorted({4242, *driver.processes}),
+            files=folder / "proc",
+        ),
         huge_pages=huge_pages,
         memory_of=memory_of,
         programs_of=programs_of,

@@ -49,6 +49,10 @@ class Devices:
         pids = [pid for pid in self._below(first) if has_devices(pid, proc=self._files)]
         return holders(self.driver, pids, proc=self._files) if pids else []
 
+    def inside(self, first: int) -> dict[int, int]:
+        """The process ``first`` and its descendants: what the container calls them, and the host."""
+        return {proc.inside(pid): pid for pid in self._below(first)}
+
     def held(self, pids: Sequence[int]) -> tuple[Held, ...]:
         """What the processes hold, by device; those that were suspended hold nothing."""
         if not pids:

@@ -92,14 +92,14 @@ def restored(tools: Tools, phases: PhaseTable, state: DeviceState, first: int, c
 
     ``chosen``: onto which devices, from a reservation. Raises RestoreError.
     """
-    pids = on_host(state, first)
+    pids = on_host(tools, state, first)
     tools.report.stage("GPU")
     note(phases, tools.devices.resume(pids, chosen))
 
 
-def on_host(state: DeviceState, first: int) -> list[int]:
+def on_host(tools: Tools, state: DeviceState, first: int) -> list[int]:
     """The processes that hold the state, as the host calls them now. Raises RestoreError if one is not there."""
-    here = {proc.inside(pid): pid for pid in proc.processes_below(first)}
+    here = tools.devices.inside(first)
     if missing := [pid for pid in state.processes if pid not in here]:
         raise RestoreError(
             "processes with GPU state have not come back",

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -234,9 +234,24 @@ def _restore(request: RestoreRequest, tools: Tools, phases: PhaseTable, source: 
 def _from_golden(
     request: RestoreRequest, tools: Tools, phases: PhaseTable, source: Source, replica: Replica
 ) -> Restored:
-    golden, options = source.manifest, request.options
     if source.trouble is not None:
         raise source.trouble
+    golden = source.manifest
+    held = golden.gpu.devices if golden.gpu else ()
+    # Before anything is made: a server that has no room on the GPUs is no server.
+    with tools.devices.reserve(held, golden.launch.gpus, timeout=request.gpu_wait) as chosen:
+        return _brought_back(request, tools, phases, source, replica, chosen)
+
+
+def _brought_back(
+    request: RestoreRequest,
+    tools: Tools,
+    phases: PhaseTable,
+    source: Source,
+    replica: Replica,
+    chosen: Mapping[str, str],
+) -> Restored:
+    golden, options = source.manifest, request.options
     if not replica.bundle:
         with phase(tools, phases, "container"):
             replica = prepare.prepare(tools, source, replica, options)
@@ -246,11 +261,7 @@ def _from_golden(
     clone.identify(replica)
     _renew_entropy(tools)
     limit = _LONGEST + golden.sizes.total / _SLOWEST
-    held = golden.gpu.devices if golden.gpu else ()
-    with (
-        tools.devices.reserve(held, golden.launch.gpus, timeout=request.gpu_wait) as chosen,
-        _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring,
-    ):
+    with _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring:
         with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
             first = restoring.until_resumed(partial(_bind, tools, golden))
         phases.split("restore", replica.operation.marks(), first="podman: restore")

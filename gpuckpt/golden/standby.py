@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container
-from gpuckpt.errors import BusyError, CheckpointError, DeadlineError, GpuckptError, NothingToDo, RestoreError
+from gpuckpt.errors import BusyError, DeadlineError, GpuckptError, NothingToDo, RestoreError
 from gpuckpt.golden import gpu, weights
 from gpuckpt.golden.replica import Replica, Standby, by_name
 from gpuckpt.golden.tools import Tools, phase
-from gpuckpt.manifest import DeviceState, Held, Manifest
+from gpuckpt.manifest import Held, Manifest
 from gpuckpt.store import locks
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload import adapter
@@ -170,14 +170,3 @@ def _read_weights(tools: Tools, replica: Replica, golden: Manifest | None, phase
             remedy=f"gpuckpt stop {replica.name}",
         )
     weights.wake(tools, phases, replica, weights.files_of(golden, tools.layout.golden(golden.name)))
-
-
-def memory_on_devices(tools: Tools, state: DeviceState | None, first: int) -> int:
-    """Bytes of GPU memory that a replica's processes hold now, as NVML counts them."""
-    if state is None:
-        return 0
-    try:
-        pids = gpu.on_host(state, first)
-    except RestoreError as error:
-        raise CheckpointError(error.message, cause=error.cause) from error
-    return sum(one.bytes for one in tools.devices.held(pids))
