@@ -19,8 +19,9 @@ from gpuckpt.errors import DeadlineError, GpuFullError, IncompatibleError
 from gpuckpt.manifest import Held
 
 _MOMENT = 0.1  # seconds between two looks at what is free
-# Beside what a server's processes held, the driver needs memory of its own for each context.
-_CONTEXT = 600 << 20
+# What NVML counts for a process has its context in it; beside that the driver keeps some for itself. Too much is a
+# restore that waits, too little one that can never be repeated.
+_CONTEXT = 256 << 20
 
 
 def place(held: Sequence[Held], gpus: Sequence[Gpu], reserved: Mapping[str, int]) -> dict[str, str] | None:

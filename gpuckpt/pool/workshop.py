@@ -158,7 +158,9 @@ class Workshop:
                     continue
                 container = self._container(one.name)
                 still = freezer.frozen(container.pid, container.id)
-                if one.state == "ready" and container.alive and (still or self._answers(one)):
+                # One that was being frozen or woken may hold half of its memory, and answer its health check.
+                whole = still or (one.standby is None and self._answers(one))
+                if one.state == "ready" and container.alive and whole:
                     usable.append((self._made(one), Phase.STANDBY if still else Phase.HOT))
                     continue
             with contextlib.suppress(GpuckptError, OSError):

@@ -172,7 +172,7 @@ def test_a_dump_that_fails_puts_the_state_back(world: World, error: BaseExceptio
 
 def test_room_is_kept_while_the_dump_goes_on(world: World) -> None:
     """Somebody else who asks for the room meanwhile does not get it."""
-    world.driver.devices[gpu(0).uuid] = gpu(0, free=700, memory=2048)
+    world.driver.devices[gpu(0).uuid] = gpu(0, free=400, memory=2048)
     seen: list[BaseException] = []
     original = world.containers.checkpoint
 
@@ -265,7 +265,7 @@ def test_another_driver_is_another_machine(world: World, monkeypatch: pytest.Mon
 
 def test_without_room_nothing_is_touched(world: World) -> None:
     made(world)
-    world.driver.devices[gpu(0).uuid] = gpu(0, free=1500)  # the context has no room beside it
+    world.driver.devices[gpu(0).uuid] = gpu(0, free=1200)  # the context has no room beside it
     world.journal.events.clear()
     with pytest.raises(GpuFullError, match="1024 MiB of GPU memory are needed"):
         restored(world)
