@@ -16,6 +16,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
 from typing import IO
 
 STATES = {1: "locked", 2: "checkpointed", 3: "locked", 4: "running"}
@@ -75,13 +76,24 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
 
 
+def wait_for_signals() -> None:
+    """The main thread runs their handlers; one that comes just before a pause would wait for the next."""
+    while True:
+        time.sleep(0.01)
+
+
+def answer_parent(holder: Holder) -> None:
+    for _ in sys.stdin:
+        print(holder.digest(), flush=True)
+    os._exit(0)
+
+
 def main() -> None:
     gpus, mib = sys.argv[2], int(sys.argv[3])
     holder = Holder(gpus, mib)
     if sys.argv[1] == "child":
-        for _ in sys.stdin:
-            print(holder.digest(), flush=True)
-        return
+        threading.Thread(target=answer_parent, args=(holder,), daemon=True).start()
+        wait_for_signals()
     child = subprocess.Popen(
         [sys.executable, __file__, "child", gpus, str(mib)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -106,8 +118,7 @@ def main() -> None:
 
     server = Server(sys.argv[1], Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    while True:  # signals come to the main thread
-        signal.pause()
+    wait_for_signals()
 
 
 main()
