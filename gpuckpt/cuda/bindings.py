@@ -1,11 +1,14 @@
-"""The driver through its own interfaces: cuda-core for the state of processes, NVML for devices.
+"""The driver through its own interfaces: cuda-bindings for the state of processes, NVML for devices.
 
 To be used by one long-lived process only (helper.py): the first call initialises CUDA, which takes seconds on a machine
-with many devices, and is paid by every process anew.
+with many devices, and is paid by every process anew. cuda-core has a module for the state of processes as well
+(``cuda.core.checkpoint``); it turns the driver's codes into sentences, and one of them, CUDA_ERROR_NOT_SUPPORTED, into
+the advice to update the driver, which it also is for a process whose kind of memory no driver can move.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +18,12 @@ from gpuckpt.errors import PreflightError
 
 # What the driver says of a process that has no CUDA context, or is no process at all.
 _NO_CONTEXT = ("CUDA_ERROR_NOT_INITIALIZED", "CUDA_ERROR_INVALID_VALUE", "CUDA_ERROR_INVALID_CONTEXT")
+_STATES: dict[str, State] = {
+    "CU_PROCESS_STATE_RUNNING": "running",
+    "CU_PROCESS_STATE_LOCKED": "locked",
+    "CU_PROCESS_STATE_CHECKPOINTED": "checkpointed",
+    "CU_PROCESS_STATE_FAILED": "failed",
+}
 
 
 class Bindings:
@@ -24,47 +33,82 @@ class Bindings:
         try:
             import pynvml
             from cuda.bindings import driver
-            from cuda.core import checkpoint
         except ImportError as error:
             raise PreflightError(
                 "GPU state cannot be handled: a Python package is missing",
                 cause=str(error),
                 remedy="install gpuckpt with its GPU packages: pip install 'gpuckpt[cuda]'",
             ) from error
+        if not hasattr(driver, "cuCheckpointProcessLock"):
+            raise PreflightError(
+                "GPU state cannot be handled: the package cuda-bindings is too old",
+                cause="it does not know the driver's checkpoints, which came with 12.8",
+                remedy="pip install -U 'gpuckpt[cuda]'",
+            )
         self._nvml: Any = pynvml
-        self._processes: Any = checkpoint
+        self._cuda: Any = driver
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
             raise PreflightError(
                 "NVIDIA's driver does not answer", cause=str(error), remedy="gpuckpt doctor"
             ) from error
-        (code,) = driver.cuInit(0)
-        if code != driver.CUresult.CUDA_SUCCESS:
-            raise PreflightError("CUDA cannot be initialised", cause=code.name, remedy="gpuckpt doctor")
+        try:
+            self._call(driver.cuInit, 0)
+        except DriverError as error:
+            raise PreflightError("CUDA cannot be initialised", cause=error.message, remedy="gpuckpt doctor") from error
         self._lock = threading.Lock()
 
     def state(self, pid: int) -> State | None:
         try:
-            found: State = _called(lambda: self._processes.Process(pid).state)
+            found = self._call(self._cuda.cuCheckpointProcessGetState, pid)
         except DriverError as error:
             if error.code in _NO_CONTEXT:
                 return None
             raise
-        return found
+        name = self._cuda.CUprocessState(found).name
+        if name not in _STATES:
+            raise DriverError("UNKNOWN_STATE", name)
+        return _STATES[name]
 
     def lock(self, pid: int, timeout: float) -> None:
-        _called(lambda: self._processes.Process(pid).lock(timeout_ms=max(1, int(timeout * 1000))))
+        arguments = self._cuda.CUcheckpointLockArgs()
+        arguments.timeoutMs = max(1, int(timeout * 1000))
+        self._call(self._cuda.cuCheckpointProcessLock, pid, arguments)
 
     def checkpoint(self, pid: int) -> None:
-        _called(lambda: self._processes.Process(pid).checkpoint())
+        self._call(self._cuda.cuCheckpointProcessCheckpoint, pid, None)
 
     def restore(self, pid: int, gpus: Mapping[str, str]) -> None:
-        pairs = {old.removeprefix("GPU-"): new.removeprefix("GPU-") for old, new in gpus.items()}
-        _called(lambda: self._processes.Process(pid).restore(gpu_mapping=pairs or None))
+        buffers: list[Any] = []  # the UUIDs are read from them during the call
+        pairs = []
+        for old, new in gpus.items():
+            pair = self._cuda.CUcheckpointGpuPair()
+            pair.oldUuid, pair.newUuid = self._uuid(old, buffers), self._uuid(new, buffers)
+            pairs.append(pair)
+        arguments = None
+        if pairs:
+            arguments = self._cuda.CUcheckpointRestoreArgs()
+            arguments.gpuPairs, arguments.gpuPairsCount = pairs, len(pairs)
+        self._call(self._cuda.cuCheckpointProcessRestore, pid, arguments)
 
     def unlock(self, pid: int) -> None:
-        _called(lambda: self._processes.Process(pid).unlock())
+        self._call(self._cuda.cuCheckpointProcessUnlock, pid, None)
+
+    def _uuid(self, text: str, buffers: list[Any]) -> Any:
+        buffers.append(ctypes.create_string_buffer(bytes.fromhex(text.removeprefix("GPU-").replace("-", "")), 16))
+        return self._cuda.CUuuid(ctypes.addressof(buffers[-1]))
+
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        """Call the driver; its result, if it gives one. Whatever it refuses is a DriverError with its code."""
+        try:
+            status, *results = function(*arguments)
+        except RuntimeError as error:  # the library is missing, or has no such function
+            raise DriverError(type(error).__name__, str(error)) from error
+        if status != self._cuda.CUresult.CUDA_SUCCESS:
+            _, words = self._cuda.cuGetErrorString(status)
+            raise DriverError(status.name, _text(words) if words else "")
+        return results[0] if results else None
 
     def gpus(self) -> tuple[Gpu, ...]:
         nvml = self._nvml
@@ -97,16 +141,6 @@ class Bindings:
     def _handles(self) -> list[Any]:
         with self._lock:  # NVML is safe for threads; a device that goes between the two calls is not
             return [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(self._nvml.nvmlDeviceGetCount())]
-
-
-def _called(work: Any) -> Any:
-    """The result; whatever the binding raises as a DriverError."""
-    try:
-        return work()
-    except Exception as error:  # cuda-core raises CUDAError, and RuntimeError for what this driver does not have
-        text = str(error)
-        code = next((word.strip(":,") for word in text.split() if word.startswith("CUDA_ERROR_")), type(error).__name__)
-        raise DriverError(code, text.removeprefix(f"{code}:").strip()) from error
 
 
 def _text(value: str | bytes) -> str:

@@ -28,7 +28,7 @@ def driver(run: Path, prefix: Path) -> Driver:
 def bindings_installed() -> bool:
     """Whether the packages of the extra ``gpuckpt[cuda]`` are there; imports none of them."""
     try:
-        return find_spec("cuda.core") is not None and find_spec("pynvml") is not None
+        return find_spec("cuda.bindings") is not None and find_spec("pynvml") is not None
     except ModuleNotFoundError:  # there is not even a package named cuda
         return False
 
