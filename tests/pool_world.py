@@ -143,6 +143,9 @@ class FakeHands:
         before = self.sources or {}
         self.sources = {name: before[name] for name in leaving if name in before} | dict(sources)
 
+    def gpu_size(self) -> int | None:
+        return None
+
     def store_size(self) -> int:
         return 1 << 30
 

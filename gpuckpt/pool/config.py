@@ -150,7 +150,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     """What everything may hold together."""
 
     memory: Annotated[int | None, config.parse_bytes, "host memory of all replicas; default: 60 % of the memory"] = None
-    gpu: Annotated[int | None, config.parse_bytes, "GPU memory of all replicas; default: no limit"] = None
+    gpu: Annotated[int | None, config.parse_bytes, "GPU memory of all replicas; default: all that there is"] = None
     store: Annotated[int | None, config.parse_bytes, "goldens in the tmpfs; default: what it has room for"] = None
 
 

@@ -116,6 +116,10 @@ class Workplace(Hands, Protocol):
         """Bytes that the store has room for."""
         ...
 
+    def gpu_size(self) -> int | None:
+        """Bytes of memory of the GPUs that replicas may be on; None where there are none, or nobody can tell."""
+        ...
+
     def interrupt(self) -> None:
         """Have goldens that are being made given up, and make no more: who waits for them is told that they failed."""
         ...

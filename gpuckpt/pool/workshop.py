@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ from gpuckpt.config import Settings
 from gpuckpt.config_load import as_environment
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container, container_name
+from gpuckpt.cuda.checks import driver_version
 from gpuckpt.errors import (
     BusyError,
     CheckpointError,
@@ -52,6 +54,7 @@ from gpuckpt.workload import adapter
 from gpuckpt.workload.endpoint import Endpoint
 
 _Result = TypeVar("_Result")
+_log = logging.getLogger("gpuckpt.pool")
 _WORKERS = 32  # restores, stops and checks at once
 _MOVERS = 2  # goldens moved at once, one each way
 _NICE = 10  # of theirs: nobody waits for a golden to be moved, and requests are answered on the same cores
@@ -101,6 +104,15 @@ class Workshop:
     def store_size(self) -> int:
         state = os.statvfs(self._tools.layout.store)
         return state.f_blocks * state.f_frsize
+
+    def gpu_size(self) -> int | None:
+        if driver_version() is None:
+            return None
+        try:
+            return sum(gpu.memory for gpu in self._tools.devices.gpus() if not gpu.mig)
+        except GpuckptError as error:
+            _log.warning("the GPUs cannot be asked, so their memory is not limited: %s: %s", error, error.cause)
+            return None
 
     async def open(self) -> None:
         # The store is mounted, CRIU found, podman connected to.

@@ -124,7 +124,8 @@ class Service:
         room = self.config.room()
         memory = room.memory if room.memory is not None else int(tmpfs.memory_total() * MEMORY_SHARE)
         store = room.store if room.store is not None else self._workshop.store_size()
-        return Budget(memory, room.gpu, store)
+        gpu = room.gpu if room.gpu is not None else self._workshop.gpu_size()
+        return Budget(memory, gpu, store)
 
     def _prewarm(self, models: Mapping[str, Model]) -> None:
         self._to_prewarm |= {name for name, model in models.items() if model.prewarm}
