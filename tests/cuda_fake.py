@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -79,6 +80,15 @@ class FakeDriver:
 
     def unlock(self, pid: int) -> None:
         self._step("unlock", pid, "locked", "running")
+
+    def carry(self, file: int, uuid: str) -> int:
+        self.before("carry", 0)
+        if error := self.refuse.get(("carry", 0)):
+            raise error
+        # Memory of the device: a file without a name is as free when nobody has it open.
+        made = os.memfd_create("device memory")
+        os.pwrite(made, os.pread(file, os.fstat(file).st_size, 0), 0)
+        return made
 
     def gpus(self) -> tuple[Gpu, ...]:
         return tuple(self.devices.values())

@@ -95,6 +95,16 @@ class Bindings:
     def unlock(self, pid: int) -> None:
         self._call(self._cuda.cuCheckpointProcessUnlock, pid, None)
 
+    def carry(self, file: int, uuid: str) -> int:
+        from gpuckpt.cuda.carrier import carry
+
+        count = int(self._call(self._cuda.cuDeviceGetCount))
+        for number in range(count):
+            device = self._call(self._cuda.cuDeviceGet, number)
+            if self._call(self._cuda.cuDeviceGetUuid, device).bytes.hex() == uuid.removeprefix("GPU-").replace("-", ""):
+                return carry(self._cuda, self._call, file, device)
+        raise DriverError("NO_DEVICE", f"CUDA does not know {uuid}")
+
     def _uuid(self, text: str, buffers: list[Any]) -> Any:
         buffers.append(ctypes.create_string_buffer(bytes.fromhex(text.removeprefix("GPU-").replace("-", "")), 16))
         return self._cuda.CUuuid(ctypes.addressof(buffers[-1]))

@@ -133,6 +133,10 @@ class Devices:
         moved = {old: new for old, new in gpus.items() if old != new}
         return resume(self.driver, pids, permutation(moved, [gpu.uuid for gpu in self.gpus()]), self._limits)
 
+    def carry(self, file: int, uuid: str) -> int:
+        """Read an open file into memory of a device: see :meth:`gpuckpt.cuda.driver.Driver.carry`."""
+        return self.driver.carry(file, uuid)
+
     def settle(self, pids: Sequence[int], gpus: Mapping[str, str]) -> list[Step]:
         """The same for processes that may be at any step: whoever suspended or resumed them may have been killed."""
         states = {pid: self.driver.state(pid) for pid in pids}

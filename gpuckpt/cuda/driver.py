@@ -63,6 +63,13 @@ class Driver(Protocol):
         """Let its CUDA calls go on. DriverError."""
         ...
 
+    def carry(self, file: int, uuid: str) -> int:
+        """Read an open file into memory of the device, and return an open file that stands for that memory.
+
+        It is free again when nobody has that open any more. Raises DriverError, NOT_SUPPORTED where it cannot share.
+        """
+        ...
+
     def gpus(self) -> tuple[Gpu, ...]:
         """The devices of this host."""
         ...

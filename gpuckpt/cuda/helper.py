@@ -33,7 +33,7 @@ _IDLE = 900.0  # seconds without a question after which it ends
 _START = 60.0  # seconds that initialising CUDA may take
 _LONGEST = 300.0  # seconds that one answer may take: the memory of a large process is copied meanwhile
 _QUESTIONS = ("state", "gpus", "memory", "version")
-_METHODS = (*_QUESTIONS, "lock", "checkpoint", "restore", "unlock")
+_METHODS = (*_QUESTIONS, "lock", "checkpoint", "restore", "unlock", "carry")
 _LINE = 1 << 20
 
 
@@ -86,10 +86,9 @@ class Helper:
         with self._lock:
             self._busy += 1
         try:
-            with connection, connection.makefile("rwb") as stream:
-                while line := stream.readline(_LINE):
-                    stream.write(json.dumps(self._called(line)).encode() + b"\n")
-                    stream.flush()
+            with connection:
+                while (asked := _received(connection)) is not None:
+                    self._reply(connection, *asked)
         except OSError:
             pass  # whoever asked has gone; what was begun is done all the same
         finally:
@@ -97,20 +96,49 @@ class Helper:
                 self._busy -= 1
                 self._last = time.monotonic()
 
-    def _called(self, line: bytes) -> dict[str, Any]:
+    def _reply(self, connection: socket.socket, line: bytes, files: list[int]) -> None:
+        made: list[int] = []
+        try:
+            answer = json.dumps(self._called(line, files, made)).encode() + b"\n"
+            if made:
+                socket.send_fds(connection, [answer], made)
+            else:
+                connection.sendall(answer)
+        finally:
+            for handle in (*files, *made):
+                os.close(handle)
+
+    def _called(self, line: bytes, files: list[int], made: list[int]) -> dict[str, Any]:
         try:
             asked = json.loads(line)
             name, arguments = asked["call"], asked["arguments"]
-            if name not in _METHODS:
+            if name not in _METHODS or (name == "carry") != bool(files):
                 raise KeyError(name)
         except (ValueError, KeyError, TypeError) as error:
             return {"error": {"code": "BAD_REQUEST", "message": repr(error)}}
         try:
+            if name == "carry":
+                made.append(self._driver.carry(files[0], *arguments))
+                return {"result": None}
             return {"result": to_builtins(getattr(self._driver, name)(*arguments))}
         except DriverError as error:
             return {"error": {"code": error.code, "message": error.detail}}
         except Exception as error:  # a fault of ours: whoever asked is to see it
             return {"error": {"code": "HELPER", "message": f"{type(error).__name__}: {error}"}}
+
+
+def _received(connection: socket.socket) -> tuple[bytes, list[int]] | None:
+    """A line, and the open files that came with it; None at the end."""
+    line, files = b"", list[int]()
+    while not line.endswith(b"\n"):
+        data, more, _, _ = socket.recv_fds(connection, _LINE, 4)
+        files += more
+        line += data
+        if not data or len(line) > _LINE:
+            for handle in files:
+                os.close(handle)
+            return None
+    return line, files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,6 +188,14 @@ class Remote:
     def unlock(self, pid: int) -> None:
         self._ask("unlock", pid)
 
+    def carry(self, file: int, uuid: str) -> int:
+        _, made = self._exchange("carry", (uuid,), [file])
+        if len(made) != 1:
+            for handle in made:
+                os.close(handle)
+            raise DriverError("HELPER", "no memory came with its answer")
+        return made[0]
+
     def gpus(self) -> tuple[Gpu, ...]:
         return convert(self._ask("gpus"), tuple[Gpu, ...])
 
@@ -172,26 +208,34 @@ class Remote:
         return found
 
     def _ask(self, name: str, *arguments: Any) -> Any:
-        line = self._answer(name, arguments)
-        if not line and name in _QUESTIONS:  # they change nothing: another helper may answer
-            line = self._answer(name, arguments)
-        if not line:
+        return self._exchange(name, arguments, [])[0]
+
+    def _exchange(self, name: str, arguments: tuple[Any, ...], files: list[int]) -> tuple[Any, list[int]]:
+        """The helper's result, and the open files that came with it."""
+        answered = self._answer(name, arguments, files)
+        if answered is None and name in _QUESTIONS:  # they change nothing: another helper may answer
+            answered = self._answer(name, arguments, files)
+        if answered is None:
             raise DaemonUnreachableError(
                 f"the GPU helper ended while it was asked “{name}”",
                 remedy="try again: it is started anew; if it happens again, the driver's words are in the kernel's log",
             )
+        line, made = answered
         answer = json.loads(line)
         if "error" in answer:
             raise DriverError(answer["error"]["code"], answer["error"]["message"])
-        return answer["result"]
+        return answer["result"], made
 
-    def _answer(self, name: str, arguments: tuple[Any, ...]) -> bytes:
-        """A line; empty if the helper has ended."""
-        with self._connected() as connection, connection.makefile("rwb") as stream:
+    def _answer(self, name: str, arguments: tuple[Any, ...], files: list[int]) -> tuple[bytes, list[int]] | None:
+        """A line and open files; None if the helper has ended."""
+        with self._connected() as connection:
             try:
-                stream.write(json.dumps({"call": name, "arguments": arguments}).encode() + b"\n")
-                stream.flush()
-                return stream.readline(_LINE)
+                line = json.dumps({"call": name, "arguments": arguments}).encode() + b"\n"
+                if files:
+                    socket.send_fds(connection, [line], files)
+                else:
+                    connection.sendall(line)
+                return _received(connection)
             except TimeoutError as error:
                 raise DaemonUnreachableError(
                     f"the GPU helper did not answer “{name}” within {self._timeout:g} s",
@@ -199,7 +243,7 @@ class Remote:
                     remedy="see the kernel's log (dmesg) for NVRM lines; stop the replica",
                 ) from error
             except OSError:
-                return b""
+                return None
 
     def _connected(self) -> socket.socket:
         made = self._connect()

@@ -47,6 +47,9 @@ class Program:
     def unlock(self, pid: int) -> None:
         self._act("unlock", pid)
 
+    def carry(self, file: int, uuid: str) -> int:
+        raise DriverError("NOT_SUPPORTED", "the program cuda-checkpoint has no memory of its own to share")
+
     def gpus(self) -> tuple[Gpu, ...]:
         rows = self._query("--query-gpu=uuid,name,memory.total,memory.free,mig.mode.current")
         return tuple(

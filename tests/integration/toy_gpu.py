@@ -43,6 +43,9 @@ class ToyDriver:
     def unlock(self, pid: int) -> None:
         self._act("unlock", 4, pid, "running")
 
+    def carry(self, file: int, uuid: str) -> int:
+        raise DriverError("NOT_SUPPORTED", "")
+
     def gpus(self) -> tuple[Gpu, ...]:
         return tuple(
             Gpu(one.name, "Toy GPU", self.capacity, self.capacity - sum(file.stat().st_size for file in one.iterdir()))
