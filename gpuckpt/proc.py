@@ -12,6 +12,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,8 @@ from gpuckpt.errors import DeadlineError, GpuckptError, NotFoundError
 # What a child may see of our environment. PATH is fixed: root's commands must not depend on the caller's PATH.
 _PASSED = ("HOME", "LANG", "LC_ALL", "TERM", "TMPDIR", "TZ", "XDG_RUNTIME_DIR")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# An unpacked bundle (docs/offline.md) brings podman and what it starts; they lie beside the environment we run in.
+_BUNDLE = Path(sys.prefix).parent
 
 # Terminal sequences as a whole (colours, titles), then what control characters are left; a tab may stay.
 _CONTROL = (
@@ -48,7 +51,8 @@ class CommandError(GpuckptError):
 def environment(extra: Mapping[str, str] | None = None, *, path: Sequence[Path | str] = ()) -> dict[str, str]:
     """The environment of a child: the whitelist, ``path`` before the standard search path, then ``extra``."""
     env = {name: os.environ[name] for name in _PASSED if name in os.environ}
-    env["PATH"] = ":".join([*map(str, path), _PATH])
+    bundled = [str(_BUNDLE / "bin")] if (_BUNDLE / "bundle.json").exists() else []
+    env["PATH"] = ":".join([*map(str, path), *bundled, _PATH])
     env.update(extra or {})
     return env
 

@@ -141,6 +141,15 @@ def test_a_child_is_a_session_of_its_own_with_an_environment_of_ours(monkeypatch
     assert proc.Child([sys.executable, "-c", code], env={"MORE": "1"}).wait(30).stdout == "True None 1\n"
 
 
+def test_programs_of_a_bundle_that_we_run_from_go_before_the_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proc, "_BUNDLE", tmp_path)
+    assert str(tmp_path) not in proc.environment()["PATH"]
+    (tmp_path / "bundle.json").touch()
+    assert proc.environment(path=["/first"])["PATH"].split(":")[:2] == ["/first", f"{tmp_path}/bin"]
+
+
 def test_a_child_that_does_not_exist_says_so() -> None:
     done = proc.Child(["gpuckpt-does-not-exist"]).wait(30)
     assert done.code == 127 and "gpuckpt-does-not-exist" in done.stderr
