@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LOADER_MARK = b"/gpuckpt-bundle-loader".ljust(255, b"/")  # as in scripts/bundle.py
+LOADER_MARK = b"/gpuckpt-bundle-loader".ljust(255, b"/")  # as in scripts/bundle_programs.py
 LIBRARIES_MARK = b"/gpuckpt-bundle-libraries".ljust(255, b"/")
 OURS = ("bin", "bundle.json", "etc", "lib", "libexec", "licences", "python", "src", "venv")
 _AT_FDCWD, _EXCHANGE = -100, 2

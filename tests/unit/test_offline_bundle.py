@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import bundle, bundle_self_test, bundle_unpack
+from scripts import bundle, bundle_programs, bundle_self_test, bundle_unpack
 
 LISTING = """\
 \tlinux-vdso.so.1 (0x00007ffc3a5f1000)
@@ -22,7 +22,7 @@ LISTING = """\
 
 
 def test_libraries_are_what_the_loader_lists() -> None:
-    assert bundle.libraries(LISTING) == {
+    assert bundle_programs.libraries(LISTING) == {
         "libseccomp.so.2": Path("/lib/x86_64-linux-gnu/libseccomp.so.2"),
         "libc.so.6": Path("/lib/x86_64-linux-gnu/libc.so.6"),
     }
@@ -30,14 +30,14 @@ def test_libraries_are_what_the_loader_lists() -> None:
 
 def test_a_library_that_lacks_is_named() -> None:
     with pytest.raises(ValueError, match=r"libgone\.so\.1"):
-        bundle.libraries("\tlibgone.so.1 => not found\n")
+        bundle_programs.libraries("\tlibgone.so.1 => not found\n")
 
 
 def test_the_wrapper_of_setup_says_how_criu_is_started() -> None:
     script = '#!/bin/sh\nexec /p/ld.so --argv0 criu --library-path /p/a:/p/b /p/criu "$@"\n'
-    assert bundle.starter(script) == (Path("/p/ld.so"), "/p/a:/p/b", Path("/p/criu"))
+    assert bundle_programs.starter(script) == (Path("/p/ld.so"), "/p/a:/p/b", Path("/p/criu"))
     with pytest.raises(ValueError, match="setup"):
-        bundle.starter("#!/bin/sh\nexec criu-elsewhere\n")
+        bundle_programs.starter("#!/bin/sh\nexec criu-elsewhere\n")
 
 
 def wheel(folder: Path, name: str, *requirements: str) -> None:
@@ -114,8 +114,8 @@ def test_pieces_that_lack_or_are_damaged_are_named(tmp_path: Path) -> None:
 
 
 def test_the_two_scripts_mean_the_same_marks() -> None:
-    assert bundle.LOADER_MARK.encode() == bundle_unpack.LOADER_MARK
-    assert bundle.LIBRARIES_MARK.encode() == bundle_unpack.LIBRARIES_MARK
+    assert bundle_programs.LOADER_MARK.encode() == bundle_unpack.LOADER_MARK
+    assert bundle_programs.LIBRARIES_MARK.encode() == bundle_unpack.LIBRARIES_MARK
 
 
 def test_a_program_gets_the_paths_of_its_loader_and_libraries(tmp_path: Path) -> None:
