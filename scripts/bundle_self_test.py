@@ -205,7 +205,8 @@ def driver(prefix: Path) -> str:
         raise Fault("no NVIDIA driver here") from None
     found = re.search(r"Kernel Module(?: for \S+)?\s+(\d[\d.]*)", text)
     version = found[1] if found else "?"
-    said([sys.executable, "-Ic", "from cuda.core import checkpoint; import pynvml; pynvml.nvmlInit()"])
+    asked = "from cuda.bindings import driver; driver.cuCheckpointProcessLock; import pynvml; pynvml.nvmlInit()"
+    said([sys.executable, "-Ic", asked])
     return f"{version}; Python's interfaces to it load"
 
 

@@ -22,7 +22,10 @@ ALIVE = ("running", "paused")  # states in which a container has processes
 
 
 class ContainerSpec(Struct, frozen=True):
-    """What a container is made of; ``rootfs`` is a mounted folder, ``binds`` are (source, destination, read-only)."""
+    """What a container is made of; ``rootfs`` is a mounted folder, ``binds`` are (source, destination, read-only).
+
+    ``devices`` are files, or names by CDI.
+    """
 
     name: str
     replica: str
@@ -35,6 +38,7 @@ class ContainerSpec(Struct, frozen=True):
     hostname: str
     ip: str | None = None
     mac: str | None = None
+    devices: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
 
 
@@ -296,9 +300,9 @@ def _specification(spec: ContainerSpec) -> dict[str, Any]:
         "stop_timeout": 10,
         "log_configuration": {"driver": "k8s-file"},  # whose file we read
     }
-    if launch.gpus:
-        # Devices, libraries and hooks of NVIDIA's by the Container Device Interface, as `podman run --device` does.
-        body["devices"] = [{"path": f"nvidia.com/gpu={name}"} for name in launch.gpus]
+    if spec.devices:
+        # Files, or names of the Container Device Interface, which podman knows from one another.
+        body["devices"] = [{"path": path} for path in spec.devices]
     if launch.port:
         body["netns"] = {"nsmode": "bridge"}
         body["portmappings"] = [

@@ -69,13 +69,23 @@ def program(settings: Settings, version: str) -> Check:
 
 def cdi(folders: tuple[Path, ...] = _CDI) -> Check:
     """Do CDI specifications name NVIDIA's devices for podman?"""
-    specs = [file for folder in folders for pattern in ("*.yaml", "*.json") for file in sorted(folder.glob(pattern))]
-    naming = [str(file) for file in specs if "nvidia.com/gpu" in _text(file)]
-    why = "podman gives a container its GPU by CDI (--device nvidia.com/gpu=all); remake it after a driver update"
+    naming = [str(file) for file in specifications(folders)]
+    why = "images get their GPU by CDI, with the driver's libraries; remake it after a driver update"
     if naming:
         return Check("cuda.cdi", "CDI", "ok", ", ".join(naming), why)
     mend = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
-    return Check("cuda.cdi", "CDI", "warn", "no specification for nvidia.com/gpu", why, mend)
+    return Check("cuda.cdi", "CDI", "warn", "no specification for nvidia.com/gpu: only --rootfs / has GPUs", why, mend)
+
+
+def specifications(folders: tuple[Path, ...] | None = None) -> list[Path]:
+    """Files of the Container Device Interface that name NVIDIA's GPUs."""
+    files = [
+        file
+        for folder in (_CDI if folders is None else folders)
+        for pattern in ("*.yaml", "*.json")
+        for file in sorted(folder.glob(pattern))
+    ]
+    return [file for file in files if "nvidia.com/gpu" in _text(file)]
 
 
 def _text(file: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpuckpt.containers import rootfs as layers
 from gpuckpt.containers.podman import OWNER, ContainerSpec
+from gpuckpt.cuda import nodes
 from gpuckpt.errors import BusyError
 from gpuckpt.golden.replica import Replica, publish_address
 from gpuckpt.golden.tools import Tools
@@ -66,6 +67,7 @@ def assemble(
         hostname=hostname(replica.name),
         ip=address.ip if address else None,
         mac=address.mac if address else None,
+        devices=nodes.devices(launch.gpus, image=launch.image is not None) if launch.gpus else (),
         labels={OWNER: str(tools.layout.state)},
     )
     return replica, tools.containers.create(spec)

@@ -17,6 +17,7 @@ from msgspec import structs
 from gpuckpt import manifest as manifests
 from gpuckpt.containers import freezer
 from gpuckpt.criu import images as criu_images
+from gpuckpt.cuda import nodes
 from gpuckpt.cuda.driver import DriverError
 from gpuckpt.errors import (
     BusyError,
@@ -27,8 +28,10 @@ from gpuckpt.errors import (
     GpuFullError,
     IncompatibleError,
     InterruptedByUser,
+    NotFoundError,
     NothingToDo,
     OutOfSpaceError,
+    PreflightError,
     RestoreError,
     UsageError,
     VerificationError,
@@ -59,6 +62,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr("gpuckpt.golden.identity.driver_version", lambda: "570.86.15")
     found = tools_for(tmp_path)
     monkeypatch.setattr("gpuckpt.golden.restore.adapter_of", lambda workload: found.adapter)
+    monkeypatch.setattr(nodes, "specifications", lambda folders=None: [Path("/etc/cdi/nvidia.yaml")])
     monkeypatch.setattr(standby, "adapter", lambda workload: found.adapter)
     found.on_gpu(p4242=1024)
     return found
@@ -661,3 +665,46 @@ def test_options_that_contradict_each_other() -> None:
         with pytest.raises(UsageError, match=said):
             parsed("serve", **options)
     assert parsed("serve", gpus=("0", "0", "1")).gpus == ("0", "1")
+
+
+# --- how a container is given GPUs ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> dict[str, Any]:
+    """A machine with two GPUs, whose minor numbers are not their indices."""
+    dev, driver, cdi = (tmp_path / name for name in ("dev", "driver", "cdi"))
+    for folder in (dev, cdi):
+        folder.mkdir()
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (dev / name).touch()
+    for bus, uuid, minor in (("0000:01:00.0", "GPU-a", 1), ("0000:02:00.0", "GPU-b", 0)):
+        (driver / "gpus" / bus).mkdir(parents=True)
+        text = f"Model: \t\t NVIDIA H100\nGPU UUID: \t {uuid}\nDevice Minor: \t {minor}\n"
+        (driver / "gpus" / bus / "information").write_text(text)
+    return {"dev": dev, "driver": driver, "cdi": (cdi,)}
+
+
+def test_without_a_specification_the_device_files_are_given(two: dict[str, Any]) -> None:
+    def given(*names: str) -> list[str]:
+        return [Path(path).name for path in nodes.devices(names, image=False, **two)]
+
+    assert given() == []
+    assert given("all") == ["nvidia1", "nvidia0", "nvidiactl", "nvidia-uvm"]
+    assert given("0") == given("GPU-a") == ["nvidia1", "nvidiactl", "nvidia-uvm"]
+    with pytest.raises(NotFoundError, match="no GPU 2") as caught:
+        given("2")
+    assert "0 (GPU-a), 1 (GPU-b)" in str(caught.value.cause)
+
+
+def test_an_image_needs_a_specification(two: dict[str, Any]) -> None:
+    with pytest.raises(PreflightError, match="no CDI specification"):
+        nodes.devices(("all",), image=True, **two)
+    (two["cdi"][0] / "nvidia.yaml").write_text("kind: nvidia.com/gpu\n")
+    for image in (True, False):
+        assert nodes.devices(("all", "GPU-a"), image=image, **two) == ("nvidia.com/gpu=all", "nvidia.com/gpu=GPU-a")
+
+
+def test_a_machine_without_a_driver_has_no_gpus_to_give(tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="cannot be given GPUs"):
+        nodes.devices(("all",), image=False, dev=tmp_path, driver=tmp_path, cdi=())
