@@ -16,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.kv_disk_mib is not None and options.kv_dir is None:
         parser.error("--kv-disk-mib is for files: say where with --kv-dir")
+    if options.weights_outside and options.weights_mib is not None:
+        parser.error("--weights-outside is for weights that are all on the device, --weights-mib for such that are not")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     log = logging.getLogger("gpuckpt_guest")
     import torch
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name=options.served_model_name or "",
             limit=options.max_model_len,
             weights=None if options.weights_mib is None else options.weights_mib << 20,
+            outside=options.weights_outside,
         )
     except UnsupportedModelError as error:
         print(f"gpuckpt_guest: {options.model} cannot be served: {error}", file=sys.stderr)
@@ -77,6 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpuckpt_guest: {what}: {error}", file=sys.stderr)
         return 4
     engine.start()
+    orders = None
+    if options.weights_outside:
+        from .control import Control, where
+        from .engine.sleep import handlers
+
+        try:
+            orders = Control(handlers(engine))
+        except OSError as error:
+            print(f"gpuckpt_guest: no orders can be taken at {where()}: {error}", file=sys.stderr)
+            engine.stop()
+            return 4
     import uvicorn
 
     address = {"uds": options.uds} if options.uds else {"host": options.host, "port": options.port}
@@ -91,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     )
     server.run()
+    if orders is not None:
+        orders.close()
     engine.stop()
     return 0
 
@@ -117,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-sessions", type=_positive, default=4096)
     mib: dict[str, Any] = {"type": _positive, "metavar": "MIB"}
     serve.add_argument("--weights-mib", **mib, help="device memory for the layers' weights; default: for all that fit")
+    serve.add_argument(
+        "--weights-outside", action="store_true", help="weights can be given back and taken again, by a Unix socket"
+    )
     serve.add_argument("--kv-mib", **mib, help="device memory for keys and values; default: most of what is free")
     serve.add_argument(
         "--kv-host-mib", **mib, help="host memory for those that have left the device; default: a quarter of it"

@@ -22,6 +22,8 @@ import torch
 
 from .. import lifecycle
 from ..checkpoint import Ring
+from ..control import ControlError
+from ..flat import FlatError
 from . import sampling
 from .breakpoints import Breakpoint, Condition
 from .errors import EngineError, conflict, full, missing
@@ -30,6 +32,7 @@ from .model import Loaded
 from .sampling import Sampling
 from .scheduler import Scheduler
 from .session import Pause, Session, Sink, State, Turn
+from .sleep import Asleep, Sleep
 from .steering import Edit, apply
 from .text import TextStream
 
@@ -100,6 +103,7 @@ class Engine:
         self.scheduler = Scheduler(
             loaded, self.ring, self.memory.batches, self.memory.residency, max_batch=max_batch, ended=self._ended
         )
+        self.sleep = Sleep(self)
         self.on_restore(self.memory.residency.renew)
 
     def on_restore(self, work: Callable[[], object]) -> None:
@@ -139,7 +143,7 @@ class Engine:
                 if self.loaded.device.type == "cuda":
                     torch.cuda.set_device(self.loaded.device)  # a thread begins on the first one
                 while self._obey():
-                    if self.scheduler.busy:
+                    if self._busy:
                         self.memory.worked()
                         self.scheduler.run()
                     if self.scheduler.done:
@@ -151,12 +155,18 @@ class Engine:
                 self._refuse()
                 raise
 
+    @property
+    def _busy(self) -> bool:
+        return self.scheduler.busy and not self.sleep.asleep
+
     def _obey(self) -> bool:
         """Call what has come; waits if there is nothing else to do. False: stop."""
         while True:
             try:
-                busy = self.scheduler.busy
-                command = self._commands.get(not busy, None if busy else self.memory.next_time())
+                busy = self._busy
+                # Asleep, nothing is due: what would be done by itself may need a pass.
+                due = None if busy or self.sleep.asleep else self.memory.next_time()
+                command = self._commands.get(not busy, due)
             except queue.Empty:
                 if not busy:
                     self._poll()
@@ -166,16 +176,21 @@ class Engine:
             if command is None:
                 return False
             function, future = command
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(function())
-            except EngineError as error:
-                future.set_exception(error)
-            except Exception as error:
-                _log.exception("a request failed")
-                future.set_exception(error)
-            self.scheduler.look()
+            if future.set_running_or_notify_cancel():
+                self.call(function, future)
+
+    def call(self, function: Callable[[], Any], future: Future[Any]) -> None:
+        """Call a function on the engine's thread, and tell what came of it; one that needs weights may be held."""
+        try:
+            future.set_result(function())
+        except Asleep:
+            self.sleep.held.append((function, future))
+        except (EngineError, ControlError, FlatError) as error:
+            future.set_exception(error)
+        except Exception as error:
+            _log.exception("a request failed")
+            future.set_exception(error)
+        self.scheduler.look()
 
     def _poll(self) -> None:
         """Caches have come or gone, or it is time that one does."""
@@ -192,13 +207,16 @@ class Engine:
             if session.turn and not session.turn.reason:
                 session.turn.reason, session.turn.error = "error", self.fault
                 session.emit({"type": "done", "reason": "error", "error": self.fault, "tokens": 0})
+        stopped = EngineError(self.fault, status=503, code="engine_stopped")
+        while self.sleep.held:
+            self.sleep.held.pop()[1].set_exception(stopped)
         while True:
             try:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 return
             if command and command[1].set_running_or_notify_cancel():
-                command[1].set_exception(EngineError(self.fault, status=503, code="engine_stopped"))
+                command[1].set_exception(stopped)
 
     # ------------------------------------------------------------------ sessions
 
@@ -471,6 +489,7 @@ class Engine:
         pause = self._paused(session)
         if session.suspended:
             raise conflict(f"session {session.id} is suspended; resume it first", "suspended")
+        self.sleep.awake()
         state = self.activation(session).to(self.loaded.device)
         stepper = self.loaded.stepper
         ids = torch.tensor([session.unread[: pause.tokens]], device=self.loaded.device)

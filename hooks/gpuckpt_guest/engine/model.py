@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..kv.cache import Blueprint
+from ..outside import OutsideWeights
 from ..weights import PagedWeights, room
 from .probe import Verdict, decoder_layers, probe
 from .stepper import Stepper, UnsupportedModelError
@@ -29,6 +30,7 @@ class Loaded:
     verdict: Verdict
     limit: int
     stops: frozenset[int]
+    outside: OutsideWeights | None = None  # its weights, where they can be given back
 
     @property
     def device(self) -> Any:
@@ -59,12 +61,14 @@ def load(
     name: str = "",
     limit: int | None = None,
     weights: int | None = None,
+    outside: bool = False,
 ) -> Loaded:
     """Load the checkpoint in the folder ``path`` and probe it.
 
     ``dtype``: "auto" is the checkpoint's own. ``limit``: the most tokens of a session; by default the model's.
-    ``weights``: bytes of the layers' weights that are on the device at a time; by default as many as fit. Raises
-    UnsupportedModelError if it cannot be driven layer by layer, OSError or ValueError if it cannot be read.
+    ``weights``: bytes of the layers' weights that are on the device at a time; by default as many as fit. ``outside``:
+    they all are, and can be given back. Raises UnsupportedModelError if it cannot be driven layer by layer, OSError or
+    ValueError if it cannot be read, or does not fit.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,7 +80,10 @@ def load(
     if weights is None:
         mine = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
         weights = room(mine, sum(parameter.nbytes for parameter in model.parameters()) - mine, device)
+    if outside and weights is not None:
+        raise ValueError("weights that come in turns are in host memory as well: they cannot be kept outside")
     paged = None if weights is None else PagedWeights(layers, device, weights, model)
+    away = OutsideWeights(model, device, known) if outside else None
     with torch.inference_mode():
         model.to(device)
     return prepare(
@@ -86,6 +93,7 @@ def load(
         identity=known,
         limit=limit,
         weights=paged,
+        outside=away,
     )
 
 
@@ -97,6 +105,7 @@ def prepare(
     identity: str,
     limit: int | None = None,
     weights: PagedWeights | None = None,
+    outside: OutsideWeights | None = None,
 ) -> Loaded:
     """Probe a model that is in memory already, its layers' weights perhaps only in turns; errors as of :func:`load`."""
     with torch.inference_mode():
@@ -123,6 +132,7 @@ def prepare(
         verdict=verdict,
         limit=min(limit or longest, longest),
         stops=_stops(model, tokenizer),
+        outside=outside,
     )
 
 

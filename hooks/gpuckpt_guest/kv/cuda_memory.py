@@ -15,44 +15,15 @@ from typing import Any
 
 import torch
 
+from ..cuda_driver import access, checked, driver, properties, tensor_at
 from .memory import Grain, Pairs, Piece, copy_all
-
-
-def _driver() -> Any:
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise OSError(
-            "caches on a GPU need the package cuda-bindings (pip install cuda-bindings) beside torch"
-        ) from error
-    return driver
-
-
-def _checked(answer: Any) -> Any:
-    """The driver's results, without the status; raises OSError with its words."""
-    status, *results = answer
-    driver = _driver()
-    if status != driver.CUresult.CUDA_SUCCESS:
-        _, words = driver.cuGetErrorString(status)
-        raise OSError(f"the GPU's driver: {words.decode() if isinstance(words, bytes) else words}")
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-def _properties(device: torch.device) -> Any:
-    driver = _driver()
-    made = driver.CUmemAllocationProp()
-    made.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-    made.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    made.location.id = device.index or 0
-    return made
 
 
 def grain(device: torch.device) -> Grain:
     """The driver's granularity; of mappings there may be as many as one likes."""
-    driver = _driver()
     torch.cuda.current_stream(device)  # the context
-    flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-    return Grain(int(_checked(driver.cuMemGetAllocationGranularity(_properties(device), flag))), 1 << 40)
+    flag = driver().CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+    return Grain(int(checked(driver().cuMemGetAllocationGranularity(properties(device), flag))), 1 << 40)
 
 
 class CudaMemory:
@@ -84,11 +55,11 @@ class CudaMemory:
     def handles(self, place: int) -> list[Any]:
         """The pieces of a place, which are created if it has not been used yet."""
         if place not in self._handles:
-            driver, properties = _driver(), _properties(self.device)
+            kind = properties(self.device)
             made: list[Any] = []
             try:
                 while len(made) < self.size // self.granule:
-                    made.append(_checked(driver.cuMemCreate(self.granule, properties, 0)))
+                    made.append(checked(driver().cuMemCreate(self.granule, kind, 0)))
                 self._blocks.map(place * self.size, made)
             except BaseException:
                 _release(made)
@@ -98,6 +69,10 @@ class CudaMemory:
 
     def reserve(self, size: int) -> CudaRange:
         return CudaRange(self, -(-size // self.granule) * self.granule)
+
+    @property
+    def held(self) -> int:
+        return len(self._handles) * self.size
 
     def trim(self, places: Sequence[int]) -> None:
         self._let_go([place for place in places if place in self._handles])
@@ -135,7 +110,7 @@ class CudaMemory:
 
 def _release(handles: Sequence[Any]) -> None:
     for handle in handles:
-        _checked(_driver().cuMemRelease(handle))
+        checked(driver().cuMemRelease(handle))
 
 
 def _release_all(handles: dict[int, list[Any]]) -> None:
@@ -146,40 +121,32 @@ def _release_all(handles: dict[int, list[Any]]) -> None:
 def _free_addresses(base: int, size: int, mapped: dict[int, int]) -> None:
     torch.cuda.synchronize()
     for at, length in mapped.items():
-        _checked(_driver().cuMemUnmap(base + at, length))
-    _checked(_driver().cuMemAddressFree(base, size))
+        checked(driver().cuMemUnmap(base + at, length))
+    checked(driver().cuMemAddressFree(base, size))
 
 
 class _Addresses:
     """Reserved addresses of a GPU, and the tensor of their bytes, of which only what is mapped may be touched."""
 
     def __init__(self, memory: CudaMemory, size: int) -> None:
-        driver = _driver()
         self._memory = weakref.ref(memory)
         self._device, self._granule = memory.device, memory.granule
-        self.base = int(_checked(driver.cuMemAddressReserve(size, 0, 0, 0)))
+        self.base = int(checked(driver().cuMemAddressReserve(size, 0, 0, 0)))
         # What is mapped, by offset: addresses are free once nothing is.
         self._mapped: dict[int, int] = {}
         weakref.finalize(self, _free_addresses, self.base, size, self._mapped)
-        # A tensor at an address that torch has not allocated; the public ways ask the driver what lies there, which is
-        # nothing yet.
-        storage = torch._C._construct_storage_from_data_pointer(self.base, memory.device, size)
-        self.bytes = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(storage, 0, (size,), (1,))
+        self.bytes = tensor_at(self.base, size, memory.device)
 
     def map(self, at: int, handles: Sequence[Any]) -> None:
         """Have these pieces appear at an offset, one behind the other."""
-        driver = _driver()
         for number, handle in enumerate(handles):
-            _checked(driver.cuMemMap(self.base + at + number * self._granule, self._granule, 0, handle, 0))
-        access = driver.CUmemAccessDesc()
-        access.location = _properties(self._device).location
-        access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+            checked(driver().cuMemMap(self.base + at + number * self._granule, self._granule, 0, handle, 0))
         self._mapped[at] = len(handles) * self._granule
-        _checked(driver.cuMemSetAccess(self.base + at, len(handles) * self._granule, [access], 1))
+        checked(driver().cuMemSetAccess(self.base + at, len(handles) * self._granule, [access(self._device)], 1))
 
     def unmap(self, at: int, size: int) -> None:
         """Have nothing appear there any more."""
-        _checked(_driver().cuMemUnmap(self.base + at, size))
+        checked(driver().cuMemUnmap(self.base + at, size))
         self._mapped.pop(at, None)
 
 

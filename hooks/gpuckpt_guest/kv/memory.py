@@ -76,6 +76,11 @@ class Memory(Protocol):
     size: int
     strided: bool  # pieces of several blocks side by side are copied as fast by one call as by one call each
 
+    @property
+    def held(self) -> int:
+        """Bytes of the device that blocks have, those that are free but have been used included."""
+        ...
+
     def block(self, place: int) -> Any:
         """The block that lies there, as a tensor of ``size`` bytes."""
         ...
@@ -151,6 +156,10 @@ class HostMemory:
         weakref.finalize(self, os.close, self._file)
         os.ftruncate(self._file, places * size)
         self._blocks = _tensor(_map(None, places * size, self._file, 0), places * size).view(places, size)
+
+    @property
+    def held(self) -> int:
+        return os.fstat(self._file).st_blocks * 512
 
     def block(self, place: int) -> Any:
         return self._blocks[place]

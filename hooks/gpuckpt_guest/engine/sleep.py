@@ -1,0 +1,113 @@
+"""The engine asleep: its weights are given back, its sessions stay, and what is asked of it waits.
+
+Sessions and their caches are state, not weights. A pass that is on its way stays between the two layers where it is,
+and runs its next layer, on the same weights at the same addresses, when the engine wakes up. What only looks and
+changes is answered as ever; what would compute is held (:class:`Asleep`).
+
+Also the orders that come by the control socket (control.py), for the guest's only process that has weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..control import ControlError, Handler, files_for
+from ..flat import FlatError
+from ..outside import OutsideWeights
+from .errors import EngineError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+RANKS = 1
+
+
+class Asleep(Exception):
+    """Raised on the engine's thread by what needs the weights: it is called again when they are there."""
+
+
+class Sleep:
+    """Sleep and wake. For use by the engine's thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._outside = engine.loaded.outside
+        self.held: list[tuple[Callable[[], Any], Future[Any]]] = []  # until it wakes up
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the weights are away."""
+        return self._outside is not None and self._outside.asleep
+
+    @property
+    def _weights(self) -> OutsideWeights:
+        if self._outside is None:
+            raise ControlError("the weights stay where they are", "the server was started without --weights-outside")
+        return self._outside
+
+    def awake(self) -> None:
+        """Raise Asleep, so that what is being called is held, if the weights are away."""
+        if self.asleep:
+            raise Asleep
+
+    def save(self, file: int) -> int:
+        """Write the weights into a file; returns its size. Raises ControlError, OSError."""
+        if self.asleep:
+            raise ControlError("the weights cannot be saved", "the server is asleep: they are not there")
+        return self._weights.save(file)
+
+    def sleep(self) -> int:
+        """Give the weights back, and what caches do not use; returns the bytes. Raises OSError."""
+        if self.asleep:
+            return 0
+        memory, scheduler = self._engine.memory, self._engine.scheduler
+        before = memory.arena.memory.held
+        if scheduler.done:
+            scheduler.rest()
+        memory.arena.trim()
+        released = self._weights.sleep() + max(0, before - memory.arena.memory.held)
+        if self._engine.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps for later would be in the dump
+        return released
+
+    def wake(self, file: int) -> dict[str, Any]:
+        """Take the weights again; returns bytes and phases. Raises FlatError or OSError, and stays asleep."""
+        found, phases = self._weights.wake(file)
+        began = time.perf_counter()
+        held, self.held = self.held, []
+        for each in held:
+            self._engine.call(*each)
+        # Memory for caches comes when it is used; what took time is what had waited.
+        return {"bytes": found, "phases": phases | {"kv": time.perf_counter() - began}}
+
+
+def handlers(engine: Engine) -> Mapping[str, Handler]:
+    """The orders, for :class:`~gpuckpt_guest.control.Control`; of an engine whose weights can be outside."""
+    sleep = engine.sleep
+
+    def do(what: str, function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return engine.do(function, *args).result()
+        except (FlatError, OSError, EngineError) as error:
+            raise ControlError(what, str(error)) from error
+
+    def save(request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+        (file,) = files_for(files, RANKS)
+        return {"bytes": [do("the weights cannot be saved", sleep.save, file)]}
+
+    def wake(request: dict[str, Any], files: Sequence[int]) -> Any:
+        (file,) = files_for(files, RANKS)
+        return do("the weights cannot be taken from this file", sleep.wake, file)
+
+    return {
+        "ranks": lambda request, files: {"ranks": RANKS},
+        "save": save,
+        "sleep": lambda request, files: {"released": do("the weights cannot be given back", sleep.sleep)},
+        "wake": wake,
+        "state": lambda request, files: {"asleep": do("the engine does not answer", lambda: sleep.asleep)},
+    }
