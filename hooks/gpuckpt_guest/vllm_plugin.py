@@ -8,6 +8,9 @@ that clones go on alike. A request with a seed has a generator of its own, which
 So each kind of process asks, in the one place that all its work comes through, whether it woke up as a new replica;
 that costs a stat(2) per step or request. The workers of one engine must agree on every token, since each rank samples
 by itself: they reseed as one group.
+
+The API server also takes the host's orders to sleep and to wake up (vllm_control.py), from the moment on that its
+application is called first, which is when it starts up.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from . import lifecycle
+from . import lifecycle, vllm_control
 
 _log = logging.getLogger("gpuckpt_guest")
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -111,6 +114,7 @@ def _checking_asgi(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     async def checked(self: Any, scope: Any, receive: Any, send: Any) -> Any:
         lifecycle.check()
+        vllm_control.serve(getattr(self, "state", None))
         return await original(self, scope, receive, send)
 
     return checked

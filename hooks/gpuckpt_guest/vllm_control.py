@@ -1,0 +1,167 @@
+"""The orders of the control socket (control.py) for vLLM: served in its API server, obeyed by its engine's sleep mode.
+
+Only a server that was started with ``--enable-sleep-mode`` and
+``--worker-extension-cls gpuckpt_guest.vllm_weights.WeightsExtension`` can obey; any other one says why it cannot. vLLM
+on CPUs has no sleep mode. Its HTTP endpoints for sleeping are not used: they would be open to everybody who can reach
+its port.
+
+It sleeps at level 2: weights and KV cache are dropped, where level 1 would copy the weights to host memory, and into
+the dump. Before that the requests that run end, those that come wait, and the prefix cache is emptied. Communicators
+that have device memory of their own are told, where vLLM has words for it (``checkpoint_prepare``).
+
+vLLM may come to know all this itself: its pull requests 54942, 54943 and 54946 (RFC 54940; read in November 2026, when
+they were open and in no release) add ``--snapshot-config`` and ``suspend``, ``device_unlock`` and ``resume``, from the
+engine's client down to the workers, with device memory left to plugins of the device. Where a server was started with
+it these two are called instead, and no weights pass through files: there are no ranks.
+
+Written from the source of vLLM 0.32; the CPU build has been asked, nothing of it has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import nvml
+from .control import Control, ControlError, Handler, files_for, wanted, where
+
+_log = logging.getLogger("gpuckpt_guest")
+_NOTHING = {"map": 0.0, "stream": 0.0, "kv": 0.0}
+_EXTENSION = "gpuckpt_guest.vllm_weights.WeightsExtension"
+# This process' socket, or that it has none, once that has been found out.
+_serving: list[Control | None] = []
+
+
+def serve(state: Any) -> None:
+    """Serve the orders on the running event loop, once, if this is an API server whose engine is there.
+
+    ``state``: what the application keeps. Where several API servers share a socket, the first one obeys.
+    """
+    if _serving or (client := getattr(state, "engine_client", None)) is None:
+        return
+    if not wanted() or getattr(client.vllm_config.parallel_config, "_api_process_rank", 0) > 0:
+        _serving.append(None)
+        return
+    try:
+        _serving.append(Control(Orders(client).handlers(), loop=asyncio.get_running_loop()))
+    except OSError as error:
+        # It serves all the same; who wants to give an order finds nobody, and says so.
+        _log.error("no orders can be taken at %s: %s", where(), error)
+        _serving.append(None)
+
+
+class Orders:
+    """What the engine is told. For use by the event loop, one order at a time."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._config = client.vllm_config
+        self._asleep = False
+        self._prepared = False  # the communicators
+        # An engine that knows snapshots itself, and was told to.
+        self._own = getattr(self._config, "snapshot_config", None) is not None and hasattr(client, "suspend")
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """As :class:`~gpuckpt_guest.control.Control` takes them."""
+        return {
+            "ranks": self._ranks,
+            "save": self._save,
+            "sleep": self._sleep,
+            "wake": self._wake,
+            "state": self._state,
+        }
+
+    @property
+    def _count(self) -> int:
+        return 0 if self._own else int(self._config.parallel_config.world_size)
+
+    async def _ranks(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+        return {"ranks": self._count}
+
+    async def _state(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+        return {"asleep": self._asleep}
+
+    async def _save(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+        self._check("the weights cannot be saved")
+        if self._asleep:
+            raise ControlError("the weights cannot be saved", "the server is asleep: they are not there")
+        files_for(files, self._count)
+        if self._own:
+            return {"bytes": []}
+        saved = await self._all("the weights cannot be saved", "gpuckpt_save", os.getpid(), list(files))
+        return {"bytes": [one["bytes"] for one in saved]}
+
+    async def _sleep(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+        what = "the server cannot sleep"
+        self._check(what)
+        if self._asleep:
+            return {"released": 0}
+        if self._own:
+            await self._client.suspend()
+            self._asleep = True
+            return {"released": 0}
+        held = sum(one["bytes"] for one in await self._all(what, "gpuckpt_held"))
+        # Requests that run are finished; versions without a choice abort them.
+        mode = {"mode": "wait"} if "mode" in inspect.signature(self._client.sleep).parameters else {}
+        await self._client.sleep(level=2, **mode)
+        self._asleep = True
+        await self._prepare()
+        nvml.let_go()
+        if self._count == 1:  # NCCL, which is used between several, opens the library once and never again
+            await self._all(what, "gpuckpt_quiet")
+        return {"released": held}
+
+    async def _wake(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+        what = "the server cannot wake up"
+        self._check(what)
+        if not self._asleep:
+            return {"bytes": 0, "phases": _NOTHING}
+        files_for(files, self._count)
+        if self._own:
+            await self._client.resume()
+            self._asleep = False
+            return {"bytes": 0, "phases": _NOTHING}
+        given = os.getpid(), list(files)
+        await self._all(what, "gpuckpt_check", *given)
+        if self._prepared:
+            await self._client.checkpoint_restore()
+            self._prepared = False
+        try:
+            awake = await self._all(what, "gpuckpt_wake", *given)
+        except ControlError:
+            await self._all(what, "gpuckpt_back")
+            await self._prepare()
+            raise
+        await self._client.wake_up()  # from here on requests run
+        self._asleep = False
+        phases = {name: max(one["phases"][name] for one in awake) for name in _NOTHING}
+        return {"bytes": sum(one["bytes"] for one in awake), "phases": phases}
+
+    async def _prepare(self) -> None:
+        if hasattr(self._client, "checkpoint_prepare"):
+            await self._client.checkpoint_prepare()
+            self._prepared = True
+
+    def _check(self, what: str) -> None:
+        """Raise ControlError if this server was not started for it."""
+        if self._own:
+            return
+        parallel = self._config.parallel_config
+        if not getattr(self._config.model_config, "enable_sleep_mode", False):
+            raise ControlError(what, "vLLM was started without --enable-sleep-mode, which its CPU build does not have")
+        if not getattr(parallel, "worker_extension_cls", ""):
+            raise ControlError(what, f"vLLM was started without --worker-extension-cls {_EXTENSION}")
+        if parallel.data_parallel_size > 1:
+            raise ControlError(what, "its engines are several (--data-parallel-size), of which only one would obey")
+
+    async def _all(self, what: str, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Have every worker do it. Raises ControlError if one of them could not."""
+        answers: list[dict[str, Any]] = await self._client.collective_rpc(method, args=args)
+        for rank, answer in enumerate(answers):
+            if "error" in answer:
+                raise ControlError(what, f"rank {rank}: {answer['error']}")
+        return answers

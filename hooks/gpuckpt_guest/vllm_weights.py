@@ -1,0 +1,151 @@
+"""vLLM's weights as they lie on a GPU: an extension of its workers (``--worker-extension-cls``).
+
+In sleep mode vLLM allocates weights from a pool of its own (CuMemAllocator), whose memory it can give back and map
+again at the same addresses. What is saved and read here are that pool's allocations as they are, in the order of their
+addresses: no names, no shapes, no loader. So every architecture and quantisation comes back exact, and what kernels
+have repacked after loading need not be repacked.
+
+vLLM itself keeps copies of buffers while it sleeps at level 2, and writes them back when it wakes up. Some of its
+versions then set the scales of an 8-bit KV cache to 1. Both lie in the pool as well; what is read here is read after
+that, and is right. Its engine is told that it is awake only when all of this is done: some versions let waiting
+requests run as soon as a part of the memory is there. So the worker wakes up by itself, and when the engine then has
+it wake up there is nothing left to do.
+
+Nothing here raises: where several workers answer, vLLM reads no further than the first exception, and would take what
+the others have answered for answers to its next call.
+
+Written from the source of vLLM 0.32; it has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from . import flat, nvml
+from .flat import Lanes, Region
+
+# What vLLM calls the pools that it gives back at level 2 without a copy.
+_WEIGHTS, _CACHES = "weights", "kv_cache"
+_Method = TypeVar("_Method", bound=Callable[..., dict[str, Any]])
+
+
+def _answering(method: _Method) -> _Method:
+    """Return what went wrong instead of raising it."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    return call  # type: ignore[return-value]
+
+
+class WeightsExtension:
+    """What vLLM's workers can do more, called by collective_rpc. vLLM makes it a base of their class.
+
+    ``process`` and ``files``: the API server's process id and its descriptors, one for each rank; all of them are in
+    one container, and run as the same user.
+    """
+
+    rank: int
+    wake_up: Callable[..., Any]
+    sleep: Callable[..., Any]
+
+    @_answering
+    def gpuckpt_held(self) -> dict[str, Any]:
+        """How much memory a sleep gives back."""
+        return {"bytes": sum(size for _, size, tag in _allocations() if tag in (_WEIGHTS, _CACHES))}
+
+    @_answering
+    def gpuckpt_save(self, process: int, files: Sequence[int]) -> dict[str, Any]:
+        """Write the weights into this rank's file."""
+        with _Opened(process, files[self.rank], os.O_RDWR) as file:
+            return {"bytes": flat.write(file, _regions(), _lanes())}
+
+    @_answering
+    def gpuckpt_check(self, process: int, files: Sequence[int]) -> dict[str, Any]:
+        """Whether this rank's file is its weights'."""
+        with _Opened(process, files[self.rank], os.O_RDONLY) as file:
+            flat.check(file, _regions())
+        return {}
+
+    @_answering
+    def gpuckpt_wake(self, process: int, files: Sequence[int]) -> dict[str, Any]:
+        """Have memory again, and the weights from this rank's file; asleep as before if that fails."""
+        with _Opened(process, files[self.rank], os.O_RDONLY) as file:
+            times = [time.perf_counter()]
+            self.wake_up(tags=[_WEIGHTS])
+            times.append(time.perf_counter())
+            self.wake_up(tags=[_CACHES])
+            times.append(time.perf_counter())
+            try:
+                found = flat.stream(file, _regions(), _lanes())
+            except Exception:
+                self.sleep(level=2)
+                raise
+            times.append(time.perf_counter())
+
+        def awake(tags: list[str] | None = None) -> None:
+            del self.__dict__["wake_up"]
+
+        self.__dict__["wake_up"] = awake  # instead of the class', once
+        phases = {
+            name: end - begin for name, begin, end in zip(("map", "kv", "stream"), times, times[1:], strict=False)
+        }
+        return {"bytes": found, "phases": phases}
+
+    @_answering
+    def gpuckpt_back(self) -> dict[str, Any]:
+        """Asleep again, if it has woken up: another rank could not."""
+        if self.__dict__.pop("wake_up", None) is not None:
+            self.sleep(level=2)
+        return {}
+
+    @_answering
+    def gpuckpt_quiet(self) -> dict[str, Any]:
+        """Close what a dump cannot carry and is opened again when it is needed."""
+        return {"closed": nvml.let_go()}
+
+
+class _Opened:
+    """A file that another process of the container has open, opened anew: its offset and mode are this one's own."""
+
+    def __init__(self, process: int, file: int, flags: int) -> None:
+        self._path, self._flags = f"/proc/{process}/fd/{file}", flags
+        self._file = -1
+
+    def __enter__(self) -> int:
+        self._file = os.open(self._path, self._flags | os.O_CLOEXEC)
+        return self._file
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+
+def _allocations() -> list[tuple[int, int, str]]:
+    """(address, bytes, tag) of all that vLLM's pools hold, in the order of addresses."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    pools = CuMemAllocator.instance
+    if pools is None:
+        raise RuntimeError("vLLM has allocated nothing that it could give back: sleep mode is off")
+    return sorted((address, int(data.handle[1]), str(data.tag)) for address, data in pools.pointer_to_data.items())
+
+
+def _regions() -> list[Region]:
+    # Clones have the golden's addresses, so these tell a file of another golden.
+    return [Region(f"{address:#x}", address, size) for address, size, tag in _allocations() if tag == _WEIGHTS]
+
+
+def _lanes() -> Lanes:
+    import torch
+
+    from .flat_cuda import lanes
+
+    return lanes(torch.device("cuda", torch.cuda.current_device()))

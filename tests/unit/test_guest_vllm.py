@@ -1,0 +1,398 @@
+"""vLLM's side of the control socket, with an engine, workers and a pool of memory that only look like vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hooks.gpuckpt_guest import flat, nvml, vllm_control, vllm_weights
+from hooks.gpuckpt_guest.control import ControlError
+from hooks.gpuckpt_guest.vllm_control import Orders
+from hooks.gpuckpt_guest.vllm_weights import WeightsExtension
+
+
+class Pool:
+    """CuMemAllocator: allocations with tags, whose content is lost asleep."""
+
+    instance: Any = None
+
+    def __init__(self, *sizes: tuple[str, int]) -> None:
+        self.pointer_to_data: dict[int, Any] = {}
+        self._held: list[Any] = []
+        for tag, size in reversed(sizes):
+            made: Any = ctypes.create_string_buffer(random.randbytes(size), size)
+            self._held.append(made)
+            at = ctypes.addressof(made)
+            self.pointer_to_data[at] = SimpleNamespace(handle=(0, size, at, 0), tag=tag, mapped=True)
+
+    def drop(self) -> None:
+        for at, data in self.pointer_to_data.items():
+            assert data.mapped, "unmapped twice"
+            ctypes.memset(at, 0xEE, data.handle[1])
+            data.mapped = False
+
+    def map(self, tags: Sequence[str] | None) -> None:
+        for data in self.pointer_to_data.values():
+            if tags is None or data.tag in tags:
+                assert not data.mapped, "mapped twice"
+                data.mapped = True
+
+    def bytes(self, tag: str) -> list[bytes]:
+        held = sorted(self.pointer_to_data.items())
+        return [ctypes.string_at(at, data.handle[1]) for at, data in held if data.tag == tag]
+
+
+class Base:
+    """What a worker of vLLM does."""
+
+    def __init__(self, rank: int, pool: Pool) -> None:
+        self.rank, self.pool = rank, pool
+
+    def sleep(self, level: int = 1) -> None:
+        assert level == 2
+        self.pool.drop()
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        self.pool.map(tags)
+
+
+class Worker(Base, WeightsExtension):
+    """With the extension, as vLLM puts them together."""
+
+
+class Client:
+    """The engine's client, and the engine behind it."""
+
+    def __init__(self, *pools: Pool, **config: Any) -> None:
+        self.workers = [Worker(rank, pool) for rank, pool in enumerate(pools)]
+        self.asked: list[str] = []
+        parallel = {
+            "world_size": len(pools),
+            "data_parallel_size": 1,
+            "worker_extension_cls": "gpuckpt_guest.vllm_weights.WeightsExtension",
+        }
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(enable_sleep_mode=config.pop("sleeps", True)),
+            parallel_config=SimpleNamespace(**(parallel | config)),
+        )
+
+    async def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        assert timeout is None
+        self.asked.append(method)
+        previous = Pool.instance
+        answers = []
+        for worker in self.workers:
+            Pool.instance = worker.pool  # each is a process of its own
+            answers.append(getattr(worker, method)(*args, **(kwargs or {})))
+        Pool.instance = previous
+        return answers
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        assert mode == "wait"
+        await self.collective_rpc("sleep", kwargs={"level": level})
+
+    async def wake_up(self, tags: list[str] | None = None) -> bool:
+        await self.collective_rpc("wake_up", kwargs={"tags": tags})
+        return True
+
+
+class Checkpointing(Client):
+    """With communicators that can be told."""
+
+    async def checkpoint_prepare(self) -> None:
+        self.asked.append("prepare")
+
+    async def checkpoint_restore(self) -> None:
+        self.asked.append("restore")
+
+
+class Older(Client):
+    """Without a choice of what becomes of requests that run."""
+
+    async def sleep(self, level: int = 1) -> None:  # type: ignore[override]
+        await self.collective_rpc("sleep", kwargs={"level": level})
+
+
+@pytest.fixture(autouse=True)
+def _vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    module = ModuleType("vllm.device_allocator.cumem")
+    module.CuMemAllocator = Pool  # type: ignore[attr-defined]
+    for name in ("vllm", "vllm.device_allocator"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(vllm_weights, "_lanes", lambda: flat.HostLane)
+    yield
+    assert Pool.instance is None
+
+
+def pool(seed: int = 1) -> Pool:
+    random.seed(seed)
+    return Pool(("weights", 70_001), ("kv_cache", 4096), ("weights", 300), ("runtime", 10))
+
+
+@pytest.fixture
+def files() -> Iterator[Callable[[int], list[int]]]:
+    made: list[int] = []
+
+    def some(count: int) -> list[int]:
+        made.extend(found := [os.memfd_create("weights") for _ in range(count)])
+        return found
+
+    yield some
+    for file in made:
+        os.close(file)
+
+
+def ask(orders: Orders, do: str, files: Sequence[int] = ()) -> Any:
+    return asyncio.run(orders.handlers()[do]({"do": do}, files))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("kind", [Client, Checkpointing, Older])
+def test_there_and_back(ranks: int, kind: type[Client], files: Any) -> None:
+    client = kind(*(pool(seed) for seed in range(ranks)))
+    orders, held = Orders(client), files(ranks)
+    before = [worker.pool.bytes("weights") for worker in client.workers]
+    assert ask(orders, "ranks") == {"ranks": ranks}
+    assert ask(orders, "state") == {"asleep": False}
+    assert ask(orders, "save", held) == {"bytes": [os.fstat(file).st_size for file in held]}
+    assert ask(orders, "sleep") == {"released": ranks * (70_001 + 4096 + 300)}
+    assert ask(orders, "state") == {"asleep": True}
+    assert ask(orders, "sleep") == {"released": 0}
+    assert not any(data.mapped for worker in client.workers for data in worker.pool.pointer_to_data.values())
+    for worker in client.workers:  # what vLLM maps again whatever it is told
+        for data in worker.pool.pointer_to_data.values():
+            data.mapped = data.tag == "runtime"
+
+    told = ask(orders, "wake", held)
+    assert told["bytes"] == ranks * 70_301 and set(told["phases"]) == {"map", "stream", "kv"}
+    assert [worker.pool.bytes("weights") for worker in client.workers] == before
+    assert all(data.mapped for worker in client.workers for data in worker.pool.pointer_to_data.values())
+    assert ask(orders, "state") == {"asleep": False}
+    assert ask(orders, "wake", held)["bytes"] == 0
+    # The engine learns that it is awake when everything is there, and has nothing left to do.
+    wanted = ["gpuckpt_save", "gpuckpt_held", "sleep", "gpuckpt_check", "gpuckpt_wake", "wake_up"]
+    if kind is Checkpointing:
+        wanted.insert(3, "prepare")
+        wanted.insert(-2, "restore")
+    assert [one for one in client.asked if one != "gpuckpt_quiet"] == wanted
+    # And once more: the second time is as the first.
+    ask(orders, "sleep")
+    for worker in client.workers:
+        for data in worker.pool.pointer_to_data.values():
+            data.mapped = data.tag == "runtime"
+    ask(orders, "wake", held)
+    assert [worker.pool.bytes("weights") for worker in client.workers] == before
+
+
+def asleep(client: Client, held: Sequence[int]) -> Orders:
+    orders = Orders(client)
+    ask(orders, "save", held)
+    ask(orders, "sleep")
+    return orders
+
+
+def test_a_file_of_other_weights_is_refused_before_anything_is_mapped(files: Any) -> None:
+    client, held = Checkpointing(pool(), pool(2)), files(2)
+    orders = asleep(client, held)
+    with pytest.raises(ControlError) as caught:
+        ask(orders, "wake", [held[1], held[0]])
+    assert "rank 0" in caught.value.cause and "of other weights" in caught.value.cause
+    os.ftruncate(held[1], 3 << 20 >> 1)
+    with pytest.raises(ControlError, match="cannot wake up"):
+        ask(orders, "wake", held)
+    with pytest.raises(ControlError, match="1 files"):
+        ask(orders, "wake", held[:1])
+    assert not any(data.mapped for worker in client.workers for data in worker.pool.pointer_to_data.values())
+    assert ask(orders, "state") == {"asleep": True}
+    assert "restore" not in client.asked
+
+
+def test_one_rank_that_fails_half_way_puts_all_to_sleep_again(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, held = Checkpointing(pool(), pool(2)), files(2)
+    before = [worker.pool.bytes("weights") for worker in client.workers]
+    orders = asleep(client, held)
+
+    def runtime() -> None:
+        for worker in client.workers:
+            for data in worker.pool.pointer_to_data.values():
+                data.mapped = data.mapped or data.tag == "runtime"
+
+    real, calls = flat.stream, []
+
+    def failing(*given: Any) -> int:
+        calls.append(given)
+        if len(calls) == 2:
+            raise OSError(5, "of the machine")
+        return real(*given)
+
+    runtime()
+    with monkeypatch.context() as patch:
+        patch.setattr(flat, "stream", failing)
+        with pytest.raises(ControlError) as caught:
+            ask(orders, "wake", held)
+    assert "rank 1" in caught.value.cause and "of the machine" in caught.value.cause
+    assert not any(data.mapped for worker in client.workers for data in worker.pool.pointer_to_data.values())
+    assert ask(orders, "state") == {"asleep": True}
+    assert client.asked[-2:] == ["gpuckpt_back", "prepare"]
+    runtime()
+    ask(orders, "wake", held)
+    assert [worker.pool.bytes("weights") for worker in client.workers] == before
+    assert client.asked[-1] == "wake_up"
+
+
+def test_asleep_there_is_nothing_to_save(files: Any) -> None:
+    held = files(1)
+    orders = asleep(Client(pool()), held)
+    with pytest.raises(ControlError) as caught:
+        ask(orders, "save", held)
+    assert "asleep" in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        ({"sleeps": False}, "--enable-sleep-mode"),
+        ({"worker_extension_cls": ""}, "--worker-extension-cls gpuckpt_guest.vllm_weights.WeightsExtension"),
+        ({"data_parallel_size": 2}, "--data-parallel-size"),
+    ],
+)
+@pytest.mark.parametrize("do", ["save", "sleep", "wake"])
+def test_a_server_that_was_not_started_for_it(config: dict[str, Any], cause: str, do: str) -> None:
+    client = Client(pool(), **config)
+    with pytest.raises(ControlError) as caught:
+        ask(Orders(client), do)
+    assert cause in caught.value.cause
+    assert ask(Orders(client), "ranks") == {"ranks": 1} and ask(Orders(client), "state") == {"asleep": False}
+    assert client.asked == []
+
+
+def test_a_pool_that_is_not_there(files: Any) -> None:
+    assert "sleep mode is off" in Worker(0, pool()).gpuckpt_held()["error"]
+
+
+def test_the_extension_takes_no_name_of_a_worker() -> None:
+    """vLLM refuses one that does."""
+    names = [name for name in dir(WeightsExtension) if not name.startswith("__")]
+    assert names and all(name.startswith("gpuckpt_") for name in names)
+    module, _, name = vllm_control._EXTENSION.rpartition(".")
+    assert module == vllm_weights.__name__.removeprefix("hooks.") and hasattr(vllm_weights, name)
+
+
+class Snapshots(Client):
+    """An engine that knows snapshots itself."""
+
+    async def suspend(self) -> None:
+        self.asked.append("suspend")
+
+    async def resume(self) -> None:
+        self.asked.append("resume")
+
+
+def test_an_engine_that_knows_snapshots_itself() -> None:
+    client = Snapshots(pool(), sleeps=False)
+    client.vllm_config.snapshot_config = SimpleNamespace(snapshot_metadata=None)
+    orders = Orders(client)
+    assert ask(orders, "ranks") == {"ranks": 0} and ask(orders, "save") == {"bytes": []}
+    assert ask(orders, "sleep") == {"released": 0} == ask(orders, "sleep")
+    assert ask(orders, "state") == {"asleep": True}
+    assert ask(orders, "wake")["bytes"] == 0 == ask(orders, "wake")["bytes"]
+    assert client.asked == ["suspend", "resume"] and ask(orders, "state") == {"asleep": False}
+
+
+def test_it_must_have_been_told_to(files: Any) -> None:
+    client = Snapshots(pool())
+    client.vllm_config.snapshot_config = None
+    asleep(client, files(1))
+    assert "suspend" not in client.asked
+
+
+# --- the plugin's socket --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("GPUCKPT_CONTROL", str(tmp_path / "control.sock"))
+    yield tmp_path / "control.sock"
+    while vllm_control._serving:
+        if control := vllm_control._serving.pop():
+            control.close()
+
+
+def told(path: Path, do: str) -> dict[str, Any]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(path))
+        connection.sendall(json.dumps({"do": do}).encode() + b"\n")
+        with connection.makefile("rb") as answer:
+            found: dict[str, Any] = json.loads(answer.read())
+            return found
+
+
+def test_served_once_the_engine_is_there(path: Path) -> None:
+    async def main() -> None:
+        state = SimpleNamespace()
+        vllm_control.serve(None)
+        vllm_control.serve(state)
+        assert not path.exists()
+        state.engine_client = Client(pool(), pool(), sleeps=False)
+        vllm_control.serve(state)
+        vllm_control.serve(state)
+        assert await asyncio.to_thread(told, path, "ranks") == {"ranks": 2}
+        error = (await asyncio.to_thread(told, path, "sleep"))["error"]
+        assert error["message"] == "the server cannot sleep" and "--enable-sleep-mode" in error["cause"]
+
+    asyncio.run(main())
+
+
+def test_of_several_api_servers_the_first_one_serves(path: Path) -> None:
+    async def main() -> None:
+        vllm_control.serve(SimpleNamespace(engine_client=Client(pool(), _api_process_rank=1)))
+
+    asyncio.run(main())
+    assert not path.exists()
+
+
+def test_where_there_is_no_place_for_it_the_server_serves(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        vllm_control.serve(SimpleNamespace(engine_client=Client(pool())))
+
+    monkeypatch.setenv("GPUCKPT_CONTROL", str(path / "absent" / "control.sock"))
+    asyncio.run(main())
+    assert vllm_control._serving == [None]
+
+
+def test_a_socket_that_is_taken(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        vllm_control.serve(SimpleNamespace(engine_client=Client(pool())))
+
+    path.mkdir()
+    asyncio.run(main())
+    assert "no orders can be taken at" in caplog.text
+
+
+# --- NVML -----------------------------------------------------------------------------------------------------
+
+
+def test_a_library_that_nobody_has_loaded_is_left_alone() -> None:
+    assert nvml.let_go("libnvidia-ml-of-nowhere.so.1") == 0
+
+
+def test_it_is_closed_as_often_as_it_was_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [0, 0, 0, 1]
+    library = SimpleNamespace(nvmlShutdown=lambda: left.pop(0))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode: library)
+    assert nvml.let_go() == 3
