@@ -20,7 +20,9 @@ class Http:
 
     ``{socket}`` and ``{port}`` in its arguments become the socket's path or the port inside the container; the
     environment variables GPUCKPT_SOCKET and PORT say the same. A server in Python may import ``gpuckpt_guest``, to draw
-    other random numbers than the golden's other replicas do (``gpuckpt_guest.lifecycle``).
+    other random numbers than the golden's other replicas do (``gpuckpt_guest.lifecycle``). Any server can keep its
+    weights outside of its image: it listens at /run/gpuckpt/control.sock too, and does what ``gpuckpt_guest.control``
+    says, which a server in Python can import for that.
     """
 
     def __init__(self, record: Workload) -> None:

@@ -43,6 +43,10 @@ class Guest(OpenAI):
             )
         argv = [str(python) if python else "python3", "-m", "gpuckpt_guest", "serve", "--model", folder.destination]
         argv += ["--host", "0.0.0.0", "--port", str(port)] if port else ["--uds", SOCKET_INSIDE]
+        if on.gpu and not option(arguments, "--device"):
+            argv += ["--device", "cuda"]  # or it would serve from the processors, where there is no GPU after all
+        if on.outside:
+            argv.append("--weights-outside")
         if not option(arguments, "--served-model-name"):
             argv += ["--served-model-name", self.record.served_name or folder.destination]
         words = (*argv, *without(arguments, "--model"))

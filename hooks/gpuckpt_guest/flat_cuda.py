@@ -51,9 +51,11 @@ class CudaCopier:
     def _copy(self, slot: int, target: Any, source: Any) -> None:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        # Made once for each slot: an event is recorded again as often as one likes.
-        landed = self._landed.setdefault(slot, torch.cuda.Event())
-        landed.record(self._stream)
+        # Made once for each slot: an event is recorded again as often as one likes. Who waits for one sleeps: with a
+        # thread for each core, spinning would take the time of those that copy.
+        if slot not in self._landed:
+            self._landed[slot] = torch.cuda.Event(blocking=True)
+        self._landed[slot].record(self._stream)
 
     def wait(self, slot: int) -> None:
         if slot in self._landed:

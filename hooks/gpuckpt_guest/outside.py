@@ -39,7 +39,7 @@ _libc.mmap.argtypes = [
     ctypes.c_int,
     ctypes.c_long,
 ]
-_libc.munmap.argtypes = _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED = 0x10
@@ -75,12 +75,11 @@ class OutsideWeights:
 
     def __init__(self, model: Any, device: Any, label: str) -> None:
         """Moves them to the device, into one region. ``label`` tells them from another model's of the same shape."""
-        self.device = torch.device(device)
         self.asleep = False
         with torch.inference_mode():
             parts = _parts(model)
             self.bytes = sum(_up(part.bytes, _ALIGN) for part in parts)
-            self._memory = memory(self.device, max(1, self.bytes))
+            self._memory = memory(torch.device(device), max(1, self.bytes))
             self._regions = [Region(label, self._memory.bytes.data_ptr(), self.bytes)]
             at = 0
             while parts:
@@ -211,6 +210,8 @@ class CudaRegion:
         from .flat_cuda import lanes
         from .kv.memory import grain
 
+        if device.index is None:  # a thread of a flat file's says which one it is for
+            device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         self._size = _up(size, grain(device).granule)
         self._base = int(checked(driver().cuMemAddressReserve(self._size, 0, 0, 0)))

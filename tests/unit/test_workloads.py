@@ -21,10 +21,11 @@ from gpuckpt.errors import (
 )
 from gpuckpt.manifest import Mount, Request, Workload
 from gpuckpt.workload import adapter
-from gpuckpt.workload.base import SOCKET_INSIDE, LaunchLine
+from gpuckpt.workload.base import SOCKET_INSIDE, Accelerator, LaunchLine
 from gpuckpt.workload.endpoint import Endpoint, RequestFailed
 from gpuckpt.workload.guest import GUEST_FOLDER, guest_mount, present
 from gpuckpt.workload.http import Http
+from gpuckpt.workload.session_guest import Guest
 from gpuckpt.workload.vllm import Vllm
 from tests.fakes import Asked, UnixServer, response
 
@@ -268,6 +269,65 @@ def test_the_model_is_named_once(arguments: list[str], rest: list[str]) -> None:
     assert sum(word == "--model" or word.startswith("--model=") for word in line) == 1
     assert sum(word.startswith("--served-model-name") for word in line) == 1
     assert line[-len(rest) :] == rest
+
+
+GPU = Accelerator(gpu=True)
+
+
+def line_on(on: Accelerator, *arguments: str) -> LaunchLine:
+    return Vllm(Workload(kind="vllm", model="a/b")).launch(arguments, port=None, python=None, on=on)
+
+
+def test_processors_are_as_ever() -> None:
+    assert line_on(Accelerator()) == line_on(Accelerator(graphs=True))
+    assert not {"OMP_NUM_THREADS", "NCCL_IB_DISABLE"} & set(line_on(Accelerator()).env)
+
+
+def test_on_a_gpu_it_is_eager_unless_graphs_are_asked_for() -> None:
+    eager, graphs = line_on(GPU), line_on(Accelerator(gpu=True, graphs=True))
+    assert "--enforce-eager" in eager.argv and "--compilation-config" not in eager.argv
+    assert "--enforce-eager" not in graphs.argv
+    chosen = json.loads(graphs.argv[graphs.argv.index("--compilation-config") + 1])
+    assert chosen == {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, "nothing that needs the compiler"
+    for line in (eager, graphs):
+        assert line.env["TORCHINDUCTOR_COMPILE_THREADS"] == line.env["OMP_NUM_THREADS"] == "1"
+        assert line.env["TORCHDYNAMO_DISABLE"] == "1"
+        assert "--enable-sleep-mode" not in line.argv
+
+
+def test_weights_outside_take_sleep_mode_and_an_extension_of_the_workers() -> None:
+    argv = line_on(Accelerator(gpu=True, outside=True), "--max-model-len", "9").argv
+    assert "--enable-sleep-mode" in argv
+    extension = argv[argv.index("--worker-extension-cls") + 1]
+    module, _, name = extension.rpartition(".")
+    assert f"class {name}" in (Path(guest_mount().source) / f"{module.replace('.', '/')}.py").read_text()
+    assert argv[-2:] == ("--max-model-len", "9"), "what the user gives comes last and wins"
+
+
+def test_on_processors_there_is_no_sleep_mode() -> None:
+    with pytest.raises(UsageError, match="processors"):
+        line_on(Accelerator(outside=True))
+
+
+@pytest.mark.parametrize(
+    ("on", "arguments", "has", "lacks"),
+    [
+        (Accelerator(), (), (), ("--device", "--weights-outside")),
+        (GPU, (), ("--device", "cuda"), ("--weights-outside",)),
+        (GPU, ("--device", "cuda:1"), ("cuda:1",), ("cuda",)),
+        (GPU, ("--device=cuda:1",), ("--device=cuda:1",), ("cuda", "--device")),
+        (Accelerator(outside=True), (), ("--weights-outside",), ("--device",)),
+        (Accelerator(gpu=True, outside=True, graphs=True), (), ("--weights-outside", "cuda"), ()),
+    ],
+)
+def test_the_guest_s_launch_line(
+    on: Accelerator, arguments: tuple[str, ...], has: tuple[str, ...], lacks: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    made = Guest(Workload(kind="guest", model=str(tmp_path)))
+    argv = made.launch(arguments, port=None, python=None, on=on).argv
+    assert set(has) <= set(argv) and not set(lacks) & set(argv)
+    assert argv[len(argv) - len(arguments) :] == arguments
 
 
 def test_a_model_s_folder_is_mounted_at_its_own_path(tmp_path: Path) -> None:
