@@ -26,7 +26,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from . import lifecycle, vllm_control
+from . import lifecycle, nvml, vllm_control
 
 _log = logging.getLogger("gpuckpt_guest")
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -96,7 +96,7 @@ def _wrap(module: ModuleType, attributes: dict[str, Wrapper]) -> None:
 
 
 def _warn(name: str) -> None:
-    _log.warning("this vLLM has no %s: clones may answer requests without a seed alike", name)
+    _log.warning("this vLLM has no %s: its clones may answer alike without a seed, or it may be hard to freeze", name)
 
 
 def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,6 +118,16 @@ def _checking_asgi(original: Callable[..., Any]) -> Callable[..., Any]:
         return await original(self, scope, receive, send)
 
     return checked
+
+
+def _letting_go(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def slept(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        nvml.let_go()
+        return result
+
+    return slept
 
 
 def _grouping(original: Callable[..., None]) -> Callable[..., None]:
@@ -151,8 +161,8 @@ _WRAPPED: dict[str, dict[str, Wrapper]] = {
     # fell between a step and its sampling.
     "vllm.v1.sample.sampler": {"Sampler.forward": _checking},
     "vllm.v1.worker.gpu.sample.states": {"SamplingStates.add_request": _checking},
-    # The engine's scheduling process.
-    "vllm.v1.engine.core": {"EngineCore.add_request": _checking},
+    # The engine's scheduling process; it sleeps to be frozen.
+    "vllm.v1.engine.core": {"EngineCore.add_request": _checking, "EngineCore.sleep": _letting_go},
     # The API server, before anything of a request is read.
     "fastapi.applications": {"FastAPI.__call__": _checking_asgi},
 }

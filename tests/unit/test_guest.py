@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from hooks.gpuckpt_guest import lifecycle, vllm_plugin
+from hooks.gpuckpt_guest import lifecycle, nvml, vllm_plugin
 from hooks.gpuckpt_guest.lifecycle import Identity, Watcher
 
 HOOKS = Path(__file__).resolve().parents[2] / "hooks"
@@ -286,7 +286,13 @@ MODULES = {
     "vllm/v1/worker/worker_base.py": WORKER_BASE,
     "vllm/v1/sample/sampler.py": "class Sampler:\n    def forward(self, logits): return logits",
     "vllm/v1/worker/gpu/sample/states.py": "class SamplingStates:\n    def add_request(self, i): return i",
-    "vllm/v1/engine/core.py": "class EngineCore:\n    def add_request(self, request): return request",
+    "vllm/v1/engine/core.py": """
+class EngineCore:
+    def add_request(self, request):
+        return request
+    def sleep(self, level=1):
+        return level
+""",
     "fastapi/applications.py": "class FastAPI:\n    async def __call__(self, scope, receive, send): return scope",
 }
 
@@ -349,6 +355,16 @@ def test_an_application_still_looks_like_one(calls: list[str]) -> None:
     assert calls[1:] == ["check"]
 
 
+def test_an_engine_that_sleeps_lets_go_of_the_management_library(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the scheduling process, too, which no order of ours reaches."""
+    monkeypatch.setattr(nvml, "let_go", lambda: calls.append("let go"))
+    vllm_plugin.register()
+    assert module("vllm.v1.engine.core").EngineCore().sleep(level=2) == 2
+    assert calls[1:] == ["let go"]
+
+
 @pytest.mark.parametrize(
     ("parallel", "group"),
     [
@@ -376,6 +392,7 @@ def test_what_this_vllm_does_not_have_is_named(
     assert named == [
         "vllm.v1.worker.gpu.sample.states",
         "vllm.v1.engine.core.EngineCore.add_request",
+        "vllm.v1.engine.core.EngineCore.sleep",
         "vllm.v1.sample.sampler.Sampler.forward",
     ]
     assert module("vllm.v1.worker.worker_base").WorkerWrapperBase().execute_model(1) == 1
