@@ -9,10 +9,12 @@ It sleeps at level 2: weights and KV cache are dropped, where level 1 would copy
 the dump. Before that the requests that run end, those that come wait, and the prefix cache is emptied. Communicators
 that have device memory of their own are told, where vLLM has words for it (``checkpoint_prepare``).
 
-vLLM may come to know all this itself: its pull requests 54942, 54943 and 54946 (RFC 54940; read in November 2026, when
-they were open and in no release) add ``--snapshot-config`` and ``suspend``, ``device_unlock`` and ``resume``, from the
-engine's client down to the workers, with device memory left to plugins of the device. Where a server was started with
-it these two are called instead, and no weights pass through files: there are no ranks.
+vLLM may come to know all this itself: its pull requests 54942, 54943 and 54946 (RFC 54940; their descriptions were read
+in November 2026, when they were open and in no release) add ``--snapshot-config``, and ``suspend``, ``device_unlock``
+and ``resume`` from the engine's client down to the workers, with device memory left to plugins of the device. Where a
+server was started with it these are called instead, ``device_unlock`` in the server that was frozen and ``resume`` in
+its clones, and no weights pass through files: there are no ranks. What arguments they will take is not settled; one
+that cannot do without is named and not called.
 
 Written from the source of vLLM 0.32; the CPU build has been asked, nothing of it has run on a GPU yet.
 """
@@ -26,7 +28,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import nvml
+from . import lifecycle, nvml
 from .control import Control, ControlError, Handler, files_for, wanted, where
 
 _log = logging.getLogger("gpuckpt_guest")
@@ -64,6 +66,7 @@ class Orders:
         self._prepared = False  # the communicators
         # An engine that knows snapshots itself, and was told to.
         self._own = getattr(self._config, "snapshot_config", None) is not None and hasattr(client, "suspend")
+        self._slept_as: lifecycle.Identity | None = None
 
     def handlers(self) -> Mapping[str, Handler]:
         """As :class:`~gpuckpt_guest.control.Control` takes them."""
@@ -101,8 +104,8 @@ class Orders:
         if self._asleep:
             return {"released": 0}
         if self._own:
-            await self._client.suspend()
-            self._asleep = True
+            await self._call_own(what, "suspend")
+            self._asleep, self._slept_as = True, lifecycle.identity()
             return {"released": 0}
         held = sum(one["bytes"] for one in await self._all(what, "gpuckpt_held"))
         # Requests that run are finished; versions without a choice abort them.
@@ -122,7 +125,7 @@ class Orders:
             return {"bytes": 0, "phases": _NOTHING}
         files_for(files, self._count)
         if self._own:
-            await self._client.resume()
+            await self._call_own(what, "device_unlock" if lifecycle.identity() == self._slept_as else "resume")
             self._asleep = False
             return {"bytes": 0, "phases": _NOTHING}
         given = os.getpid(), list(files)
@@ -140,6 +143,13 @@ class Orders:
         self._asleep = False
         phases = {name: max(one["phases"][name] for one in awake) for name in _NOTHING}
         return {"bytes": sum(one["bytes"] for one in awake), "phases": phases}
+
+    async def _call_own(self, what: str, name: str) -> None:
+        method = getattr(self._client, name)
+        asked = [each.name for each in inspect.signature(method).parameters.values() if each.default is each.empty]
+        if asked:
+            raise ControlError(what, f"this vLLM's {name} asks for what gpuckpt does not know: {', '.join(asked)}")
+        await method()
 
     async def _prepare(self) -> None:
         if hasattr(self._client, "checkpoint_prepare"):

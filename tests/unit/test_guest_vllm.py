@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from hooks.gpuckpt_guest import flat, nvml, vllm_control, vllm_weights
+from hooks.gpuckpt_guest import flat, lifecycle, nvml, vllm_control, vllm_weights
 from hooks.gpuckpt_guest.control import ControlError
+from hooks.gpuckpt_guest.lifecycle import Identity
 from hooks.gpuckpt_guest.vllm_control import Orders
 from hooks.gpuckpt_guest.vllm_weights import WeightsExtension
 
@@ -295,22 +296,41 @@ def test_the_extension_takes_no_name_of_a_worker() -> None:
 class Snapshots(Client):
     """An engine that knows snapshots itself."""
 
-    async def suspend(self) -> None:
+    async def suspend(self, mode: str = "wait") -> None:
         self.asked.append("suspend")
+
+    async def device_unlock(self) -> None:
+        self.asked.append("device_unlock")
 
     async def resume(self) -> None:
         self.asked.append("resume")
 
 
-def test_an_engine_that_knows_snapshots_itself() -> None:
+@pytest.mark.parametrize(("clone", "call"), [(True, "resume"), (False, "device_unlock")])
+def test_an_engine_that_knows_snapshots_itself(clone: bool, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Snapshots(pool(), sleeps=False)
     client.vllm_config.snapshot_config = SimpleNamespace(snapshot_metadata=None)
     orders = Orders(client)
     assert ask(orders, "ranks") == {"ranks": 0} and ask(orders, "save") == {"bytes": []}
     assert ask(orders, "sleep") == {"released": 0} == ask(orders, "sleep")
     assert ask(orders, "state") == {"asleep": True}
+    if clone:
+        monkeypatch.setattr(lifecycle, "identity", lambda: Identity("r", "g", bytes(32)))
     assert ask(orders, "wake")["bytes"] == 0 == ask(orders, "wake")["bytes"]
-    assert client.asked == ["suspend", "resume"] and ask(orders, "state") == {"asleep": False}
+    assert client.asked == ["suspend", call] and ask(orders, "state") == {"asleep": False}
+
+
+def test_a_protocol_that_asks_for_more_is_not_guessed() -> None:
+    class Asking(Snapshots):
+        async def suspend(self, where: str, mode: str = "wait") -> None:  # type: ignore[override]
+            raise AssertionError
+
+    client = Asking(pool())
+    client.vllm_config.snapshot_config = object()
+    with pytest.raises(ControlError) as caught:
+        ask(Orders(client), "sleep")
+    assert caught.value.cause.endswith("what gpuckpt does not know: where")
+    assert ask(Orders(client), "state") == {"asleep": False}
 
 
 def test_it_must_have_been_told_to(files: Any) -> None:
