@@ -124,6 +124,11 @@ class Joined(io.RawIOBase):
             self._file.close()
             self._file = None
 
+    def close(self) -> None:
+        if self._file is not None:  # what follows the archive's end is not read
+            self._file.close()
+        super().close()
+
 
 def extract(pieces: list[str], target: str) -> None:
     with io.BufferedReader(Joined(pieces), 1 << 20) as joined, tarfile.open(fileobj=joined, mode="r|xz") as archive:
