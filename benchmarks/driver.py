@@ -87,7 +87,11 @@ class Gpuckpt:
 
     def stop_replica(self, outcome: Outcome) -> None:
         """Stop the replica that a restore made, whatever it is called."""
-        self._quietly("stop", str(outcome.document["replica"]))
+        self.stop_named(str(outcome.document["replica"]))
+
+    def stop_named(self, replica: str) -> None:
+        """The same, by the name that the commands know it by."""
+        self._quietly("stop", replica)
 
     def rm(self, name: str) -> None:
         """Remove a golden and its replicas; none of that name is fine too."""

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import kv_common
+from benchmarks import sessions_common
 from benchmarks.journal import Document
 from benchmarks.kv_common import KvRig
 from benchmarks.kv_paging import moved
@@ -53,7 +53,7 @@ def body(rig: KvRig) -> Document:
         "batched": batched.document(),
         "factors": {},
     }
-    for factor in FACTORS[1:2] if quick else FACTORS:
+    for factor in rig.options.factors or (FACTORS[1:2] if quick else FACTORS):
         run = Run(rig, work, int(demand / factor), 2 * demand, leave=True, max_batch=1)
         tokens, logits = (
             sum(one != other for one, other in zip(mine, theirs, strict=True))
@@ -191,5 +191,11 @@ def _speed(traffic: Any) -> float | None:
     return round(traffic["bytes"] / traffic["seconds"] / 1e9, 4) if traffic["seconds"] else None
 
 
+def _factors(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
 if __name__ == "__main__":
-    raise SystemExit(kv_common.run("kv_oversubscribe", __doc__, body, n=10, budget=900))
+    made = sessions_common.parser("kv_oversubscribe", __doc__, n=10, budget=900)
+    made.add_argument("--factors", type=_factors, help="demand over the device's memory (default: 1.15,2,4)")
+    raise SystemExit(sessions_common.main("kv_oversubscribe", made, body, rig=KvRig))

@@ -1,0 +1,267 @@
+"""Prove gpuckpt's side of the GPU on a host that has one: what works, how fast, whether every byte and answer is right.
+
+    python -m benchmarks.gpu_acceptance                   under eight minutes; build/bench/gpu.json, gpu.md and figures
+    python -m benchmarks.gpu_acceptance --resume          goes on with what is left, in as much time again
+    python -m benchmarks.gpu_acceptance --only probe      only some steps, and what they need
+    python -m benchmarks.gpu_acceptance --dry-run         every step on stand-ins, anywhere; gpu-dry.json
+    python -m benchmarks.report --gpu                     build/bench → results/DATE-MACHINE-gpu/
+
+It needs root, NVIDIA's driver from 570 on, this checkout with gpuckpt's environment (GPU packages included), CRIU,
+podman and runc, and for servers a Python with PyTorch for CUDA and transformers; vLLM is measured where it is
+installed. No network: models are made on the spot, of the shapes of 0.6, 1.5 and 8 billion parameters, with random
+weights.
+
+It asks first what works on the host (probes), then goes on with that, in the order of what each second tells: device
+memory suspended and resumed by its size, servers from the golden and from standby, the session engine. Each step is a
+process with a limit of its own, the JSON file is whole after each, and a step that cannot be done, failed or was not
+reached says so with its reason. What a step has started is ended with it.
+
+Exit codes: 0 all that could run has run; 1 something failed; 2 usage; 3 no GPU (and no --dry-run); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec import structs
+
+from benchmarks import environment, gpu_children, gpu_context, gpu_steps, gpu_summary, harness
+from benchmarks.gpu_context import Context
+from benchmarks.gpu_record import Document, Mismatch, Record
+from benchmarks.gpu_steps import Step
+from benchmarks.memory import available
+from benchmarks.suite import Budget, say
+from benchmarks.workspace import Workspace, workspace
+from gpuckpt.cuda.checks import driver_version
+from gpuckpt.errors import GpuckptError, InterruptedByUser
+
+BUDGET = 470.0
+# Seconds of the budget that are kept for putting everything back, the figures and the page.
+RESERVE = 20.0
+_IN_MEMORY = 24 << 30  # bytes that are free where temporary files are kept in memory
+
+
+class Run:
+    """The steps of one run, one after the other."""
+
+    def __init__(self, record: Record, context: Context, budget: Budget, work: Path) -> None:
+        self.record = record
+        self._context = context
+        self._budget = budget
+        self._work = work
+        self._before = gpu_children.descendants()
+
+    @property
+    def left(self) -> float:
+        """Seconds that steps still have."""
+        return self._budget.seconds - RESERVE - self._budget.elapsed
+
+    def steps(self, steps: Sequence[Step]) -> None:
+        """Do what is not done yet, as long as there is time."""
+        for step in gpu_steps.order(steps, self.record.status):
+            if missing := gpu_steps.missing(step, self.record.status):
+                words = "; ".join(f"{name} ({self.why(name)})" for name in missing)
+                self._keep(step, "skipped", 0.0, f"it needs {words}", {})
+            elif self.left < step.least and not self._context.dry:
+                self._keep(step, "left", 0.0, f"{max(0.0, self.left):.0f} s were left, and it takes {step.least:g}", {})
+            else:
+                self.step(step)
+
+    def why(self, name: str) -> str:
+        """The reason of a step that did not go well."""
+        found: Document = self.record.document["steps"].get(name, {})
+        return str(found.get("reason") or "it was not tried")
+
+    def step(self, step: Step) -> None:
+        """One step, in a process; whatever becomes of it, it is in the record, and nothing of it is left."""
+        self._say(f"{step.name}: {step.about}")
+        limit = step.limit if self._context.dry else min(step.limit, self.left)
+        python = self.record.data("probe.python")
+        file = self._work / f"{step.name}.json"
+        answer = gpu_context.answer_file(file)
+        answer.unlink(missing_ok=True)
+        gpu_context.write(
+            structs.replace(
+                self._context,
+                step=step.name,
+                work=step.work,
+                arguments=step.arguments,
+                deadline=time.monotonic() + limit,
+                python=python.get("chosen") or self._context.python,
+                site=python.get("site", ""),
+                earlier={"probe.python": python},
+            ),
+            file,
+        )
+        argv = [sys.executable, "-m", "benchmarks.gpu_step", str(file)]
+        environ = {**os.environ, **_paths()}
+        began = time.monotonic()
+        try:
+            ended = gpu_children.run(argv, limit=limit, log=file.with_suffix(".log"), env=environ, cwd=harness.ROOT)
+        except InterruptedByUser:
+            self._keep(step, "left", time.monotonic() - began, "the run was interrupted", _read(answer).get("data", {}))
+            raise
+        finally:
+            stuck = gpu_children.sweep(self._before)
+        found = _read(answer)
+        status, reason = found.get("status", "failed"), found.get("reason")
+        if ended.code is None:
+            # With less time than it may take it is the budget that was too short, and it is worth another try.
+            status = "left" if limit < step.limit else "failed"
+            reason = f"it was cut off after {limit:.0f} s"
+        elif not found or status == "cut":
+            status, reason = "failed", "; ".join([f"it ended with status {ended.code}", *ended.said[-4:]])
+        if stuck:
+            status = "failed"
+            reason = "; ".join(filter(None, [reason, f"these could not be ended: {', '.join(stuck)}"]))
+        self._keep(step, status, ended.seconds, reason, found.get("data", {}))
+
+    def _keep(self, step: Step, status: str, seconds: float, reason: str | None, data: Document) -> None:
+        self.record.keep(step.name, status, seconds=seconds, reason=reason, data=data)  # type: ignore[arg-type]
+        self._say(f"  {step.name}: {status}, {seconds:.1f} s" + (f": {reason}" if reason else ""))
+
+    def _say(self, text: str) -> None:
+        say(f"[{self._budget.elapsed:5.0f} s] {text}")
+
+
+def _paths() -> dict[str, str]:
+    """Ours before what is set already: gpuckpt's packages may be somewhere of their own."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(harness.ROOT), os.environ.get("PYTHONPATH", ""))))}
+
+
+def _read(answer: Path) -> Document:
+    try:
+        found: Document = json.loads(answer.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _folder(space: Workspace, *, dry: bool) -> Path:
+    """For models and images: in memory where there is enough, else on the disk."""
+    if not dry and available() > 2 * _IN_MEMORY:
+        with contextlib.suppress(GpuckptError, OSError):
+            return space.mount_ram()
+    made = space.folder / "work"
+    made.mkdir()
+    return made
+
+
+def machine(prefix: Path, *, dry: bool) -> Document:
+    """This host; of a dry run without asking its programs."""
+    if dry:
+        return {"cpu_model": environment.cpu_model(), "cores": os.cpu_count(), "kernel": os.uname().release,
+                "gpus": [], "commit": None}  # fmt: skip
+    return environment.machine(prefix)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_acceptance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--out", type=Path, default=harness.ROOT / "build" / "bench", help="folder of the results")
+    made.add_argument("--budget", type=float, default=BUDGET, help="seconds after which to stop (default: %(default)g)")
+    made.add_argument("--resume", action="store_true", help="go on with the results that are there")
+    made.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="STEP",
+        help="a step, or probe, phases, server, engine; repeatable",
+    )
+    made.add_argument("--dry-run", action="store_true", help="every step on stand-ins: no number is a measurement")
+    made.add_argument("--prefix", type=Path, default=environment.prefix(), help="where CRIU and the environments are")
+    made.add_argument("--python", default="", help="an interpreter with PyTorch for CUDA (default: look for one)")
+    made.add_argument("--list", action="store_true", help="only list the steps, in their order")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        steps = gpu_steps.chosen(options.only)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.list:
+        for step in steps:
+            say(f"{step.name:<28} at most {step.limit:>4.0f} s  {step.about}")
+        return 0
+    if not options.dry_run and driver_version() is None:
+        print(
+            "there is no NVIDIA GPU here (no driver is loaded): nothing can be measured; try --dry-run", file=sys.stderr
+        )
+        return 3
+    # gpuckpt's own commands read it.
+    os.environ["GPUCKPT_PREFIX"] = str(options.prefix.absolute())
+    budget = Budget(options.budget)
+    try:
+        record = Record(
+            options.out.absolute(),
+            dry=options.dry_run,
+            machine=machine(options.prefix, dry=options.dry_run),
+            options={"budget_s": options.budget, "only": options.only},
+            resume=options.resume,
+            summarise=gpu_summary.summarise,
+        )
+    except (Mismatch, ValueError, KeyError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return measure(record, steps, budget, options)
+
+
+def measure(record: Record, steps: Sequence[Step], budget: Budget, options: argparse.Namespace) -> int:
+    """Do the steps, draw, write the page; the exit status."""
+    status = "interrupted"
+    try:
+        with harness.interrupts():
+            gpu_children.adopt_orphans()
+            with workspace() as space:
+                folder = _folder(space, dry=options.dry_run)
+                context = Context(
+                    "", "", options.dry_run, 0.0, options.prefix.absolute(), folder, space.folder, python=options.python
+                )
+                Run(record, context, budget, space.folder).steps(steps)
+        left = any(record.status(step.name) == "left" for step in steps)
+        status = "budget" if left else "complete"
+    except InterruptedByUser as interrupted:
+        print(interrupted.message, file=sys.stderr)
+        return interrupted.exit_code
+    finally:
+        record.end(status, budget.elapsed)
+    show(record, steps)
+    failed = [step.name for step in steps if record.status(step.name) == "failed"]
+    return 1 if failed else 0
+
+
+def show(record: Record, steps: Sequence[Step]) -> None:
+    """Figures and page beside the JSON, and the run in a few lines."""
+    from benchmarks import gpu_pages
+
+    drawn: list[str] = []
+    try:
+        from benchmarks import gpu_figures
+
+        drawn = gpu_figures.draw(record.document | gpu_summary.summarise(record.document), record.file.parent)
+    except ImportError:
+        say("no figures: matplotlib is not installed; python -m benchmarks.gpu_figures draws them elsewhere")
+    document = json.loads(record.file.read_text())
+    page = record.file.with_suffix(".md")
+    page.write_text(gpu_pages.page(document, "Acceptance on a GPU", drawn))
+    for line in gpu_pages.lines(document):
+        say(line)
+    words = ", ".join(f"{count} {word}" for word, count in document["counts"].items())
+    say(f"{record.file}: {words}; figures: {', '.join(drawn) or 'none'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""What a step of the acceptance on a GPU is told, what it hands back, and what it works with.
+
+Each step is a process of its own (gpu_step.py): a driver that hangs takes no more with it. What it has found is on
+disk as soon as it is found, so that a step which is cut off keeps that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct, field
+from msgspec import json as msgspec_json
+
+from benchmarks import harness
+from benchmarks.gpu_record import Document
+from benchmarks.suite import Unavailable
+from benchmarks.workspace import Workspace
+from gpuckpt.cuda.driver import Driver
+from gpuckpt.cuda.helper import Remote
+
+_PATIENCE = 120.0  # seconds that one answer of the driver may take
+
+
+class Context(Struct, frozen=True):
+    """``deadline``: CLOCK_MONOTONIC seconds by which the step should have ended by itself.
+
+    ``python``: an interpreter with PyTorch for CUDA, empty if there is none; ``site``: folders that it needs besides,
+    to import what gpuckpt imports. ``folder``: for temporary files, in memory where there is enough; ``space``: the
+    run's store, state and run folders.
+    """
+
+    step: str
+    work: str
+    dry: bool
+    deadline: float
+    prefix: Path
+    folder: Path
+    space: Path
+    python: str = ""
+    site: str = ""
+    program: str = ""
+    arguments: tuple[str, ...] = ()
+    earlier: dict[str, Document] = field(default_factory=dict)
+    """What the steps before it have found, by their names."""
+
+    @property
+    def left(self) -> float:
+        """Seconds until the step should have ended."""
+        return self.deadline - time.monotonic()
+
+    @property
+    def library(self) -> str:
+        """What holds device memory: PyTorch if there is one, else the driver itself."""
+        return "host" if self.dry else "torch" if self.python else "driver"
+
+    @property
+    def models(self) -> Path:
+        """Models are made here, once in a run."""
+        return self.folder / "models"
+
+    @property
+    def workspace(self) -> Workspace:
+        return Workspace(self.space)
+
+    def interpreter(self) -> str:
+        """For what needs PyTorch; raises Unavailable where there is none."""
+        if not self.python and not self.dry:
+            raise Unavailable("no Python here has PyTorch for CUDA")
+        return self.python or sys.executable
+
+    def environment(self) -> dict[str, str]:
+        """For processes of that interpreter."""
+        path = os.pathsep.join(filter(None, (str(harness.ROOT), self.site, os.environ.get("PYTHONPATH", ""))))
+        return {
+            **os.environ,
+            "PYTHONPATH": path,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "TQDM_DISABLE": "1",
+        }
+
+    @contextlib.contextmanager
+    def driver(self) -> Iterator[Driver]:
+        """The driver through gpuckpt's helper, a new one for this step; of a dry run one that has no device."""
+        socket = self.folder / f"{self.step}.sock"
+        if self.dry:
+            from benchmarks import gpu_dry
+
+            with gpu_dry.served(socket):
+                yield Remote(socket, timeout=_PATIENCE)
+            return
+        # gpuckpt starts it with a clean environment; here the packages may be somewhere of their own.
+        kept = [f"{name}={os.environ[name]}" for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
+        try:
+            yield Remote(
+                socket,
+                argv=("/usr/bin/env", *kept, sys.executable, "-m", "gpuckpt.cuda.helper"),
+                timeout=min(_PATIENCE, max(self.left, 5.0)),
+            )
+        finally:
+            socket.unlink(missing_ok=True)  # the helper ends by that
+
+
+class Answer:
+    """What a step has found: kept in a file after each finding."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.data: Document = {}
+
+    def note(self, name: str, value: Any) -> None:
+        self.data[name] = value
+        self.end("cut", "it was cut off")
+
+    def end(self, status: str, reason: str | None) -> None:
+        """``status``: ok, failed, skipped; what is kept before says that it was cut off."""
+        temporary = self._file.with_suffix(".new")
+        temporary.write_text(json.dumps({"status": status, "reason": reason, "data": self.data}))
+        temporary.replace(self._file)
+
+
+def answer_file(context_file: Path) -> Path:
+    """Where the step answers that was told its context in this file."""
+    return context_file.with_suffix(".answer")
+
+
+def write(context: Context, file: Path) -> None:
+    file.write_bytes(msgspec_json.encode(context, enc_hook=str))
+
+
+def read(file: Path) -> Context:
+    return msgspec_json.decode(file.read_bytes(), type=Context, dec_hook=lambda kind, text: kind(text))
+
+
+def told(context: Context, text: str) -> None:
+    """A line of progress: which step, how long until it has to have ended, what it does."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"    {context.step}{' (dry)' if context.dry else ''}: {text}", flush=True)
+
+
+def seconds(values: Sequence[float]) -> Document | None:
+    """p50, p95, n, interval and samples of measured seconds; None of none."""
+    from benchmarks.journal import summary
+
+    return summary([{"value": value} for value in values], "value")
