@@ -20,7 +20,7 @@ from msgspec import json as msgspec_json
 
 from benchmarks import harness
 from benchmarks.gpu_record import Document
-from benchmarks.suite import Unavailable
+from benchmarks.suite import Unavailable, say
 from benchmarks.workspace import Workspace
 from gpuckpt.cuda.driver import Driver
 from gpuckpt.cuda.helper import Remote
@@ -141,9 +141,9 @@ def read(file: Path) -> Context:
 
 
 def told(context: Context, text: str) -> None:
-    """A line of progress: which step, how long until it has to have ended, what it does."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"    {context.step}{' (dry)' if context.dry else ''}: {text}", flush=True)
+    """A line of progress: which step, and what it does."""
+    mark = " (dry)" if context.dry else ""
+    say(f"    {context.step}{mark}: {text}")
 
 
 def seconds(values: Sequence[float]) -> Document | None:

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ class Commands(Gpuckpt):
     """`gpuckpt create`, `restore`, `suspend` and the others, by their documents alone."""
 
     def run(self, *words: str) -> Outcome:
-        spawned = now_ns()
+        # As if it had been spawned a while ago: what is drawn of it is to be seen.
+        spawned = now_ns() - 200_000_000 - 100_000 * (zlib.crc32(repr(words).encode()) % 8000)
         time.sleep(_LEAST)
         command, name = words[0], next((word for word in words[1:] if not word.startswith("-")), "")
         made = getattr(self, f"_{command}")(name, words)
@@ -139,7 +141,7 @@ class Commands(Gpuckpt):
         return made
 
     def _pid(self, replica: str) -> int:
-        return -1 - sum(replica.encode())  # no process has a number below zero
+        return -1 - zlib.crc32(replica.encode())  # no process has a number below zero
 
     def _create(self, name: str, words: tuple[str, ...]) -> Document:
         (self._folder / name).touch()

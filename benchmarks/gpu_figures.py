@@ -43,6 +43,8 @@ def draw(document: Document, folder: Path) -> list[str]:
             if figure is None:
                 continue
             name = f"gpu-dry-{word}" if document["dry"] else f"gpu_{word}"
+            if document["dry"]:
+                _title(figure, f"Dry run: {figure.get_suptitle()}")
             _finish(figure, document)
             for suffix in (".png", ".svg"):
                 figure.savefig(
@@ -110,7 +112,7 @@ def _servers(document: Document, numbers: Document) -> Figure | None:
     axes.set(xlabel="seconds from the command to the first token (red: the target)", ylim=(len(found) - 0.4, -0.6))
     axes.set_xlim(0, 1.35 * axes.get_xlim()[1])
     axes.legend(frameon=False, loc="lower right")
-    axes.spines[["left"]].set_visible(False)
+    axes.spines[["left", "right", "top"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     _title(figure, "First tokens from the golden and from standby")
     return figure
@@ -123,22 +125,22 @@ def _memory(document: Document, numbers: Document) -> Figure | None:
     if not servers and not turns:
         return None
     panels = int(bool(servers)) + int(bool(turns))
-    figure, made = pyplot.subplots(1, panels, figsize=(9.4, 4.4), squeeze=False)
+    figure, made = pyplot.subplots(1, panels, figsize=(9.4, max(4.4, 2.2 + 0.5 * len(servers))), squeeze=False)
     axes = list(made[0])
     if servers:
         panel = axes.pop(0)
         for place, tier in enumerate(_TIERS):
             values = [max(cycle[tier]["processes"] for cycle in cycles) for _, cycles in servers]
             where = [number + 0.27 * (place - 1) for number in range(len(servers))]
-            panel.bar(
-                where, [value / 1e9 for value in values], 0.25, color=(COLOURS[0], REST, COLOURS[2])[place], label=tier
-            )
+            colour = (COLOURS[0], REST, COLOURS[2])[place]
+            panel.barh(where, [value / 1e9 for value in values], 0.25, color=colour, label=tier)
             if not document["dry"]:
-                for x, value in zip(where, values, strict=True):
-                    panel.text(x, value / 1e9, size(value) if value else "0", ha="center", va="bottom", fontsize=7)
-        names = [f"{model['server']}\n{model['shape'].upper()}\n{model['how']}" for model, _ in servers]
-        panel.set_xticks(range(len(servers)), names, fontsize=8)
-        panel.set(ylabel="GB of the device (NVML), the most of all cycles", ylim=(0, 1.3 * panel.get_ylim()[1]))
+                for y, value in zip(where, values, strict=True):
+                    panel.text(value / 1e9, y, f" {size(value) if value else '0'}", va="center", fontsize=7)
+        names = [f"{model['server']} {model['shape'].upper()}\n{model['how']}" for model, _ in servers]
+        panel.set_yticks(range(len(servers)), names, fontsize=8)
+        panel.set(xlabel="GB of the device (NVML), the most of all cycles", ylim=(len(servers) - 0.4, -1.2))
+        panel.set_xlim(0, 1.25 * panel.get_xlim()[1])
         panel.legend(frameon=False, ncols=3, loc="upper left", fontsize=8)
         panel.set_title("a replica's processes", loc="left", fontsize=10)
     if turns:
@@ -160,23 +162,22 @@ def _title(figure: Figure, text: str) -> None:
 
 
 def _finish(figure: Figure, document: Document) -> None:
-    """The machine in the last line; a dry run's mark over everything."""
+    """The machine in the last line; of a dry run no number at any axis, and the mark over everything."""
     machine = document["machine"]
     gpu = "; ".join(machine["gpus"]) or "no GPU"
     words = f"{gpu}. {machine['cpu_model']}, {machine['cores']} cores, Linux {machine['kernel']}"
     if document["dry"]:
         words = "A dry run on stand-ins: no device, no measurement, no numbers."
         for axes in figure.axes:
-            axes.xaxis.set_ticklabels([]) if axes.get_xscale() == "log" or axes.get_xlabel() else None
-            if not (axes.get_yticklabels() and axes.get_ylabel() == ""):
-                axes.yaxis.set_ticklabels([])
-    figure.text(0.012, 0.012, "\n".join(textwrap.wrap(words, 150)), fontsize=7, color=QUIET, va="bottom")
-    figure.tight_layout(rect=(0, 0.05, 1, 0.97))
-    if document["dry"]:
+            for axis in (axes.xaxis, axes.yaxis):
+                if axis.get_label_text():  # the others bear names
+                    axis.set_ticklabels([])
         figure.text(
             0.5, 0.5, DRY, rotation=20, ha="center", va="center", fontsize=38, fontweight="bold", color=COLOURS[6],
             alpha=0.55, zorder=100,
         )  # fmt: skip
+    figure.text(0.012, 0.012, "\n".join(textwrap.wrap(words, 150)), fontsize=7, color=QUIET, va="bottom")
+    figure.tight_layout(rect=(0, 0.05, 1, 0.97))
 
 
 if __name__ == "__main__":
