@@ -26,7 +26,7 @@ all := $(wildcard tests/unit tests/property tests/contract tests/integration tes
 guest := $(wildcard tests/guest tests/guest_api)
 server := $(PREFIX)/server/bin/python
 
-.PHONY: help setup setup-server setup-tests check lint types imports unit test-guest test demo demo-pool bench bench-pool bench-sessions bench-kv soak format clean
+.PHONY: help setup setup-server setup-tests check lint types imports unit test-guest test demo demo-pool bench bench-pool bench-sessions bench-kv gpu-acceptance soak format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -99,6 +99,12 @@ bench-sessions: ## measure the session engine: about 35 minutes on 2 cores (BENC
 bench-kv: ## measure KV paging: about 10 minutes on 2 cores (BENCH=--quick: a trial); build/bench/kv.json
 	@$(MAKE) setup-server
 	@$(python) -m benchmarks.kv $(BENCH)
+
+# No set-up here: a host with a GPU has its own PyTorch, and often no network.
+gpu-acceptance: $(python) ## prove the GPU's side on a host that has one: under 8 minutes (GPU=--resume goes on, GPU=--dry-run: anywhere)
+	@status=0; $(python) -m benchmarks.gpu_acceptance --prefix $(PREFIX) $(GPU) || status=$$?; \
+	case $$status in 0|1) test ! -e build/bench/gpu.json || $(python) -m benchmarks.report --gpu --results build/results;; esac; \
+	exit $$status
 
 soak: ## ten minutes of the warm pool under random load and chaos, 15 in all (SOAK=--quick: small models); build/bench/soak.json
 	@$(MAKE) setup-server

@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -33,18 +34,21 @@ from pathlib import Path
 from msgspec import structs
 
 from benchmarks import environment, gpu_children, gpu_context, gpu_steps, gpu_summary, harness
+from benchmarks.gpu_commands import python_path
 from benchmarks.gpu_context import Context
 from benchmarks.gpu_record import Document, Mismatch, Record
 from benchmarks.gpu_steps import Step
 from benchmarks.memory import available
 from benchmarks.suite import Budget, say
 from benchmarks.workspace import Workspace, workspace
+from gpuckpt import proc
 from gpuckpt.cuda.checks import driver_version
 from gpuckpt.errors import GpuckptError, InterruptedByUser
 
 BUDGET = 470.0
 # Seconds of the budget that are kept for putting everything back, the figures and the page.
 RESERVE = 20.0
+_CONTROL = Path("/dev/nvidiactl")  # every driver has it, also where /proc is not the kernel's own
 _IN_MEMORY = 24 << 30  # bytes that are free where temporary files are kept in memory
 
 
@@ -67,17 +71,11 @@ class Run:
         """Do what is not done yet, as long as there is time."""
         for step in gpu_steps.order(steps, self.record.status):
             if missing := gpu_steps.missing(step, self.record.status):
-                words = "; ".join(f"{name} ({self.why(name)})" for name in missing)
-                self._keep(step, "skipped", 0.0, f"it needs {words}", {})
+                self._keep(step, "skipped", 0.0, f"it needs {' and '.join(missing)}, which did not go well", {})
             elif self.left < step.least and not self._context.dry:
                 self._keep(step, "left", 0.0, f"{max(0.0, self.left):.0f} s were left, and it takes {step.least:g}", {})
             else:
                 self.step(step)
-
-    def why(self, name: str) -> str:
-        """The reason of a step that did not go well."""
-        found: Document = self.record.document["steps"].get(name, {})
-        return str(found.get("reason") or "it was not tried")
 
     def step(self, step: Step) -> None:
         """One step, in a process; whatever becomes of it, it is in the record, and nothing of it is left."""
@@ -101,7 +99,7 @@ class Run:
             file,
         )
         argv = [sys.executable, "-m", "benchmarks.gpu_step", str(file)]
-        environ = {**os.environ, **_paths()}
+        environ = {**os.environ, **python_path()}
         began = time.monotonic()
         try:
             ended = gpu_children.run(argv, limit=limit, log=file.with_suffix(".log"), env=environ, cwd=harness.ROOT)
@@ -131,11 +129,6 @@ class Run:
         say(f"[{self._budget.elapsed:5.0f} s] {text}")
 
 
-def _paths() -> dict[str, str]:
-    """Ours before what is set already: gpuckpt's packages may be somewhere of their own."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(harness.ROOT), os.environ.get("PYTHONPATH", ""))))}
-
-
 def _read(answer: Path) -> Document:
     try:
         found: Document = json.loads(answer.read_text())
@@ -159,7 +152,20 @@ def machine(prefix: Path, *, dry: bool) -> Document:
     if dry:
         return {"cpu_model": environment.cpu_model(), "cores": os.cpu_count(), "kernel": os.uname().release,
                 "gpus": [], "commit": None}  # fmt: skip
-    return environment.machine(prefix)
+    found = environment.machine(prefix)
+    return found | {"gpus": found["gpus"] or _gpus()}
+
+
+def _gpus() -> list[str]:
+    """As the environment's record has them, by an nvidia-smi that is on our own search path alone."""
+    program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path="/usr/local/nvidia/bin")
+    if program is None:
+        return []
+    try:
+        done = proc.run([program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
+    except GpuckptError:
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -196,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for step in steps:
             say(f"{step.name:<28} at most {step.limit:>4.0f} s  {step.about}")
         return 0
-    if not options.dry_run and driver_version() is None:
+    if not options.dry_run and driver_version() is None and not _CONTROL.exists():
         print(
             "there is no NVIDIA GPU here (no driver is loaded): nothing can be measured; try --dry-run", file=sys.stderr
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from gpuckpt.errors import NotFoundError
 class Commands(Gpuckpt):
     """Also: suspend and wake, a question to a replica, and the processes of one."""
 
+    def run(self, *words: str) -> Outcome:
+        return harness.run([*words], cwd=self.space.folder, env=self.space.env | python_path())
+
     def ask(self, restored: Document, canary: Document, timeout: float) -> Answered:
         """The recorded question, streamed; when its first token came, and how it differs."""
         return until_answered(harness.endpoint_of(restored), canary, timeout=timeout)
@@ -27,6 +31,11 @@ class Commands(Gpuckpt):
     def pids(self, replica: str) -> list[int]:
         """Of the replica's container, as the host counts them."""
         return proc.processes_below(pid_of(replica))
+
+
+def python_path() -> dict[str, str]:
+    """Ours before what is set already: gpuckpt's packages may be in folders of their own."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(harness.ROOT), os.environ.get("PYTHONPATH", ""))))}
 
 
 def commands(context: Context) -> Any:

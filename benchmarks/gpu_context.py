@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,11 @@ from benchmarks import harness
 from benchmarks.gpu_record import Document
 from benchmarks.suite import Unavailable, say
 from benchmarks.workspace import Workspace
+from gpuckpt import proc
 from gpuckpt.cuda.driver import Driver
 from gpuckpt.cuda.helper import Remote
+from gpuckpt.cuda.program import Program
+from gpuckpt.errors import PreflightError
 
 _PATIENCE = 120.0  # seconds that one answer of the driver may take
 
@@ -45,7 +49,6 @@ class Context(Struct, frozen=True):
     space: Path
     python: str = ""
     site: str = ""
-    program: str = ""
     arguments: tuple[str, ...] = ()
     earlier: dict[str, Document] = field(default_factory=dict)
     """What the steps before it have found, by their names."""
@@ -99,14 +102,30 @@ class Context(Struct, frozen=True):
             return
         # gpuckpt starts it with a clean environment; here the packages may be somewhere of their own.
         kept = [f"{name}={os.environ[name]}" for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
+        remote = Remote(
+            socket,
+            argv=("/usr/bin/env", *kept, sys.executable, "-m", "gpuckpt.cuda.helper"),
+            timeout=min(_PATIENCE, max(self.left, 5.0)),
+        )
         try:
-            yield Remote(
-                socket,
-                argv=("/usr/bin/env", *kept, sys.executable, "-m", "gpuckpt.cuda.helper"),
-                timeout=min(_PATIENCE, max(self.left, 5.0)),
-            )
+            yield self._answering(remote)
         finally:
             socket.unlink(missing_ok=True)  # the helper ends by that
+
+    def _answering(self, remote: Remote) -> Driver:
+        """The helper, or NVIDIA's program where the helper cannot start: slower, and of less precise words."""
+        try:
+            remote.version()
+        except PreflightError:
+            if (program := self.checkpoint_program()) is None:
+                raise
+            return Program(Path(program))
+        return remote
+
+    def checkpoint_program(self) -> str | None:
+        """NVIDIA's cuda-checkpoint, if it is installed."""
+        path = f"{self.prefix / 'bin'}:{proc.environment()['PATH']}:{os.environ.get('PATH', '')}"
+        return shutil.which("cuda-checkpoint", path=path)
 
 
 class Answer:

@@ -22,7 +22,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from benchmarks.gpu_record import Document
-from benchmarks.gpu_summary import TARGETS, _numbers
+from benchmarks.gpu_summary import TARGETS, numbers
 from benchmarks.style import COLOURS, INK, QUIET, REST, STYLE, short, size
 
 DRY = "DRY RUN\nnothing was measured"
@@ -32,14 +32,14 @@ _TIERS = ("running", "suspended", "awake")
 def draw(document: Document, folder: Path) -> list[str]:
     """Draw what the document has numbers for, as PNG and SVG; the figures' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = numbers_of(document)
+    found = numbers(document["steps"])  # of a dry run, too: here, and only here, it is seen, and marked
     figures: dict[str, Callable[[Document, Document], Figure | None]] = {
         "suspend": _suspend, "servers": _servers, "memory": _memory,
     }  # fmt: skip
     drawn = []
     with pyplot.rc_context(STYLE | {"svg.hashsalt": "gpuckpt"}):
         for word, function in figures.items():
-            figure = function(document, numbers)
+            figure = function(document, found)
             if figure is None:
                 continue
             name = f"gpu-dry-{word}" if document["dry"] else f"gpu_{word}"
@@ -55,24 +55,18 @@ def draw(document: Document, folder: Path) -> list[str]:
     return drawn
 
 
-def numbers_of(document: Document) -> Document:
-    """As gpu_summary has them; of a dry run what its stand-ins said, which only :func:`draw` may see, and marks."""
-    steps = document["steps"]
-    return _numbers({name: step["data"] for name, step in steps.items() if step["data"]}, steps)
-
-
-def _suspend(document: Document, numbers: Document) -> Figure | None:
-    sizes = sorted(numbers["phases"].values(), key=lambda one: one["bytes"])
+def _suspend(document: Document, found: Document) -> Figure | None:
+    sizes = sorted(found["phases"].values(), key=lambda one: one["bytes"])
     if not sizes:
         return None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.4, 4.6))
     bytes_ = [one["bytes"] / 1e9 for one in sizes]
     for step, colour in zip(("lock", "checkpoint", "restore", "unlock"), COLOURS, strict=False):
-        found = [one[f"{step}_s"] for one in sizes]
-        middle = [max(one["p50"], 1e-6) for one in found]
+        times = [one[f"{step}_s"] for one in sizes]
+        middle = [max(one["p50"], 1e-6) for one in times]
         spread = [
-            [max(0.0, it["p50"] - it["interval"][0]) for it in found],
-            [max(0.0, it["interval"][1] - it["p50"]) for it in found],
+            [max(0.0, it["p50"] - it["interval"][0]) for it in times],
+            [max(0.0, it["interval"][1] - it["p50"]) for it in times],
         ]
         left.errorbar(bytes_, middle, spread, color=colour, marker="o", capsize=2, label=step)
         if step in ("checkpoint", "restore"):
@@ -89,14 +83,14 @@ def _suspend(document: Document, numbers: Document) -> Figure | None:
     return figure
 
 
-def _servers(document: Document, numbers: Document) -> Figure | None:
-    found = [(name, one) for name, one in numbers["ttft"].items() if "golden" in one or "standby" in one]
-    if not found:
+def _servers(document: Document, found: Document) -> Figure | None:
+    rows = [(name, one) for name, one in found["ttft"].items() if "golden" in one or "standby" in one]
+    if not rows:
         return None
-    found.sort(key=lambda item: (item[1]["server"], item[1]["how"], item[1]["bytes"]))
+    rows.sort(key=lambda item: (item[1]["server"], item[1]["how"], item[1]["bytes"]))
     wanted = {target.path: target.limit for target in TARGETS}
-    figure, axes = pyplot.subplots(figsize=(9.4, 1.9 + 0.75 * len(found)))
-    for place, (name, one) in enumerate(found):
+    figure, axes = pyplot.subplots(figsize=(9.4, 1.9 + 0.75 * len(rows)))
+    for place, (name, one) in enumerate(rows):
         for tier, colour, offset in (("golden", COLOURS[0], -0.19), ("standby", COLOURS[2], 0.19)):
             if tier not in one:
                 continue
@@ -108,8 +102,8 @@ def _servers(document: Document, numbers: Document) -> Figure | None:
                 axes.text(max(high, one[tier]["p50"]), place + offset, text, va="center", fontsize=8)
             if (limit := wanted.get(f"ttft.{name}.{tier}.p50")) is not None:
                 axes.plot([limit] * 2, [place + offset - 0.2, place + offset + 0.2], color=COLOURS[6], linewidth=2)
-    axes.set_yticks(range(len(found)), [f"{one['server']} {one['shape'].upper()}\n{one['how']}" for _, one in found])
-    axes.set(xlabel="seconds from the command to the first token (red: the target)", ylim=(len(found) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), [f"{one['server']} {one['shape'].upper()}\n{one['how']}" for _, one in rows])
+    axes.set(xlabel="seconds from the command to the first token (red: the target)", ylim=(len(rows) - 0.4, -0.6))
     axes.set_xlim(0, 1.35 * axes.get_xlim()[1])
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["left", "right", "top"]].set_visible(False)
@@ -118,7 +112,7 @@ def _servers(document: Document, numbers: Document) -> Figure | None:
     return figure
 
 
-def _memory(document: Document, numbers: Document) -> Figure | None:
+def _memory(document: Document, found: Document) -> Figure | None:
     steps = document["steps"]
     servers = [(step["data"]["model"], step["data"]["cycles"]) for step in steps.values() if step["data"].get("cycles")]
     turns = steps.get("server.turns", {}).get("data", {}).get("turns", [])

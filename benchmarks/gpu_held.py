@@ -128,7 +128,7 @@ class Criu:
     """Plain CRIU, without podman, its own plugin for CUDA left out: the device state is moved by us."""
 
     def __init__(self, context: Context) -> None:
-        self._program = context.program or str(workspace.criu_program())
+        self._program = str(workspace.criu_program())
         self._context = context
         self._empty = context.folder / "no-plugins"
         self._empty.mkdir(exist_ok=True)

@@ -173,7 +173,15 @@ def _missing(document: Document) -> Iterator[str]:
         return
     if document["not_measured"]:
         yield from ("## Not measured", "")
-        yield from (f"- `{name}`: {reason}." for name, reason in document["not_measured"].items())
+        for reason, names in _by_reason(document["not_measured"]).items():
+            yield f"- {', '.join(f'`{name}`' for name in names)}: {reason}."
+
+
+def _by_reason(missing: dict[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def lines(document: Document) -> list[str]:

@@ -6,18 +6,16 @@ the device sums the bytes before and afterwards. NVML says what it holds before,
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from pathlib import Path
 
 from benchmarks import memory
+from benchmarks.gpu_commands import device_bytes
 from benchmarks.gpu_context import Answer, Context, seconds, told
 from benchmarks.gpu_held import Held, holding
 from benchmarks.gpu_probe import compare, devices_of, lengths, suspended
 from benchmarks.gpu_record import Document
 from benchmarks.suite import Unavailable
-from gpuckpt import proc
 from gpuckpt.cuda.driver import Driver
 from gpuckpt.cuda.program import Program
 from gpuckpt.cuda.suspend import resume, suspend
@@ -66,24 +64,24 @@ def _one(context: Context, driver: Driver, name: str) -> Document:
     count = int(float(name) * GB)
     taken: dict[str, list[float]] = {f"{step}_s": [] for step in STEPS}
     held_bytes: Document = {"before": [], "suspended": [], "after": []}
+    used: Document = {"before": [], "suspended": [], "after": []}
     open_devices: list[str] = []
     with holding(context, count, context.library) as held:
         for number in range(_ROUNDS.get(name, 3)):
             if number > 1 and context.left < 4 * sum(sum(values) / len(values) for values in taken.values()) + 3:
                 break
-            before = _bytes(driver, held)
+            look(driver, held, "before", held_bytes, used)
             steps = lengths(suspend(driver, [held.pid]))
-            while_away = _bytes(driver, held)
+            look(driver, held, "suspended", held_bytes, used)
             open_devices = devices_of(held.pid)
             steps |= lengths(resume(driver, [held.pid]))
             for step in STEPS:
                 taken[f"{step}_s"].append(steps[step])
-            for when, value in (("before", before), ("suspended", while_away), ("after", _bytes(driver, held))):
-                held_bytes[when].append(value)
+            look(driver, held, "after", held_bytes, used)
         compare(held)
     if any(held_bytes["suspended"]):
         raise VerificationError(f"suspended, it still holds {max(held_bytes['suspended'])} bytes of the device")
-    made: Document = {"bytes": count, "library": context.library, "device_bytes": held_bytes, "bytes_equal": True}
+    made: Document = {"bytes": count, "library": context.library, "device_bytes": held_bytes, "device_used": used}
     made["open_devices_while_suspended"] = open_devices
     made |= {key: seconds(values) for key, values in taken.items()}
     for step in ("checkpoint", "restore"):
@@ -93,8 +91,11 @@ def _one(context: Context, driver: Driver, name: str) -> Document:
     return made
 
 
-def _bytes(driver: Driver, held: Held) -> int:
-    return sum(driver.memory(held.pid).values())
+def look(driver: Driver, held: Held, when: str, of_process: Document, of_device: Document) -> None:
+    """What NVML says now, of the process and of the device; where it names no processes the former is nothing."""
+    found = device_bytes(driver, [held.pid])
+    of_process[when].append(found["processes"])
+    of_device[when].append(found["device"])
 
 
 def pair(context: Context, answer: Answer) -> None:
@@ -130,12 +131,13 @@ def pair(context: Context, answer: Answer) -> None:
 
 def program(context: Context, answer: Answer) -> None:
     """What NVIDIA's cuda-checkpoint program takes for what the helper does: each call of it initialises CUDA anew."""
-    path = f"{context.prefix / 'bin'}:{proc.environment()['PATH']}:{os.environ.get('PATH', '')}"
-    found = shutil.which("cuda-checkpoint", path=path)
+    found = context.checkpoint_program()
     if found is None and not context.dry:
         raise Unavailable("cuda-checkpoint is not installed")
     with context.driver() as driver, holding(context, GB // 4, context.library) as held:
         ways = {"helper": driver, "program": driver if context.dry else Program(Path(str(found)))}
+        if isinstance(driver, Program):  # there is no helper
+            del ways["helper"]
         for name, way in ways.items():
             taken: dict[str, list[float]] = {"state_s": [], "cycle_s": []}
             for _ in range(5):

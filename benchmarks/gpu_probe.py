@@ -6,6 +6,7 @@ as it finds them and raises what went wrong; Unavailable where the host lacks wh
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from msgspec import to_builtins
 
@@ -21,10 +23,12 @@ from benchmarks.gpu_commands import commands
 from benchmarks.gpu_context import Answer, Context, told
 from benchmarks.gpu_held import Criu, Held, holding
 from benchmarks.gpu_record import Document
+from benchmarks.harness import CommandFailed
 from benchmarks.suite import Unavailable
 from benchmarks.workspace import podman_command
 from gpuckpt import proc
 from gpuckpt.cuda.driver import Driver
+from gpuckpt.cuda.program import Program
 from gpuckpt.cuda.suspend import Step, resume, suspend
 from gpuckpt.errors import GpuckptError, VerificationError
 
@@ -99,6 +103,8 @@ def driver_api(context: Context, answer: Answer) -> None:
     with context.driver() as driver:
         began = time.monotonic()
         answer.note("driver", driver.version())
+        answer.note("cuda", _cuda_version())
+        answer.note("through", "program" if isinstance(driver, Program) else "helper")
         answer.note("helper_start_s", round(time.monotonic() - began, 3))
         answer.note("gpus", to_builtins(driver.gpus()))
         with holding(context, SMALL, "host" if context.dry else "driver") as held:
@@ -109,6 +115,18 @@ def driver_api(context: Context, answer: Answer) -> None:
             steps += resume(driver, [held.pid])
             answer.note("steps_s", lengths(steps))
             compare(held)
+
+
+def _cuda_version() -> str | None:
+    """The newest CUDA that the driver can; None if its library is not found."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    found = ctypes.c_int()
+    return (
+        None if library.cuDriverGetVersion(ctypes.byref(found)) else f"{found.value // 1000}.{found.value % 1000 // 10}"
+    )
 
 
 def criu(context: Context, answer: Answer) -> None:
@@ -207,14 +225,22 @@ def devices_of(pid: int) -> list[str]:
     return sorted(name for name in found | proc.mapped_files([pid]) if name.startswith("/dev/nvidia"))
 
 
+def _doctor(gpuckpt: Any) -> list[Document] | str:
+    """What `gpuckpt doctor` finds wrong here; why, if it cannot say."""
+    try:
+        found = gpuckpt.run("doctor", "--format=json").document
+    except CommandFailed as failure:
+        return str(failure)
+    return [check for check in found["checks"] if check["verdict"] not in ("ok", "skip")]
+
+
 def podman(context: Context, answer: Answer) -> None:
     """gpuckpt with the smallest of servers: create, restore with its answer compared, stop; and what doctor says."""
     if not context.dry and shutil.which("podman", path=proc.environment()["PATH"]) is None:
         raise Unavailable("podman is not installed")
     gpuckpt = commands(context)
     answer.note("podman", " ".join(podman_command()))
-    doctor = gpuckpt.run("doctor", "--format=json").document if not context.dry else {"checks": []}
-    answer.note("doctor", [check for check in doctor.get("checks", []) if check.get("verdict") not in ("ok", "skip")])
+    answer.note("doctor", _doctor(gpuckpt))
     server = Server.filler(8)
     interpreter = shutil.which("python3", path=proc.environment()["PATH"])
     if interpreter is None:

@@ -53,8 +53,8 @@ def summarise(document: Document) -> Document:
     made: Document = {"counts": counted, "not_measured": not_measured(document)}
     if document["dry"]:
         return made | {"targets": targets({}, TARGETS)}
-    numbers = _numbers({name: step["data"] for name, step in steps.items() if step["data"]}, steps)
-    return made | numbers | {"targets": targets(numbers, TARGETS)}
+    found = numbers(steps)
+    return made | found | {"targets": targets(found, TARGETS)}
 
 
 def not_measured(document: Document) -> dict[str, str]:
@@ -71,7 +71,9 @@ def not_measured(document: Document) -> dict[str, str]:
     return found
 
 
-def _numbers(data: dict[str, Document], steps: Document) -> Document:
+def numbers(steps: Document) -> Document:
+    """Whatever steps have found, measured or not: :func:`summarise` has those of measurements."""
+    data = {name: step["data"] for name, step in steps.items() if step["data"]}
     made: Document = {"ttft": {}, "phases": {}}
     held: list[int] = []
     differing: list[int] = []
@@ -79,7 +81,13 @@ def _numbers(data: dict[str, Document], steps: Document) -> Document:
         if name.startswith("phases.") and "sizes" in found:
             sizes = {size: one for size, one in found["sizes"].items() if "checkpoint_s" in one}
             made["phases"] |= sizes
-            held += [value for one in sizes.values() for value in one["device_bytes"]["suspended"]]
+            # Where NVML names no processes, nothing is what it says of those that run, too: no proof of anything.
+            held += [
+                value
+                for one in sizes.values()
+                for before, value in zip(one["device_bytes"]["before"], one["device_bytes"]["suspended"], strict=True)
+                if before
+            ]
         if name.startswith(SERVERS) and "model" in found:
             shape = found["model"]
             tiers = {"golden": found.get("golden_ttft_s"), "standby": found.get("standby_ttft_s")}
@@ -89,7 +97,7 @@ def _numbers(data: dict[str, Document], steps: Document) -> Document:
                 **({"cold_s": found["cold_ttft_s"]} if "cold_ttft_s" in found else {}),
             }
         if found.get("cycles"):
-            held += [cycle["suspended"]["processes"] for cycle in found["cycles"]]
+            held += [one["suspended"]["processes"] for one in found["cycles"] if one["running"]["processes"]]
             differing.append(found["answers_different"])
     if held:
         made["suspended_bytes_most"] = max(held)

@@ -4,6 +4,7 @@
     python -m benchmarks.report --results /tmp/out   the same elsewhere
     python -m benchmarks.report --sessions           the session engine's → results/DATE-MACHINE-sessions/
     python -m benchmarks.report --kv                 KV paging's → results/DATE-MACHINE-kv/
+    python -m benchmarks.report --gpu                a GPU's → results/DATE-MACHINE-gpu/
     python -m benchmarks.report --pool               the warm pool's → results/DATE-MACHINE-pool/
     python -m benchmarks.report --index              only the index anew
 
@@ -22,13 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, kv_pages, merge, pages, pool_pages, session_pages
+from benchmarks import gpu_pages, harness, kv_pages, merge, pages, pool_pages, session_pages
 
 Document = dict[str, Any]
 # What writes the words of a suite's page, and what draws.
 SUITES: dict[str, tuple[Any, str]] = {
     "sessions": (session_pages, "benchmarks.session_figures"),
     "kv": (kv_pages, "benchmarks.kv_figures"),
+    "gpu": (gpu_pages, "benchmarks.gpu_figures"),
 }
 _WORDS = ("xeon", "epyc", "ryzen", "core", "neoverse", "graviton", "ampere", "arm")
 
@@ -71,8 +73,13 @@ def make(source: Path, results: Path) -> Path:
 
 
 def make_suite(name: str, source: Path, results: Path) -> Path:
-    """The same for a suite of parts, whose document is SUITE.json: the session engine's, KV paging's."""
+    """The same for a suite of parts, whose document is SUITE.json: the session engine's, KV paging's, a GPU's.
+
+    Raises ValueError for a dry run's, which is no result.
+    """
     document: Document = json.loads((source / f"{name}.json").read_text())
+    if document.get("dry"):
+        raise ValueError(f"{source / f'{name}.json'} is a dry run's: nothing in it was measured")
     target = results / f"{folder_name(document)}-{name}"
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / f"{name}.json", target / f"{name}.json")
@@ -127,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--results", type=Path, default=harness.ROOT / "results", help="where pages go")
     made.add_argument("--sessions", action="store_true", help="the session engine's results")
     made.add_argument("--kv", action="store_true", help="KV paging's results")
+    made.add_argument("--gpu", action="store_true", help="the acceptance on a GPU")
     made.add_argument("--pool", action="store_true", help="the warm pool's results")
     made.add_argument("--index", action="store_true", help="only write the index anew")
     options = made.parse_args(argv)

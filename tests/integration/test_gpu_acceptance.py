@@ -32,9 +32,8 @@ def step(name: str, space: Workspace) -> dict[str, Any]:
     """One step's answer, by the process that does it in a run."""
     found = next(one for one in STEPS if one.name == name)
     file = space.folder / f"{name}.json"
-    context = Context(
-        name, found.work, False, time.monotonic() + found.limit, prefix(), space.disk, space.folder, arguments=found.arguments
-    )  # fmt: skip
+    until = time.monotonic() + found.limit
+    context = Context(name, found.work, False, until, prefix(), space.disk, space.folder, arguments=found.arguments)
     gpu_context.write(context, file)
     argv = [sys.executable, "-m", "benchmarks.gpu_step", str(file)]
     done = subprocess.run(argv, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=found.limit, check=False)
