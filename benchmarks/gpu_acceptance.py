@@ -33,7 +33,7 @@ from pathlib import Path
 
 from msgspec import structs
 
-from benchmarks import environment, gpu_children, gpu_context, gpu_steps, gpu_summary, harness
+from benchmarks import environment, gpu_cdi, gpu_children, gpu_context, gpu_steps, gpu_summary, harness
 from benchmarks.gpu_commands import python_path
 from benchmarks.gpu_context import Context
 from benchmarks.gpu_record import Document, Mismatch, Record
@@ -69,12 +69,21 @@ class Run:
 
     def steps(self, steps: Sequence[Step]) -> None:
         """Do what is not done yet, as long as there is time."""
+        with contextlib.ExitStack() as stack:
+            self._steps(steps, stack)
+
+    def _steps(self, steps: Sequence[Step], stack: contextlib.ExitStack) -> None:
+        specified = self._context.dry
         for step in gpu_steps.order(steps, self.record.status):
             if missing := gpu_steps.missing(step, self.record.status):
                 self._keep(step, "skipped", 0.0, f"it needs {' and '.join(missing)}, which did not go well", {})
             elif self.left < step.least and not self._context.dry:
                 self._keep(step, "left", 0.0, f"{max(0.0, self.left):.0f} s were left, and it takes {step.least:g}", {})
             else:
+                if step.name.startswith("server.") and not specified:
+                    # Only now: the driver makes some of its devices when it is used for the first time.
+                    self.record.document["cdi"] = stack.enter_context(gpu_cdi.specified())
+                    specified = True
                 self.step(step)
 
     def step(self, step: Step) -> None:
@@ -181,8 +190,8 @@ def parser() -> argparse.ArgumentParser:
         "--only",
         action="append",
         default=[],
-        metavar="STEP",
-        help="a step, or probe, phases, server, engine; repeatable",
+        metavar="STEPS",
+        help="steps, or probe, phases, server, engine; with commas",
     )
     made.add_argument("--dry-run", action="store_true", help="every step on stand-ins: no number is a measurement")
     made.add_argument("--prefix", type=Path, default=environment.prefix(), help="where CRIU and the environments are")
@@ -194,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        steps = gpu_steps.chosen(options.only)
+        steps = gpu_steps.chosen([word for words in options.only for word in words.split(",")])
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from benchmarks import harness
 from benchmarks.gpu_record import Document
 from benchmarks.suite import Unavailable, say
 from benchmarks.workspace import Workspace
-from gpuckpt import proc
+from gpuckpt.cuda.choice import find_program
 from gpuckpt.cuda.driver import Driver
 from gpuckpt.cuda.helper import Remote
 from gpuckpt.cuda.program import Program
@@ -117,15 +116,10 @@ class Context(Struct, frozen=True):
         try:
             remote.version()
         except PreflightError:
-            if (program := self.checkpoint_program()) is None:
+            if (program := find_program(self.prefix)) is None:
                 raise
-            return Program(Path(program))
+            return Program(program)
         return remote
-
-    def checkpoint_program(self) -> str | None:
-        """NVIDIA's cuda-checkpoint, if it is installed."""
-        path = f"{self.prefix / 'bin'}:{proc.environment()['PATH']}:{os.environ.get('PATH', '')}"
-        return shutil.which("cuda-checkpoint", path=path)
 
 
 class Answer:

@@ -43,9 +43,11 @@ def where(document: Document) -> str:
         return "The machine is of no importance: no device and no container had a part in it."
     machine = document["machine"]
     gpu = "; ".join(machine["gpus"]) or "no GPU"
+    found = {name: document["steps"].get(f"probe.{name}", {}).get("data", {}) for name in ("driver", "python")}
+    cuda = f"CUDA {found['driver'].get('cuda') or 'unknown'}, PyTorch {found['python'].get('torch') or 'none'}"
     return (
-        f"{gpu}. {machine['cpu_model']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; Linux"
-        f" {machine['kernel']}, CRIU {machine['criu']}, podman {machine['podman']}; gpuckpt {machine['commit']}."
+        f"{gpu}; {cuda}. {machine['cpu_model']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB;"
+        f" Linux {machine['kernel']}, CRIU {machine['criu']}, podman {machine['podman']}; gpuckpt {machine['commit']}."
     )
 
 

@@ -16,6 +16,7 @@ from benchmarks.gpu_held import Held, holding
 from benchmarks.gpu_probe import compare, devices_of, lengths, suspended
 from benchmarks.gpu_record import Document
 from benchmarks.suite import Unavailable
+from gpuckpt.cuda.choice import find_program
 from gpuckpt.cuda.driver import Driver
 from gpuckpt.cuda.program import Program
 from gpuckpt.cuda.suspend import resume, suspend
@@ -131,11 +132,11 @@ def pair(context: Context, answer: Answer) -> None:
 
 def program(context: Context, answer: Answer) -> None:
     """What NVIDIA's cuda-checkpoint program takes for what the helper does: each call of it initialises CUDA anew."""
-    found = context.checkpoint_program()
+    found = find_program(context.prefix)
     if found is None and not context.dry:
         raise Unavailable("cuda-checkpoint is not installed")
     with context.driver() as driver, holding(context, GB // 4, context.library) as held:
-        ways = {"helper": driver, "program": driver if context.dry else Program(Path(str(found)))}
+        ways = {"helper": driver, "program": driver if context.dry else Program(found or Path())}
         if isinstance(driver, Program):  # there is no helper
             del ways["helper"]
         for name, way in ways.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -16,6 +17,7 @@ import pytest
 
 from benchmarks import (
     gpu_acceptance,
+    gpu_cdi,
     gpu_children,
     gpu_context,
     gpu_models,
@@ -31,6 +33,7 @@ from benchmarks.gpu_context import Answer, Context
 from benchmarks.gpu_record import Document, Mismatch, Record
 from benchmarks.gpu_steps import NAMES, STEPS, Step
 from benchmarks.suite import Budget, Unavailable
+from gpuckpt.checks import Check
 from gpuckpt.errors import GpuckptError
 
 MACHINE: Document = {
@@ -61,6 +64,11 @@ class Tried(Run):
         context = Context("", "", False, 0.0, Path("/p"), Path("/f"), Path("/s"))
         super().__init__(record, context, Budget(budget, clock), Path("/w"))
         self.clock, self.how, self.takes, self.begun = clock, how, takes, list[str]()
+
+    def _steps(self, steps: Sequence[Step], stack: contextlib.ExitStack) -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("benchmarks.gpu_cdi.specified", contextlib.nullcontext)
+            super()._steps(steps, stack)
 
     def step(self, step: Step) -> None:
         self.begun.append(step.name)
@@ -237,6 +245,36 @@ def test_a_steps_answer_says_how_it_went(tmp_path: Path, function: str, status: 
     assert found["data"] == {"works": {"argument": "x"}, "breaks": {"found": 1}}.get(function, {})
 
 
+# ---------------------------------------------------------------------- devices
+
+
+def test_a_specification_names_each_device_and_what_all_need(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-caps", "zero"):
+        (tmp_path / name).touch()
+    made = gpu_cdi.specification(tmp_path, [Path("/usr/local/nvidia/lib64")])
+    common = made["containerEdits"]
+    assert [Path(node["path"]).name for node in common["deviceNodes"]] == ["nvidiactl", "nvidia-uvm"]
+    assert [mount["containerPath"] for mount in common["mounts"]] == ["/usr/local/nvidia/lib64"]
+    named = {
+        one["name"]: [Path(node["path"]).name for node in one["containerEdits"]["deviceNodes"]]
+        for one in made["devices"]
+    }
+    assert named == {"all": ["nvidia0", "nvidia1"], "0": ["nvidia0"], "1": ["nvidia1"]}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_specification_is_written_for_a_run_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    verdict = Check("cuda.cdi", "CDI", "ok" if there else "warn", "/etc/cdi/nvidia.yaml", "")
+    monkeypatch.setattr("gpuckpt.cuda.checks.cdi", lambda: verdict)
+    monkeypatch.setattr("benchmarks.gpu_cdi.libraries", list)
+    with gpu_cdi.specified(tmp_path / "cdi") as words:
+        assert (words == "/etc/cdi/nvidia.yaml") is there
+        assert (tmp_path / "cdi" / gpu_cdi.NAME).exists() is not there
+    assert not list(tmp_path.glob("cdi/*"))
+
+
 # ---------------------------------------------------------------------- numbers, pages
 
 
@@ -264,7 +302,7 @@ def test_a_page_has_what_was_measured_and_why_the_rest_was_not() -> None:
     assert "| first token of the 8B model from the golden, p50 | at most 1.4 s | 1.234 s | 12 | met |" in page
     assert "it was not reached" in page and "not measured" in page and "![" in page
     row = gpu_pages.index([("a-folder", document(False))])
-    assert "| [a-folder](a-folder/README.md) | 1.23 s | 0.75 s | – | – | 0 | 1 of 28 | 4 of 4 |" in row
+    assert "| [a-folder](a-folder/README.md) | 1.23 s | 0.75 s | – | – | 0 | 1 of 25 | 4 of 4 |" in row
 
 
 def test_no_dry_number_is_ever_shown() -> None:
