@@ -36,7 +36,7 @@ from msgspec import structs
 from benchmarks import environment, gpu_cdi, gpu_children, gpu_context, gpu_steps, gpu_summary, harness
 from benchmarks.gpu_commands import python_path
 from benchmarks.gpu_context import Context
-from benchmarks.gpu_record import Document, Mismatch, Record
+from benchmarks.gpu_record import Document, Mismatch, Record, Status
 from benchmarks.gpu_steps import Step
 from benchmarks.memory import available
 from benchmarks.suite import Budget, say
@@ -76,15 +76,20 @@ class Run:
         specified = self._context.dry
         for step in gpu_steps.order(steps, self.record.status):
             if missing := gpu_steps.missing(step, self.record.status):
-                self._keep(step, "skipped", 0.0, f"it needs {' and '.join(missing)}, which did not go well", {})
+                self._pass(step, "skipped", f"it needs {' and '.join(missing)}, which did not go well")
             elif self.left < step.least and not self._context.dry:
-                self._keep(step, "left", 0.0, f"{max(0.0, self.left):.0f} s were left, and it takes {step.least:g}", {})
+                self._pass(step, "left", f"{max(0.0, self.left):.0f} s were left, and it takes {step.least:g}")
             else:
                 if step.name.startswith("server.") and not specified:
                     # Only now: the driver makes some of its devices when it is used for the first time.
                     self.record.document["cdi"] = stack.enter_context(gpu_cdi.specified())
                     specified = True
                 self.step(step)
+
+    def _pass(self, step: Step, status: Status, reason: str) -> None:
+        """A step that is not tried; what an earlier run has of it, though it did not go well, stays."""
+        if not self.record.data(step.name):
+            self._keep(step, status, 0.0, reason, {})
 
     def step(self, step: Step) -> None:
         """One step, in a process; whatever becomes of it, it is in the record, and nothing of it is left."""
@@ -130,8 +135,8 @@ class Run:
             reason = "; ".join(filter(None, [reason, f"these could not be ended: {', '.join(stuck)}"]))
         self._keep(step, status, ended.seconds, reason, found.get("data", {}))
 
-    def _keep(self, step: Step, status: str, seconds: float, reason: str | None, data: Document) -> None:
-        self.record.keep(step.name, status, seconds=seconds, reason=reason, data=data)  # type: ignore[arg-type]
+    def _keep(self, step: Step, status: Status, seconds: float, reason: str | None, data: Document) -> None:
+        self.record.keep(step.name, status, seconds=seconds, reason=reason, data=data)
         self._say(f"  {step.name}: {status}, {seconds:.1f} s" + (f": {reason}" if reason else ""))
 
     def _say(self, text: str) -> None:

@@ -23,7 +23,7 @@ def page(document: Document, title: str, figures: Sequence[str]) -> str:
     sections = [
         [f"# {title}{' (dry run)' if document['dry'] else ''}", "", headline(document), "", where(document)],
         ["## Targets", "", *table(("", "wanted", "measured", "n", ""), list(map(verdict, document["targets"])))],
-        *([] if document["dry"] else [list(_servers(document)), list(_phases(document)), list(_engine(document))]),
+        *([] if document["dry"] else [list(part(document)) for part in (_servers, _where, _phases, _engine)]),
         [line for name in figures for line in ("", f"![{_caption(name)}]({name}.png)")],
         list(_steps(document)),
         list(_missing(document)),
@@ -110,6 +110,27 @@ def _servers(document: Document) -> Iterator[str]:
     if turns := document["steps"].get("server.turns", {}).get("data", {}).get("swap_ttft_s"):
         yield from ("", f"Models in turns on one GPU, from the order to suspend one to the first token of the next: p50"
                     f" {short(turns['p50'])}, p95 {short(turns['p95'])}, n = {turns['n']}.")  # fmt: skip
+
+
+def _where(document: Document) -> Iterator[str]:
+    """Where the time goes, for the largest model that was measured."""
+    found = [(name, one) for name, one in document.get("ttft", {}).items() if one["phases"]["golden"]]
+    if not found:
+        return
+    name, largest = max(found, key=lambda item: float(item[1]["bytes"]))
+    yield from (f"## Where the time goes: {name.replace('_', '.')}", "")
+    for words, phases in largest["phases"].items():
+        if phases:
+            told = [f"{phase} {short(seconds)}" for phase, seconds in phases.items()]
+            yield from (f"- {_PHASES[words]}: {', '.join(told)}.",)
+    yield from ("", "Medians of each phase, as the commands tell them; they need not add up to a median.")
+
+
+_PHASES = {
+    "golden": "From the golden, to the first token",
+    "suspend": "`gpuckpt suspend`",
+    "wake": "`gpuckpt wake`, without the question that follows",
+}
 
 
 def _phases(document: Document) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.gpu_record import Document
 from benchmarks.gpu_steps import STEPS
+from benchmarks.restore import median_phases
 from benchmarks.targets import Target, targets
 
 SERVERS = "server."
@@ -95,6 +96,11 @@ def numbers(steps: Document) -> Document:
                 **shape,
                 **{tier: kept for tier, kept in tiers.items() if kept},
                 **({"cold_s": found["cold_ttft_s"]} if "cold_ttft_s" in found else {}),
+                "phases": {
+                    "golden": median_phases(found.get("golden_samples", [])),
+                    "suspend": _medians(found, "suspend_phases"),
+                    "wake": _medians(found, "wake_phases"),
+                },
             }
         if found.get("cycles"):
             held += [one["suspended"]["processes"] for one in found["cycles"] if one["running"]["processes"]]
@@ -106,6 +112,11 @@ def numbers(steps: Document) -> Document:
     if (status := steps.get("probe.criu-cuda", {}).get("status")) in ("ok", "failed"):
         made["criu_cuda"] = status == "ok"
     return made | _engine(data)
+
+
+def _medians(found: Document, key: str) -> dict[str, float]:
+    """Of the phases that a command told of in each cycle."""
+    return median_phases([{"phases": cycle.get(key) or []} for cycle in found.get("cycles", [])])
 
 
 def _engine(data: dict[str, Document]) -> Document:

@@ -30,7 +30,7 @@ from benchmarks import (
 from benchmarks.gpu_acceptance import RESERVE, Run
 from benchmarks.gpu_children import Ended
 from benchmarks.gpu_context import Answer, Context
-from benchmarks.gpu_record import Document, Mismatch, Record
+from benchmarks.gpu_record import Document, Mismatch, Record, Status
 from benchmarks.gpu_steps import NAMES, STEPS, Step
 from benchmarks.suite import Budget, Unavailable
 from gpuckpt.checks import Check
@@ -60,7 +60,7 @@ class Clock:
 class Tried(Run):
     """A run whose steps take so many seconds and go as they are told."""
 
-    def __init__(self, record: Record, clock: Clock, budget: float, how: dict[str, str], takes: float = 10) -> None:
+    def __init__(self, record: Record, clock: Clock, budget: float, how: dict[str, Status], takes: float = 10) -> None:
         context = Context("", "", False, 0.0, Path("/p"), Path("/f"), Path("/s"))
         super().__init__(record, context, Budget(budget, clock), Path("/w"))
         self.clock, self.how, self.takes, self.begun = clock, how, takes, list[str]()
@@ -132,6 +132,14 @@ def test_a_run_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
     third = Tried(record(tmp_path, resume=True), Clock(), 10_000, {})
     third.steps(STEPS)
     assert third.begun == []
+
+
+def test_what_was_found_before_a_step_was_cut_off_stays_where_there_is_no_time_to_try_again(tmp_path: Path) -> None:
+    kept = record(tmp_path)
+    kept.keep("phases.large", "left", seconds=9.0, reason="it was cut off after 9 s", data={"sizes": {}})
+    Tried(kept, Clock(), RESERVE, {}).steps(STEPS)
+    assert kept.document["steps"]["phases.large"]["data"] == {"sizes": {}}
+    assert kept.document["steps"]["phases.large"]["reason"] == "it was cut off after 9 s"
 
 
 def test_a_run_does_not_go_on_with_another_machines_or_a_dry_one(tmp_path: Path) -> None:
@@ -282,6 +290,7 @@ def steps(dry: bool) -> Document:
     """Two steps' findings; the numbers are easily told in a text."""
     server = {
         "model": {"shape": "8b", "bytes": 16_381_000_000, "server": "guest", "how": "eager"},
+        "golden_samples": [{"phases": [{"name": "checks", "seconds": 0.25}, {"name": "first token", "seconds": 0.5}]}],
         "golden_ttft_s": TIMES | {"p50": 1.2345, "p95": 1.3456},
         "standby_ttft_s": TIMES,
         "cycles": [{"running": {"processes": 5}, "suspended": {"processes": 0}}],
@@ -300,6 +309,7 @@ def test_a_page_has_what_was_measured_and_why_the_rest_was_not() -> None:
     page = gpu_pages.page(document(False), "A page", ["gpu_servers"])
     assert "**The 8B model's first token: 1.23 s from the golden, 0.75 s from standby" in page
     assert "| first token of the 8B model from the golden, p50 | at most 1.4 s | 1.234 s | 12 | met |" in page
+    assert "- From the golden, to the first token: checks 0.25 s, first token 0.50 s." in page
     assert "it was not reached" in page and "not measured" in page and "![" in page
     row = gpu_pages.index([("a-folder", document(False))])
     assert "| [a-folder](a-folder/README.md) | 1.23 s | 0.75 s | – | – | 0 | 1 of 25 | 4 of 4 |" in row
