@@ -65,6 +65,9 @@ class Driver:
     def unlock(self, pid: int) -> None:
         self._step(pid, "locked", "running", 0)
 
+    def carry(self, file: int, uuid: str) -> int:
+        raise DriverError("NOT_SUPPORTED", "there is no device to carry anything to")
+
     def gpus(self) -> tuple[Gpu, ...]:
         used = sum(sum(self.memory(pid).values()) for pid in _WORLD)
         return (Gpu(GPU.uuid, GPU.name, GPU.memory, GPU.memory - used),)
