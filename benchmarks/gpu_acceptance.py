@@ -33,7 +33,7 @@ from pathlib import Path
 
 from msgspec import structs
 
-from benchmarks import environment, gpu_cdi, gpu_children, gpu_context, gpu_steps, gpu_summary, harness
+from benchmarks import environment, gpu_children, gpu_context, gpu_steps, gpu_summary, harness
 from benchmarks.gpu_commands import python_path
 from benchmarks.gpu_context import Context
 from benchmarks.gpu_record import Document, Mismatch, Record, Status
@@ -73,17 +73,12 @@ class Run:
             self._steps(steps, stack)
 
     def _steps(self, steps: Sequence[Step], stack: contextlib.ExitStack) -> None:
-        specified = self._context.dry
         for step in gpu_steps.order(steps, self.record.status):
             if missing := gpu_steps.missing(step, self.record.status):
                 self._pass(step, "skipped", f"it needs {' and '.join(missing)}, which did not go well")
             elif self.left < step.least and not self._context.dry:
                 self._pass(step, "left", f"{max(0.0, self.left):.0f} s were left, and it takes {step.least:g}")
             else:
-                if step.name.startswith("server.") and not specified:
-                    # Only now: the driver makes some of its devices when it is used for the first time.
-                    self.record.document["cdi"] = stack.enter_context(gpu_cdi.specified())
-                    specified = True
                 self.step(step)
 
     def _pass(self, step: Step, status: Status, reason: str) -> None:

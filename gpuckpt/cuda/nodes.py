@@ -13,6 +13,7 @@ from gpuckpt.cuda.checks import specifications
 from gpuckpt.errors import NotFoundError, PreflightError
 
 _KIND = "nvidia.com/gpu"
+_DRIVERS_OWN = re.compile(r"lib(?:cuda|nv)[\w-]*\.so[0-9.]*$|nvidia-(?:smi|debugdump|persistenced|cuda-mps-\w+)$")
 # Beside a device's own file: control, unified memory. Those that are not there are not needed.
 _COMMON = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
 
@@ -48,6 +49,24 @@ def devices(
     chosen = known if "all" in names else [_one(name, known) for name in names]
     files = [*(f"nvidia{minor}" for _, minor in chosen), *_COMMON]
     return tuple(str(dev / name) for name in dict.fromkeys(files) if (dev / name).exists())
+
+
+def libraries(mounts: Path = Path("/proc/self/mountinfo")) -> list[str]:
+    """What of the driver was mounted into this machine's root file system: files one by one, or a folder.
+
+    A file system that is seen through an overlay does not show what is mounted on it.
+    """
+    found = [line.split()[4] for line in mounts.read_text(errors="replace").splitlines()]
+    return [
+        path
+        for path in dict.fromkeys(found)
+        if not path.startswith(("/proc/", "/sys/", "/dev/", "/run/"))
+        and (_DRIVERS_OWN.match(Path(path).name) or _has_libraries(Path(path)))
+    ]
+
+
+def _has_libraries(folder: Path) -> bool:
+    return "nvidia" in folder.name and any(any(folder.glob(f"{sub}libcuda.so*")) for sub in ("", "lib64/"))
 
 
 def _known(driver: Path) -> list[tuple[str, int]]:

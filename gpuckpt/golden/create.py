@@ -15,6 +15,8 @@ from typing import Literal
 from msgspec import structs
 
 from gpuckpt.criu.prune import drop_empty_archives
+from gpuckpt.cuda import nodes
+from gpuckpt.cuda.checks import specifications
 from gpuckpt.errors import (
     BusyError,
     CheckpointError,
@@ -341,7 +343,7 @@ def _launch(request: CreateRequest, tools: Tools, on: Accelerator) -> Launch:
         user=str(config.get("User") or ""),
         image=request.image,
         rootfs=None if request.image else str(request.rootfs),
-        mounts=(*line.mounts, *request.mounts),
+        mounts=(*line.mounts, *_driver(request), *request.mounts),
         volumes=request.volumes,
         own=_own(request, line, workdir, tools),
         gpus=request.gpus,
@@ -356,6 +358,13 @@ def _launch(request: CreateRequest, tools: Tools, on: Accelerator) -> Launch:
         capabilities=(),
         tcp_established=request.tcp_established,
     )
+
+
+def _driver(request: CreateRequest) -> Iterator[Mount]:
+    """What of NVIDIA's driver the root file system would not show; a CDI specification brings it by itself."""
+    if request.gpus and not request.image and not specifications():
+        for path in nodes.libraries():
+            yield Mount(source=path, destination=path)
 
 
 def _own(request: CreateRequest, line: LaunchLine, workdir: str, tools: Tools) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ import pytest
 
 from benchmarks import (
     gpu_acceptance,
-    gpu_cdi,
     gpu_children,
     gpu_context,
     gpu_models,
@@ -33,7 +32,6 @@ from benchmarks.gpu_context import Answer, Context
 from benchmarks.gpu_record import Document, Mismatch, Record, Status
 from benchmarks.gpu_steps import NAMES, STEPS, Step
 from benchmarks.suite import Budget, Unavailable
-from gpuckpt.checks import Check
 from gpuckpt.errors import GpuckptError
 
 MACHINE: Document = {
@@ -66,9 +64,7 @@ class Tried(Run):
         self.clock, self.how, self.takes, self.begun = clock, how, takes, list[str]()
 
     def _steps(self, steps: Sequence[Step], stack: contextlib.ExitStack) -> None:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("benchmarks.gpu_cdi.specified", contextlib.nullcontext)
-            super()._steps(steps, stack)
+        super()._steps(steps, stack)
 
     def step(self, step: Step) -> None:
         self.begun.append(step.name)
@@ -251,36 +247,6 @@ def test_a_steps_answer_says_how_it_went(tmp_path: Path, function: str, status: 
     found = json.loads(gpu_context.answer_file(file).read_text())
     assert (found["status"], found["reason"]) == (status, reason)
     assert found["data"] == {"works": {"argument": "x"}, "breaks": {"found": 1}}.get(function, {})
-
-
-# ---------------------------------------------------------------------- devices
-
-
-def test_a_specification_names_each_device_and_what_all_need(tmp_path: Path) -> None:
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-caps", "zero"):
-        (tmp_path / name).touch()
-    made = gpu_cdi.specification(tmp_path, [Path("/usr/local/nvidia/lib64")])
-    common = made["containerEdits"]
-    assert [Path(node["path"]).name for node in common["deviceNodes"]] == ["nvidiactl", "nvidia-uvm"]
-    assert [mount["containerPath"] for mount in common["mounts"]] == ["/usr/local/nvidia/lib64"]
-    named = {
-        one["name"]: [Path(node["path"]).name for node in one["containerEdits"]["deviceNodes"]]
-        for one in made["devices"]
-    }
-    assert named == {"all": ["nvidia0", "nvidia1"], "0": ["nvidia0"], "1": ["nvidia1"]}
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_specification_is_written_for_a_run_where_there_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
-) -> None:
-    verdict = Check("cuda.cdi", "CDI", "ok" if there else "warn", "/etc/cdi/nvidia.yaml", "")
-    monkeypatch.setattr("gpuckpt.cuda.checks.cdi", lambda: verdict)
-    monkeypatch.setattr("benchmarks.gpu_cdi.libraries", list)
-    with gpu_cdi.specified(tmp_path / "cdi") as words:
-        assert (words == "/etc/cdi/nvidia.yaml") is there
-        assert (tmp_path / "cdi" / gpu_cdi.NAME).exists() is not there
-    assert not list(tmp_path.glob("cdi/*"))
 
 
 # ---------------------------------------------------------------------- numbers, pages

@@ -697,6 +697,26 @@ def test_without_a_specification_the_device_files_are_given(two: dict[str, Any])
     assert "0 (GPU-a), 1 (GPU-b)" in str(caught.value.cause)
 
 
+def test_libraries_that_are_mounted_one_by_one_are_found(tmp_path: Path) -> None:
+    lines = [
+        "21 1 0:20 / / rw - overlay overlay rw",
+        "31 21 8:1 /a /usr/lib/x86_64-linux-gnu/libcuda.so.570.86.15 ro - ext4 /dev/sda1 ro",
+        "32 21 8:1 /b /usr/lib/x86_64-linux-gnu/libnvidia-ml.so.570.86.15 ro - ext4 /dev/sda1 ro",
+        "33 21 8:1 /c /usr/bin/nvidia-smi ro - ext4 /dev/sda1 ro",
+        "34 21 0:5 /d /dev/nvidia0 rw - devtmpfs devtmpfs rw",
+        "35 21 0:4 /e /proc/driver/nvidia ro - proc proc ro",
+        "36 21 8:1 /f /srv/models rw - ext4 /dev/sda1 rw",
+        f"37 21 8:1 /g {tmp_path}/nvidia ro - ext4 /dev/sda1 ro",
+        f"38 21 8:1 /h {tmp_path}/nvidia-data ro - ext4 /dev/sda1 ro",
+    ]
+    (tmp_path / "nvidia" / "lib64").mkdir(parents=True)
+    (tmp_path / "nvidia" / "lib64" / "libcuda.so.1").touch()
+    (tmp_path / "nvidia-data").mkdir()
+    (tmp_path / "mountinfo").write_text("\n".join(lines))
+    names = [Path(path).name for path in nodes.libraries(tmp_path / "mountinfo")]
+    assert names == ["libcuda.so.570.86.15", "libnvidia-ml.so.570.86.15", "nvidia-smi", "nvidia"]
+
+
 def test_an_image_needs_a_specification(two: dict[str, Any]) -> None:
     with pytest.raises(PreflightError, match="no CDI specification"):
         nodes.devices(("all",), image=True, **two)
