@@ -50,6 +50,10 @@ def claim(pid: int, count: int) -> None:
 class Driver:
     """gpuckpt.cuda.driver.Driver, for the processes that were claimed."""
 
+    @property
+    def shares(self) -> bool:
+        return False
+
     def state(self, pid: int) -> State | None:
         return _WORLD[pid].state if pid in _WORLD else None
 

@@ -37,6 +37,7 @@ class FakeDriver:
     refuse: dict[tuple[str, int], DriverError] = field(default_factory=dict)
     hang: dict[tuple[str, int], float] = field(default_factory=dict)
     before: Callable[[str, int], None] = lambda step, pid: None
+    shares: bool = True
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self, pid: int, mib: int, device: str | None = None) -> None:

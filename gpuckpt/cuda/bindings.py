@@ -59,6 +59,10 @@ class Bindings:
             raise PreflightError("CUDA cannot be initialised", cause=error.message, remedy="gpuckpt doctor") from error
         self._lock = threading.Lock()
 
+    @property
+    def shares(self) -> bool:
+        return True
+
     def state(self, pid: int) -> State | None:
         try:
             found = self._call(self._cuda.cuCheckpointProcessGetState, pid)

@@ -133,6 +133,10 @@ class Devices:
         moved = {old: new for old, new in gpus.items() if old != new}
         return resume(self.driver, pids, permutation(moved, [gpu.uuid for gpu in self.gpus()]), self._limits)
 
+    def can_carry(self) -> bool:
+        """Whether this way to the driver has memory of its own to share; the program cuda-checkpoint has none."""
+        return self.driver.shares
+
     def carry(self, file: int, uuid: str) -> int:
         """Read an open file into memory of a device: see :meth:`gpuckpt.cuda.driver.Driver.carry`."""
         return self.driver.carry(file, uuid)

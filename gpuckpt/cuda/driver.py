@@ -40,6 +40,11 @@ class DriverError(GpuckptError):
 class Driver(Protocol):
     """Device state of processes on this host, by process id. Any method may be called by any thread."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether :meth:`carry` works: it has memory of its own, which another process can see."""
+        ...
+
     def state(self, pid: int) -> State | None:
         """The process' state; None if it has no CUDA context."""
         ...

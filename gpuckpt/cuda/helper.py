@@ -172,6 +172,10 @@ class Remote:
         self._argv = argv or (sys.executable, "-m", "gpuckpt.cuda.helper")
         self._timeout = timeout
 
+    @property
+    def shares(self) -> bool:
+        return True
+
     def state(self, pid: int) -> State | None:
         found: State | None = self._ask("state", pid)
         return found

@@ -24,6 +24,10 @@ class Program:
     def __init__(self, program: Path) -> None:
         self._program = program
 
+    @property
+    def shares(self) -> bool:
+        return False
+
     def state(self, pid: int) -> State | None:
         done = self._run("--get-state", "--pid", str(pid))
         word = done.stdout.strip().lower()

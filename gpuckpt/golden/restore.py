@@ -261,14 +261,18 @@ def _brought_back(
     clone.identify(replica)
     _renew_entropy(tools)
     limit = _LONGEST + golden.sizes.total / _SLOWEST
-    with _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring:
+    outside = weights.files_of(golden, source.folder)
+    with (
+        weights.carried(tools, golden.gpu.devices if golden.gpu else (), outside, chosen) as ahead,
+        _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring,
+    ):
         with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
             first = restoring.until_resumed(partial(_bind, tools, golden))
         phases.split("restore", replica.operation.marks(), first="podman: restore")
         if golden.gpu is not None:
             gpu.restored(tools, phases, golden.gpu, first, chosen)
-        if golden.weights:
-            weights.wake(tools, phases, replica, weights.files_of(golden, source.folder))
+        if outside:
+            weights.wake(tools, phases, replica, outside, ahead)
         first_token_ns, match = _answers(request, tools, phases, golden, replica, restoring)
     if request.keep:
         _keep_work_files(bundle, replica)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container
@@ -141,7 +142,11 @@ def _up(
     held = tuple(Held(uuid, name, count) for uuid, name, count in was.devices)
     visible = golden.launch.gpus if golden and golden.launch.gpus else ("all",)
     waited = now_ns()
-    with tools.devices.reserve(held, visible, timeout=timeout) as chosen:
+    files = _weights(tools, replica, golden) if was.weights else []
+    with (
+        tools.devices.reserve(held, visible, timeout=timeout) as chosen,
+        weights.carried(tools, held, files, chosen) as ahead,
+    ):
         if held:
             phases.add("GPU: room", waited, now_ns())
         with phase(tools, phases, "thaw"):
@@ -154,19 +159,19 @@ def _up(
             with contextlib.suppress(DeadlineError, OSError):
                 freezer.freeze(container.pid, container.id)
             raise
-        if was.weights:
-            _read_weights(tools, replica, golden, phases)
+        if files:
+            weights.wake(tools, phases, replica, files, ahead)
     awake = replace(replica, standby=None)
     awake.save()
     phases.stop()
     return Changed(awake, phases, sum(one.bytes for one in held))
 
 
-def _read_weights(tools: Tools, replica: Replica, golden: Manifest | None, phases: PhaseTable) -> None:
+def _weights(tools: Tools, replica: Replica, golden: Manifest | None) -> list[Path]:
     if golden is None:
         raise RestoreError(
             f"the weights of {replica.name} are gone",
             cause=f"they were part of golden {replica.golden}, which was removed",
             remedy=f"gpuckpt stop {replica.name}",
         )
-    weights.wake(tools, phases, replica, weights.files_of(golden, tools.layout.golden(golden.name)))
+    return weights.files_of(golden, tools.layout.golden(golden.name))

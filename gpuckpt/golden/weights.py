@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuckpt.errors import CheckpointError, GpuckptError, OutOfSpaceError, RestoreError, VerificationError
+from gpuckpt.errors import (
+    CheckpointError,
+    GpuckptError,
+    GpuFullError,
+    IncompatibleError,
+    OutOfSpaceError,
+    RestoreError,
+    VerificationError,
+)
 from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.tools import Tools, phase
-from gpuckpt.manifest import Canary, Manifest
+from gpuckpt.manifest import Canary, Held, Manifest
 from gpuckpt.store.digests import digest_file
 from gpuckpt.store.sharing import Sharing
 from gpuckpt.timing import PhaseTable, now_ns
@@ -107,19 +116,99 @@ def keep(tools: Tools, staging: Path, files: Sequence[Path]) -> Kept:
     return Kept(tuple(names), digests)
 
 
-def wake(tools: Tools, phases: PhaseTable, replica: Replica, files: Sequence[Path]) -> None:
-    """Have the replica's server read its weights and answer again. Raises RestoreError, DaemonUnreachableError."""
-    begin = now_ns()
+class Carried:
+    """Weights that are read into device memory while the server is not there yet, by a thread."""
+
+    def __init__(self, tools: Tools, file: Path, uuid: str) -> None:
+        self._tools = tools
+        self._file = file
+        self._uuid = uuid
+        self._handle: int | None = None
+        self._error: GpuckptError | OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="gpuckpt-carried", daemon=True)
+        self._abandoned = False
+        self._ending = threading.Lock()
+        self._thread.start()
+
+    def _run(self) -> None:
+        handle: int | None = None
+        try:
+            with _opened([self._file]) as files:
+                handle = self._tools.devices.carry(files[0], self._uuid)
+        except (GpuckptError, OSError) as error:
+            self._error = error
+        with self._ending:
+            if self._abandoned and handle is not None:
+                os.close(handle)
+            else:
+                self._handle = handle
+
+    def handle(self) -> int | None:
+        """The memory, as an open file, once all is there; None, and the user is told, if that has failed."""
+        self._thread.join()
+        if self._error is not None:
+            self._tools.report.note(f"the weights were not carried ahead, and are read later: {self._error}")
+        return self._handle
+
+    def close(self) -> None:
+        """Let go of the memory, now or when it is there: nobody waits for it."""
+        with self._ending:
+            self._abandoned = True
+            if self._handle is not None:
+                os.close(self._handle)
+                self._handle = None
+
+
+@contextlib.contextmanager
+def carried(
+    tools: Tools, held: Sequence[Held], files: Sequence[Path], chosen: Mapping[str, str]
+) -> Iterator[Carried | None]:
+    """Have the weights on their way to the device that ``chosen`` names, while the body brings the server back.
+
+    None where there is nothing to carry, or no room for it: for a moment they are on the device twice. Servers of
+    several processes read theirs with as many threads already.
+    """
+    if len(files) != 1 or len(held) != 1 or not tools.devices.can_carry():
+        yield None
+        return
+    (device,) = held
+    uuid = chosen[device.uuid]
+    twice = Held(uuid, device.name, files[0].stat().st_size)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(tools.devices.reserve([twice], (uuid,)))
+        except (GpuFullError, IncompatibleError):
+            yield None
+            return
+        found = Carried(tools, files[0], uuid)
+        stack.callback(found.close)
+        yield found
+
+
+def wake(
+    tools: Tools, phases: PhaseTable, replica: Replica, files: Sequence[Path], ahead: Carried | None = None
+) -> None:
+    """Have the replica's server read its weights and answer again; from ``ahead`` on the device, if it is given.
+
+    Raises RestoreError, DaemonUnreachableError.
+    """
     tools.report.stage("weights")
+    memory: list[int] = []
+    if ahead is not None:
+        with phase(tools, phases, "weights: wait"):
+            memory = [handle] if (handle := ahead.handle()) is not None else []
+    begin = now_ns()
     with _opened(files) as handles:
         try:
-            woken = control(replica).wake(handles)
+            woken = control(replica).wake(handles, memory)
         except ControlRefused as error:
             raise RestoreError(
                 f"the server of {replica.name} could not read its weights: {error.message}",
                 cause=error.cause,
                 remedy="gpuckpt verify tells whether the files are whole; create the golden anew, or --weights image",
             ) from error
+    if woken.told:
+        tools.report.note(f"the weights that were carried ahead could not be used: {woken.told}")
     _split(phases, begin, now_ns(), woken.phases)
 
 

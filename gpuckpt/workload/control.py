@@ -26,10 +26,14 @@ class ControlRefused(GpuckptError):
 
 
 class Woken(Struct, frozen=True):
-    """What taking the weights again took: bytes that were read, and the seconds of its steps by name."""
+    """What taking the weights again took: bytes that were read, and the seconds of its steps by name.
+
+    ``told``: why what was carried to the device could not be used, if it could not.
+    """
 
     bytes: int
     phases: dict[str, float]
+    told: str | None = None
 
 
 class Control:
@@ -55,11 +59,16 @@ class Control:
         """Have weights and key-value cache given back, their addresses kept; returns the bytes. Requests wait then."""
         return self._number(self._ask("sleep"), "released")
 
-    def wake(self, files: Sequence[int]) -> Woken:
-        """Have the weights read from open files, one a rank, and requests answered again."""
-        answer = self._ask("wake", files)
+    def wake(self, files: Sequence[int], carried: Sequence[int] = ()) -> Woken:
+        """Have the weights read from open files, one a rank, and requests answered again.
+
+        ``carried``: device memory with the same bytes (:mod:`gpuckpt.cuda.carrier`), from which they are copied then.
+        """
+        answer = self._ask("wake", [*files, *carried], **({"carried": len(carried)} if carried else {}))
         try:
-            return Woken(int(answer["bytes"]), {str(name): float(took) for name, took in answer["phases"].items()})
+            phases = {str(name): float(took) for name, took in answer["phases"].items()}
+            told = answer.get("told")
+            return Woken(int(answer["bytes"]), phases, None if told is None else str(told))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _nonsense(answer) from error
 
@@ -73,12 +82,12 @@ class Control:
             raise _nonsense(answer)
         return value
 
-    def _ask(self, what: str, files: Sequence[int] = ()) -> dict[str, Any]:
+    def _ask(self, what: str, files: Sequence[int] = (), **more: int) -> dict[str, Any]:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(self._timeout)
                 connection.connect(str(self._path))
-                line = json.dumps({"do": what}).encode() + b"\n"
+                line = json.dumps({"do": what, **more}).encode() + b"\n"
                 if files:
                     socket.send_fds(connection, [line], list(files))
                 else:

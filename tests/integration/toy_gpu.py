@@ -26,6 +26,10 @@ class ToyDriver:
         self.calls: list[str] = []
         self._asking = threading.Lock()
 
+    @property
+    def shares(self) -> bool:
+        return False
+
     def state(self, pid: int) -> State | None:
         found: State | None = self._report(pid)["state"]
         return found

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -440,6 +441,8 @@ class FakeControl:
         self.content = b"w" * 5000
         self.number = 1
         self.read: list[bytes] = []
+        self.carried: list[bytes] = []
+        self.told: str | None = None
         self.sleeping = False
 
     def ranks(self) -> int:
@@ -454,11 +457,12 @@ class FakeControl:
             self.sleeping = True
         return len(self.content)
 
-    def wake(self, files: Sequence[int]) -> Woken:
+    def wake(self, files: Sequence[int], carried: Sequence[int] = ()) -> Woken:
         with self.world.journal.step("wake"):
             self.read = [os.pread(handle, 1 << 20, 0) for handle in files]
+            self.carried = [os.pread(handle, 1 << 20, 0) for handle in carried]
             self.sleeping = False
-        return Woken(len(self.content), {"map": 0.0, "stream": 0.0})
+        return Woken(len(self.content), {"map": 0.0, "copy" if carried else "stream": 0.0}, self.told)
 
 
 @pytest.fixture
@@ -510,7 +514,49 @@ def test_weights_come_back_after_the_device_state(world: World, server: FakeCont
     done = restored(world)
     assert steps(world) == ["restore", "restore 4242", "unlock 4242", "wake", "replay canary"]
     assert server.read == [server.content]
-    assert {"weights: map", "weights: stream"} <= {row.name for row in done.phases.rows()}
+    assert {"weights: map", "weights: wait", "weights: copy"} <= {row.name for row in done.phases.rows()}
+
+
+def test_weights_are_on_their_way_before_the_processes_are(world: World, server: FakeControl) -> None:
+    made(world, weights="outside")
+    world.journal.events.clear()
+    before = set(os.listdir("/proc/self/fd"))
+    restored(world)
+    events = world.journal.events
+    assert events.index("carry 0") < events.index("unlock 4242")
+    assert server.carried == [server.content]
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("why", ["no room", "no way", "refused", "not usable", "two ranks"])
+def test_weights_that_cannot_be_carried_are_read(world: World, server: FakeControl, why: str) -> None:
+    if why == "two ranks":
+        server.number = 2
+    made(world, weights="outside")
+    if why == "no room":
+        world.driver.devices[gpu(0).uuid] = gpu(0, free=1024 + 256)
+    if why == "no way":
+        world.driver.shares = False
+    if why == "refused":
+        world.driver.refuse["carry", 0] = REFUSED
+    if why == "not usable":
+        server.told = "another device"
+    done = restored(world)
+    assert done.canary_match is True
+    assert bool(server.carried) is (why == "not usable")
+    notes = {"refused": "were not carried ahead", "not usable": "could not be used: another device"}
+    assert [notes[why] in note for note in world.report.notes] == ([True] if why in notes else [])
+
+
+def test_a_restore_that_fails_lets_go_of_what_was_carried(world: World, server: FakeControl) -> None:
+    made(world, weights="outside")
+    before = set(os.listdir("/proc/self/fd"))
+    world.driver.refuse["restore", 4242] = REFUSED
+    with pytest.raises(RestoreError):
+        restored(world)
+    time.sleep(0.05)
+    assert set(os.listdir("/proc/self/fd")) <= before
+    assert not list((world.folder / "run" / "room").glob("*.json"))
 
 
 def test_a_standby_gives_them_back_and_reads_them_again(world: World, server: FakeControl, frozen: set[str]) -> None:
