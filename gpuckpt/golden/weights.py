@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gpuckpt.errors import (
     CheckpointError,
+    DaemonUnreachableError,
     GpuckptError,
     GpuFullError,
     IncompatibleError,
@@ -79,6 +80,12 @@ def release(
                     remedy="keep them in the image: --weights image",
                 )
             server.sleep()
+    except DaemonUnreachableError as error:
+        raise CheckpointError(
+            "the server cannot keep its weights outside its image: it takes no orders",
+            cause=error.cause or error.message,
+            remedy="keep them in the image: --weights image; docs/gpu.md tells what a server has to do",
+        ) from error
     except ControlRefused as error:
         if "No space left" in f"{error.message} {error.cause}":
             raise OutOfSpaceError(

@@ -602,6 +602,13 @@ def test_a_server_that_cannot_has_them_in_its_image(world: World, server: FakeCo
     assert world.journal.events.count("start container") == 3
 
 
+def test_a_server_without_a_control_socket_has_them_in_its_image(world: World, server: FakeControl) -> None:
+    world.adapter._record = structs.replace(world.adapter.record, kind="guest")
+    world.journal.trouble["save"] = DaemonUnreachableError("nobody", cause="no such file")
+    assert made(world).manifest.weights == ()
+    assert "it takes no orders: no such file" in world.report.notes[0]
+
+
 def test_weights_that_do_not_answer_alike_stay_in_the_image(world: World, server: FakeControl) -> None:
     world.adapter.answers = ["forty-two", "forty-three", "forty-two"]
     with pytest.raises(VerificationError, match="weights that were read again"):
