@@ -169,6 +169,12 @@ class DeviceState(_Record, frozen=True, kw_only=True):
 
     devices: tuple[Held, ...]
     processes: tuple[int, ...]
+    carried: Annotated[int, Meta(description="bytes of it that the images carry: without what the server gives up")] = 0
+
+    @property
+    def bytes(self) -> int:
+        """What the server holds on all devices while it is awake."""
+        return sum(one.bytes for one in self.devices)
 
 
 class CopiedMemory(_Record, frozen=True, kw_only=True):

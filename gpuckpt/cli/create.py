@@ -130,7 +130,7 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
                 "canary": manifest.canary is not None,
                 "memory": manifest.memory.mode,
                 "weights": "outside" if manifest.weights else "image",
-                "gpu_bytes": sum(one.bytes for one in manifest.gpu.devices) if manifest.gpu else 0,
+                "gpu_bytes": manifest.gpu.bytes if manifest.gpu else 0,
                 "wall_s": phases.wall_seconds,
                 "phases": phases.as_list(),
                 "left_running": str(created.replica.endpoint) if created.replica else None,

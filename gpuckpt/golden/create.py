@@ -14,6 +14,7 @@ from typing import Literal
 
 from msgspec import structs
 
+from gpuckpt.criu import hot
 from gpuckpt.criu.prune import drop_empty_archives
 from gpuckpt.cuda import nodes
 from gpuckpt.cuda.checks import specifications
@@ -99,6 +100,10 @@ class Created:
     replica: Replica | None
 
 
+class _NotMapped(Exception):
+    """A golden of a server on a GPU that could not be restored with its memory mapped."""
+
+
 def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
     """Make and publish the golden ``request.name``.
 
@@ -108,6 +113,14 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
     NotFoundError (model, image or folder missing), IncompatibleError (memory that must be mapped cannot be). After one
     OutOfSpaceError the golden is there all the same, as it says: room was lacking only for its memory to be mapped.
     """
+    try:
+        return _create(request, tools, phases)
+    except _NotMapped as error:
+        tools.report.note(f"starting once more, to be copied, not mapped: {error.__cause__}")
+    return _create(replace(request, mode="copy"), tools, phases)
+
+
+def _create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
     name = check_name(request.name)
     layout, report = tools.layout, tools.report
     with locks.exclusive(layout.golden_locks, "golden", name), contextlib.ExitStack() as stack:
@@ -131,10 +144,12 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
         written, canary, first_token_ns = ready.started.written, ready.canary, ready.first_token_ns
 
         present = tools.containers.inspect(container)
-        expected = tools.memory_of(present.pid) + gpu.carried(tools, ready.holders) + sum(map(_size_of, written))
+        holders = gpu.measured(tools, ready.holders) if ready.holders else None
+        state = holders.state if holders else None
+        expected = tools.memory_of(present.pid) + (state.carried if state else 0) + sum(map(_size_of, written))
         _require_space(tools, expected)
         affinity = tools.affinity_of(present.pid)
-        with gpu.suspended(tools, phases, ready.holders, resume=request.leave_running):
+        with gpu.suspended(tools, phases, holders, resume=request.leave_running):
             with phase(tools, phases, "dump"), _watching(tools, staging, expected):
                 link_images(present.bundle, staging / "images")
                 _dump(request, tools, replica, container, present.bundle)
@@ -152,9 +167,8 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
         memory = mapped.memory
         if memory.mode == "mapped" and not request.leave_running:
             with phase(tools, phases, "trial"):
-                state = ready.holders.state if ready.holders else None
                 tried = trial.Trial(launch, present.bundle, request.adapter, canary, state, ready.weights)
-                pages = trial.trial(tools, replica, tried)
+                pages = _tried(request, tools, replica, tried)
                 memory = trial.keep_copied(tools, staging, memory, pages)
         with phase(tools, phases, "digests"):
             kept = weights.keep(tools, staging, ready.weights)
@@ -175,7 +189,7 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
                 contents=contents,
                 memory=memory,
                 affinity=affinity,
-                gpu=ready.holders.state if ready.holders else None,
+                gpu=state,
                 weights=kept.names,
             )
             manifest.write(staging)
@@ -202,6 +216,16 @@ def create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created:
             remedy="use it as it is, or make room (gpuckpt df, gpuckpt rm) and create it again with --replace",
         ) from mapped.lacking
     return Created(manifest, folder, phases, first_token_ns, left)
+
+
+def _tried(request: CreateRequest, tools: Tools, replica: Replica, tried: trial.Trial) -> hot.Pages:
+    """The trial of a golden that is mapped. What drivers do with the host memory of their processes is theirs."""
+    try:
+        return trial.trial(tools, replica, tried)
+    except (CheckpointError, VerificationError) as error:
+        if request.mode != "auto" or tried.state is None:
+            raise
+        raise _NotMapped from error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from msgspec import structs
 
 from gpuckpt import proc
 from gpuckpt.cuda.suspend import Step
@@ -45,9 +47,10 @@ def find(tools: Tools, first: int, visible: tuple[str, ...]) -> Holders | None:
     return Holders(first, pids, state, visible)
 
 
-def carried(tools: Tools, holders: Holders | None) -> int:
-    """Bytes that a dump will carry for them as things are now."""
-    return sum(one.bytes for one in tools.devices.held(holders.pids)) if holders else 0
+def measured(tools: Tools, holders: Holders) -> Holders:
+    """The same with the bytes that a dump will carry as things are now."""
+    carried = sum(one.bytes for one in tools.devices.held(holders.pids))
+    return replace(holders, state=structs.replace(holders.state, carried=carried))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from gpuckpt.errors import (
     BusyError,
     DaemonUnreachableError,
     GpuckptError,
+    GpuFullError,
     OutOfSpaceError,
     RestoreError,
     UsageError,
@@ -223,8 +224,8 @@ def _restore(request: RestoreRequest, tools: Tools, phases: PhaseTable, source: 
         try:
             restored = _from_golden(request, tools, phases, source, replica)
         except GpuckptError as error:
-            if request.fallback != "cold" or isinstance(error, UsageError):
-                raise
+            if request.fallback != "cold" or isinstance(error, UsageError | GpuFullError):
+                raise  # started cold it would have no room on the GPU either
             tools.report.note(f"the restore of {replica.name} failed ({error.message}); starting cold")
             restored = _cold(request, tools, phases, source.manifest, replica, error)
     phases.stop()

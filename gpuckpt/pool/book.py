@@ -67,20 +67,23 @@ class Held:
     golden: int = 0
     memory: int = 0
     gpu: int = 0
+    carried: int = 0
     heard: float = 0.0
     checks: int = 0
     proved: float | None = None
 
     def made(self, made: Made) -> None:
         """It answers."""
-        self.endpoint, self.pid, self.memory, self.gpu = made.endpoint, made.pid, made.memory, made.gpu
+        self.endpoint, self.pid, self.memory = made.endpoint, made.pid, made.memory
+        self.gpu, self.carried = made.gpu, made.carried
 
     def seen(self) -> Replica:
         """As the policy sees it."""
-        # What it had on the GPU is the host's to hold while it is frozen.
+        # What it had on the GPU and does not give up is the host's to hold while it is frozen.
         frozen = self.phase is Phase.STANDBY
-        memory, gpu = (self.memory + self.gpu, 0) if frozen else (self.memory, self.gpu)
-        return Replica(self.name, self.phase, self.since, self.requests, memory, gpu, checking=self.checks > 0)
+        memory, gpu = (self.memory + self.carried, 0) if frozen else (self.memory, self.gpu)
+        checking = self.checks > 0
+        return Replica(self.name, self.phase, self.since, self.requests, memory, gpu, self.carried, checking)
 
 
 @dataclass(slots=True, eq=False)

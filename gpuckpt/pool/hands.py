@@ -13,13 +13,15 @@ from gpuckpt.pool.state import Golden, Phase
 class Made:
     """A replica that answers: its name, where it listens, what it holds in bytes, and where the time went (seconds).
 
-    ``pid`` is its first process: it is gone when that is.
+    ``carried``: bytes on the GPU that are in host memory while it is frozen. ``pid`` is its first process: it is gone
+    when that is.
     """
 
     name: str
     endpoint: Any
     memory: int = 0
     gpu: int = 0
+    carried: int = 0
     pid: int | None = None
     phases: dict[str, float] = field(default_factory=dict)
 

@@ -206,8 +206,8 @@ class _Plan:
                 self._coming_free += _Room(replica.memory, replica.gpu)
                 self._order(Stop(victim.name, replica.name, "room"))
             elif frees_gpu:
-                # Frozen it holds no GPU memory, but its bytes are then the host's.
-                self._coming_free += _Room(-replica.gpu, replica.gpu)
+                # Frozen it holds no GPU memory, but what it does not give up is then the host's.
+                self._coming_free += _Room(-replica.carried, replica.gpu)
                 self._order(Freeze(victim.name, replica.name))
         # Who comes later must not take what becomes free bit by bit: a large model would wait for ever.
         self._free -= need

@@ -71,7 +71,8 @@ class Rules:
 class Replica:
     """One container of a model. ``since``: when its last request ended, or its phase began if none has.
 
-    ``checking``: its health is being looked at, so it must neither freeze nor go right now.
+    ``carried`` are the bytes on the GPU that are the host's to hold while it is frozen. ``checking``: its health is
+    being looked at, so it must neither freeze nor go right now.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Replica:
     requests: int = 0
     memory: int = 0
     gpu: int = 0
+    carried: int = 0
     checking: bool = False
 
     @property

@@ -154,7 +154,7 @@ class Workshop:
         # Of a mapped one only what it writes is its own; nobody knows how much before one has run.
         memory = manifest.sizes.cpu_pages + manifest.sizes.shared_memory
         place = Golden.TMPFS if "tmpfs" in here else Golden.DISK
-        gpu = sum(one.bytes for one in manifest.gpu.devices) if manifest.gpu else 0
+        gpu = manifest.gpu.bytes if manifest.gpu else 0
         return Found(golden, place, manifest.sizes.total, memory, manifest.workload.served_name, gpu=gpu)
 
     def _left(self, golden: str) -> tuple[list[tuple[Made, Phase]], list[str]]:
@@ -207,8 +207,9 @@ class Workshop:
         self._endpoints[replica.name] = replica.endpoint
         spent = {row.name: row.seconds for row in phases.rows()} if phases else {}
         record = self._known_record(replica.golden)
-        gpu = sum(one.bytes for one in record.gpu.devices) if record and record.gpu else 0
-        return Made(replica.name, replica.endpoint, _private(container.pid), gpu, container.pid, spent)
+        state = record.gpu if record else None
+        gpu, carried = (state.bytes, state.carried) if state else (0, 0)
+        return Made(replica.name, replica.endpoint, _private(container.pid), gpu, carried, container.pid, spent)
 
     # ------------------------------------------------------------------ replicas
 

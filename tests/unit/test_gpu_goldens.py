@@ -40,9 +40,10 @@ from gpuckpt.errors import (
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden import standby, weights
 from gpuckpt.golden.create import Created, create
+from gpuckpt.golden.mapping import Outcome
 from gpuckpt.golden.restore import Restored, RestoreRequest, restore
 from gpuckpt.golden.standby import Changed
-from gpuckpt.manifest import Process
+from gpuckpt.manifest import Memory, Process
 from gpuckpt.timing import PhaseTable
 from gpuckpt.workload.control import Control, ControlRefused, Woken
 from tests.cuda_fake import MIB, gpu
@@ -781,3 +782,42 @@ def test_an_image_needs_a_specification(two: dict[str, Any]) -> None:
 def test_a_machine_without_a_driver_has_no_gpus_to_give(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="cannot be given GPUs"):
         nodes.devices(("all",), image=False, dev=tmp_path, driver=tmp_path, cdi=())
+
+
+# --- mapped, or copied after all ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapped(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Goldens whose memory is mapped; their images cannot be rewritten here, and need not be."""
+    done = Outcome(Memory(mode="mapped", mappings=1), {})
+    monkeypatch.setattr("gpuckpt.golden.mapping.map_memory", lambda tools, staging, forced: done)
+    monkeypatch.setattr("gpuckpt.golden.profile.unfit", lambda programs: None)
+    monkeypatch.setattr("gpuckpt.golden.trial.keep_copied", lambda tools, staging, memory, pages: memory)
+    return world
+
+
+def test_the_trial_puts_the_state_back_and_reads_the_weights(mapped: World, server: FakeControl) -> None:
+    golden = made(mapped, mode="auto", weights="outside").manifest
+    assert golden.memory.mode == "mapped"
+    assert steps(mapped)[-6:] == ["dump", "restore", "restore 4242", "unlock 4242", "wake", "replay canary"]
+    assert golden.gpu is not None and golden.gpu.carried == golden.gpu.bytes == 1 << 30  # a fake gives nothing up
+
+
+def test_a_golden_that_is_only_wrong_mapped_is_copied(mapped: World) -> None:
+    mapped.journal.trouble["restore 4242"] = REFUSED
+    original = mapped.containers.start
+
+    def start(container: str) -> None:
+        original(container)
+        mapped.driver.processes[4242].state = "running"
+
+    mapped.containers.start = start  # type: ignore[method-assign]
+    golden = made(mapped, mode="auto").manifest
+    assert golden.memory.mode == "copy"
+    assert "to be copied, not mapped: the golden cannot be restored" in mapped.report.notes[0]
+    assert mapped.left_over() == []
+    mapped.driver.processes[4242].state = "running"
+    mapped.journal.trouble["restore 4242"] = REFUSED
+    with pytest.raises(CheckpointError, match="cannot be restored"):
+        made(mapped, name="other", mode="mapped")

@@ -152,14 +152,14 @@ def test_to_what_a_replica_has_grown_is_no_reason_against_the_next_one_for_ever(
 
 def test_a_replica_s_memory_is_what_was_last_noted_and_the_next_is_expected_to_hold_the_most() -> None:
     async def work() -> None:
-        left = Found("a", Golden.TMPFS, 4, 50, None, ((Made("a.3", "at a.3", memory=7, gpu=20), STANDBY),))
+        left = Found("a", Golden.TMPFS, 4, 50, None, ((Made("a.3", "at a.3", memory=7, gpu=20, carried=15), STANDBY),))
         async with World({"a": RULES}, FakeHands(a=left)) as world:
             model = world.owner.models["a"]
             held = model.replicas["a.3"]
             # Adopted it counts, and shows what another will need, on the GPU too.
             assert (held.memory, model.expected, model.gpu) == (7, 7, 20)
-            # Frozen, what it had there is the host's to hold.
-            assert [(seen.memory, seen.gpu) for seen in model.seen().replicas] == [(27, 0)]
+            # Frozen, what it had there and does not give up is the host's to hold.
+            assert [(seen.memory, seen.gpu) for seen in model.seen().replicas] == [(22, 0)]
             await world.hot()
             assert [(seen.memory, seen.gpu) for seen in model.seen().replicas] == [(7, 20)]
             world.owner.note_memory(held, 30)
