@@ -60,7 +60,7 @@ def libraries(mounts: Path = Path("/proc/self/mountinfo")) -> list[str]:
     return [
         path
         for path in dict.fromkeys(found)
-        if not path.startswith(("/proc/", "/sys/", "/dev/", "/run/"))
+        if not path.startswith(("/proc/", "/sys/", "/run/"))
         and (_DRIVERS_OWN.match(Path(path).name) or _has_libraries(Path(path)))
     ]
 

@@ -319,7 +319,7 @@ def test_what_keeps_things_warm_survives_its_failures(
 
 def test_the_view_says_what_is_and_what_went_wrong() -> None:
     async def work() -> None:
-        left = Found("a", Golden.TMPFS, 40, 5, "served", ((Made("a.1", "at a.1", 3, 2, 77), Phase.STANDBY),))
+        left = Found("a", Golden.TMPFS, 40, 5, "served", ((Made("a.1", "at a.1", 3, 2, pid=77), Phase.STANDBY),))
         hands = hands_for(pool(a=MODEL, rich=RICH))
         hands.models["a"] = left
         hands.models["rich"] = Found("rich", Golden.DISK, 60, 9)
