@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gpuckpt.checks import Check, Verdict
 from gpuckpt.config import Settings
-from gpuckpt.cuda.choice import find_program
+from gpuckpt.cuda.choice import bindings_installed, find_program
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _CDI = (Path("/etc/cdi"), Path("/var/run/cdi"))
@@ -18,14 +18,22 @@ _PROGRAM = 550
 _DOWNLOAD = "https://raw.githubusercontent.com/NVIDIA/cuda-checkpoint/main/bin/x86_64_Linux/cuda-checkpoint"
 
 
+_ROWS = {
+    "cuda.driver": "NVIDIA driver",
+    "cuda.api": "CUDA checkpoints",
+    "cuda.packages": "GPU packages",
+    "cuda.program": "cuda-checkpoint",
+    "cuda.cdi": "CDI",
+}
+
+
 def all_checks(settings: Settings, *, driver_file: Path = _DRIVER, cdi_folders: tuple[Path, ...] = _CDI) -> list[Check]:
     """Every check of this package; nothing is executed and no CUDA library is loaded."""
     version = driver_version(driver_file)
     if version is None:
         why = "only servers on a GPU need it"
-        rows = (("cuda.driver", "NVIDIA driver"), ("cuda.api", "CUDA checkpoints"), ("cuda.program", "cuda-checkpoint"))
-        return [Check(id, title, "skip", "no NVIDIA GPU", why) for id, title in (*rows, ("cuda.cdi", "CDI"))]
-    return [driver(version), api(version), program(settings, version), cdi(cdi_folders)]
+        return [Check(id, title, "skip", "no NVIDIA GPU", why) for id, title in _ROWS.items()]
+    return [driver(version), api(version), packages(settings), program(settings, version), cdi(cdi_folders)]
 
 
 def driver_version(file: Path = _DRIVER) -> str | None:
@@ -51,6 +59,15 @@ def api(version: str) -> Check:
     if _major(version) >= _API:
         return Check("cuda.api", "CUDA checkpoints", "ok", "the driver has the checkpoint API", why)
     return Check("cuda.api", "CUDA checkpoints", "warn", f"driver {version} is older than {_API}", why)
+
+
+def packages(settings: Settings) -> Check:
+    """Are the Python packages there by which the helper talks to the driver?"""
+    why = "one helper talks to the driver for all commands; NVIDIA's program, which does without, takes seconds a step"
+    if bindings_installed():
+        return Check("cuda.packages", "GPU packages", "ok", "cuda-bindings and nvidia-ml-py are installed", why)
+    mend = f"{settings.paths.prefix}/venv/bin/pip install 'cuda-bindings>=12.8,!=13.3.0' 'nvidia-ml-py>=12.570'"
+    return Check("cuda.packages", "GPU packages", "warn", "cuda-bindings or nvidia-ml-py is not installed", why, mend)
 
 
 def program(settings: Settings, version: str) -> Check:
