@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from gpuckpt.checks import Check, Verdict
@@ -11,17 +12,16 @@ from gpuckpt.cuda.choice import bindings_installed, find_program
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _CDI = (Path("/etc/cdi"), Path("/var/run/cdi"))
-# cuCheckpointProcessLock/Checkpoint/Restore/Unlock came with 570; the separate cuda-checkpoint program works from
-# 550 on, through an interface of the driver that was not public then.
+# cuCheckpointProcessLock/Checkpoint/Restore/Unlock came with 570. The separate cuda-checkpoint program can take all
+# state off and put it back from 550 on, but tells states and makes single steps from 555 on only.
 _API = 570
-_PROGRAM = 550
+_PROGRAM = 555
 _DOWNLOAD = "https://raw.githubusercontent.com/NVIDIA/cuda-checkpoint/main/bin/x86_64_Linux/cuda-checkpoint"
 
 
 _ROWS = {
     "cuda.driver": "NVIDIA driver",
     "cuda.api": "CUDA checkpoints",
-    "cuda.packages": "GPU packages",
     "cuda.program": "cuda-checkpoint",
     "cuda.cdi": "CDI",
 }
@@ -33,7 +33,7 @@ def all_checks(settings: Settings, *, driver_file: Path = _DRIVER, cdi_folders: 
     if version is None:
         why = "only servers on a GPU need it"
         return [Check(id, title, "skip", "no NVIDIA GPU", why) for id, title in _ROWS.items()]
-    return [driver(version), api(version), packages(settings), program(settings, version), cdi(cdi_folders)]
+    return [driver(version), api(version), program(settings, version), cdi(cdi_folders)]
 
 
 def driver_version(file: Path = _DRIVER) -> str | None:
@@ -47,6 +47,11 @@ def driver_version(file: Path = _DRIVER) -> str | None:
     return match[1] if match else "unknown"
 
 
+def has_api(version: str | None) -> bool:
+    """Whether a driver has the CUDA checkpoint API; of none, and of one whose version is not known, it is believed."""
+    return version is None or _major(version) == 0 or _major(version) >= _API
+
+
 def driver(version: str) -> Check:
     """Is the driver new enough to suspend a process at all?"""
     why = f"drivers from {_PROGRAM} on can move device memory to the host; servers without a GPU do not need it"
@@ -54,20 +59,15 @@ def driver(version: str) -> Check:
 
 
 def api(version: str) -> Check:
-    """Has the driver the CUDA checkpoint API?"""
+    """Has the driver the CUDA checkpoint API, and can it be called?"""
     why = f"GPU state is suspended and resumed through the driver's checkpoint API, which came with {_API}"
-    if _major(version) >= _API:
-        return Check("cuda.api", "CUDA checkpoints", "ok", "the driver has the checkpoint API", why)
-    return Check("cuda.api", "CUDA checkpoints", "warn", f"driver {version} is older than {_API}", why)
-
-
-def packages(settings: Settings) -> Check:
-    """Are the Python packages there by which the helper talks to the driver?"""
-    why = "one helper talks to the driver for all commands; NVIDIA's program, which does without, takes seconds a step"
-    if bindings_installed():
-        return Check("cuda.packages", "GPU packages", "ok", "cuda-bindings and nvidia-ml-py are installed", why)
-    mend = f"{settings.paths.prefix}/venv/bin/pip install 'cuda-bindings>=12.8,!=13.3.0' 'nvidia-ml-py>=12.570'"
-    return Check("cuda.packages", "GPU packages", "warn", "cuda-bindings or nvidia-ml-py is not installed", why, mend)
+    if _major(version) < _API:
+        return Check("cuda.api", "CUDA checkpoints", "warn", f"driver {version} is older than {_API}", why)
+    if not bindings_installed():
+        text = "the driver has the checkpoint API; gpuckpt's GPU packages are not installed"
+        mend = f"{sys.executable} -m pip install 'gpuckpt[cuda]'"
+        return Check("cuda.api", "CUDA checkpoints", "warn", text, why, mend)
+    return Check("cuda.api", "CUDA checkpoints", "ok", "the driver has the checkpoint API", why)
 
 
 def program(settings: Settings, version: str) -> Check:

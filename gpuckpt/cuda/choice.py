@@ -15,12 +15,15 @@ _PROGRAM = "cuda-checkpoint"
 
 
 def driver(run: Path, prefix: Path) -> Driver:
-    """The helper, where the Python packages are; else NVIDIA's program, where only that is.
+    """The helper, where the Python packages are; NVIDIA's program, where only that is or the driver is too old for it.
 
     Where neither is, the helper: asked for the first time, it says what to install. ``run`` holds its socket,
     ``prefix / "bin"`` is looked in before PATH.
     """
-    if not bindings_installed() and (program := find_program(prefix)) is not None:
+    from gpuckpt.cuda.checks import driver_version, has_api  # which ask this module for the program
+
+    fit = bindings_installed() and has_api(driver_version())
+    if not fit and (program := find_program(prefix)) is not None:
         return Program(program)
     return Remote(run / "cuda" / "helper.sock")
 

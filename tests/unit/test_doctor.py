@@ -359,18 +359,20 @@ def test_without_a_gpu_everything_is_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "version", "verdicts"),
+    ("text", "version", "packages", "verdicts"),
     [
-        (PROPRIETARY, "550.54.15", ["ok", "warn", "warn", "warn", "warn"]),
-        (OPEN, "580.95.05", ["ok", "ok", "ok", "ok", "ok"]),
-        ("something else", "unknown", ["warn", "warn", "warn", "warn", "warn"]),
+        (PROPRIETARY, "550.54.15", True, ["warn", "warn", "warn", "warn"]),
+        (PROPRIETARY.replace("550.54.15", "565.57.01"), "565.57.01", True, ["ok", "warn", "warn", "warn"]),
+        (OPEN, "580.95.05", True, ["ok", "ok", "ok", "ok"]),
+        (OPEN, "580.95.05", False, ["ok", "warn", "ok", "warn"]),
+        ("something else", "unknown", True, ["warn", "warn", "warn", "warn"]),
     ],
 )
 def test_drivers_never_fail_but_warn(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, version: str, verdicts: list[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, version: str, packages: bool, verdicts: list[str]
 ) -> None:
     programs(monkeypatch, {})
-    monkeypatch.setattr(cuda, "bindings_installed", lambda: "warn" not in verdicts)
+    monkeypatch.setattr(cuda, "bindings_installed", lambda: packages)
     file = tmp_path / "version"
     file.write_text(text)
     (tmp_path / "nvidia.yaml").write_text("kind: nvidia.com/gpu\n" if "warn" not in verdicts else "kind: x/y\n")
