@@ -8,16 +8,22 @@ the advice to update the driver, which it also is for a process whose kind of me
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gpuckpt.cuda.driver import DriverError, Gpu, State
+from gpuckpt.cuda.driver import NO_CONTEXT, DriverError, Gpu, State, host_memory
 from gpuckpt.errors import PreflightError
 
-# What the driver says of a process that has no CUDA context, or is no process at all.
-_NO_CONTEXT = ("CUDA_ERROR_NOT_INITIALIZED", "CUDA_ERROR_INVALID_VALUE", "CUDA_ERROR_INVALID_CONTEXT")
+# 12.9.0 keeps Python's lock during a call, so that one that hangs keeps all others waiting; 12.8 moreover takes for a
+# state what the driver has not written, and fails on processes without CUDA. 13.0.0 and 13.0.1 cannot restore.
+_OLDEST = (12, 9, 1)
+_NEEDED = ("GetState", "Lock", "Checkpoint", "Restore", "Unlock")
+# Not in 12.9, one of them not in 13.3.0 either.
+_MOVING = ("CUcheckpointGpuPair", "CUcheckpointRestoreArgs")
 _STATES: dict[str, State] = {
     "CU_PROCESS_STATE_RUNNING": "running",
     "CU_PROCESS_STATE_LOCKED": "locked",
@@ -32,17 +38,19 @@ class Bindings:
     def __init__(self) -> None:
         try:
             import pynvml
-            from cuda.bindings import driver
+            from cuda.bindings import __version__, driver
         except ImportError as error:
             raise PreflightError(
                 "GPU state cannot be handled: a Python package is missing",
                 cause=str(error),
                 remedy="install gpuckpt with its GPU packages: pip install 'gpuckpt[cuda]'",
             ) from error
-        if not hasattr(driver, "cuCheckpointProcessLock"):
+        version = tuple(int(part) for part in re.findall(r"\d+", __version__)[:3])
+        lacking = [name for name in _NEEDED if not hasattr(driver, f"cuCheckpointProcess{name}")]
+        if version < _OLDEST or lacking:
             raise PreflightError(
-                "GPU state cannot be handled: the package cuda-bindings is too old",
-                cause="it does not know the driver's checkpoints, which came with 12.8",
+                f"GPU state cannot be handled with the package cuda-bindings {__version__}",
+                cause=f"it lacks cuCheckpointProcess{lacking[0]}" if lacking else "12.9.1 is the oldest that can do it",
                 remedy="pip install -U 'gpuckpt[cuda]'",
             )
         self._nvml: Any = pynvml
@@ -67,7 +75,7 @@ class Bindings:
         try:
             found = self._call(self._cuda.cuCheckpointProcessGetState, pid)
         except DriverError as error:
-            if error.code in _NO_CONTEXT:
+            if error.code in NO_CONTEXT:
                 return None
             raise
         name = self._cuda.CUprocessState(found).name
@@ -84,6 +92,8 @@ class Bindings:
         self._call(self._cuda.cuCheckpointProcessCheckpoint, pid, None)
 
     def restore(self, pid: int, gpus: Mapping[str, str]) -> None:
+        if gpus and not all(hasattr(self._cuda, name) for name in _MOVING):
+            raise DriverError("CUDA_ERROR_NOT_SUPPORTED", "moving to other devices needs cuda-bindings 13.0.2 or newer")
         buffers: list[Any] = []  # the UUIDs are read from them during the call
         pairs = []
         for old, new in gpus.items():
@@ -127,30 +137,45 @@ class Bindings:
     def gpus(self) -> tuple[Gpu, ...]:
         nvml = self._nvml
         found = []
-        for handle in self._handles():
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            try:
-                mig = nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE
-            except nvml.NVMLError:  # a type that has none
-                mig = False
-            found.append(
-                Gpu(_text(nvml.nvmlDeviceGetUUID(handle)), _text(nvml.nvmlDeviceGetName(handle)), memory.total,
-                    memory.free, mig)
-            )  # fmt: skip
+        with self._asked():
+            for handle in self._handles():
+                try:
+                    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+                    total, free = memory.total, memory.free
+                except nvml.NVMLError_NotSupported:
+                    total, free = host_memory()
+                try:
+                    mig = nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE
+                except nvml.NVMLError:  # a type that has none
+                    mig = False
+                uuid, name = nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)
+                found.append(Gpu(_text(uuid), _text(name), total, free, mig))
         return tuple(found)
 
     def memory(self, pid: int) -> dict[str, int]:
         nvml = self._nvml
         found: dict[str, int] = {}
-        for handle in self._handles():
-            for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                if process.pid == pid and process.usedGpuMemory is not None:
-                    uuid = _text(nvml.nvmlDeviceGetUUID(handle))
-                    found[uuid] = found.get(uuid, 0) + process.usedGpuMemory
+        with self._asked():
+            for handle in self._handles():
+                for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                    if process.pid == pid:
+                        if process.usedGpuMemory is None:
+                            raise DriverError("MEMORY_UNTOLD", f"NVML does not tell what process {pid} holds")
+                        uuid = _text(nvml.nvmlDeviceGetUUID(handle))
+                        found[uuid] = found.get(uuid, 0) + process.usedGpuMemory
         return found
 
     def version(self) -> str:
-        return _text(self._nvml.nvmlSystemGetDriverVersion())
+        with self._asked():
+            return _text(self._nvml.nvmlSystemGetDriverVersion())
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Whatever NVML refuses is a DriverError as well."""
+        try:
+            yield
+        except self._nvml.NVMLError as error:
+            raise DriverError(type(error).__name__, str(error)) from error
 
     def _handles(self) -> list[Any]:
         with self._lock:  # NVML is safe for threads; a device that goes between the two calls is not

@@ -8,6 +8,7 @@ between are the driver's (CUprocessState in the CUDA Driver API, "CUDA Checkpoin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, Protocol
 
 from msgspec import Struct
@@ -15,10 +16,15 @@ from msgspec import Struct
 from gpuckpt.errors import GpuckptError
 
 State = Literal["running", "locked", "checkpointed", "failed"]
+# What the driver says of a process that has no CUDA context, or is no process at all.
+NO_CONTEXT = ("CUDA_ERROR_NOT_INITIALIZED", "CUDA_ERROR_INVALID_VALUE", "CUDA_ERROR_INVALID_CONTEXT")
 
 
 class Gpu(Struct, frozen=True):
-    """A device: its UUID (``GPU-…``), the type's name, bytes of memory in all and free, whether it is cut by MIG."""
+    """A device: its UUID (``GPU-…``), the type's name, bytes of memory in all and free, whether it is cut by MIG.
+
+    One that shares the host's memory (GB10) has no memory of its own: what is free on the host is free for it.
+    """
 
     uuid: str
     name: str
@@ -86,3 +92,10 @@ class Driver(Protocol):
     def version(self) -> str:
         """The driver's version, ``570.86.15``."""
         ...
+
+
+def host_memory(file: Path = Path("/proc/meminfo")) -> tuple[int, int]:
+    """Bytes of the host's memory, in all and free: what NVIDIA's tools do not tell of a device that shares it."""
+    rows = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    total, free = (int(rows[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
+    return total, free
