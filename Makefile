@@ -38,7 +38,7 @@ setup: ## prepare the machine: podman, CRIU, the host's Python environment (as r
 setup-server: ## the same, and the environment that runs vLLM on the CPU (3.4 GB)
 	@scripts/setup --server
 
-setup-tests: ## the same, and what the integration tests freeze: allocators, redis, Go, Node, a C compiler
+setup-tests: ## the same, and what tests freeze and run: allocators, redis, Go, Node, a C compiler, the GPU packages
 	@scripts/setup --server --tests
 
 # $(call timed,NAME,COMMANDS): run COMMANDS, stop at the first that fails (no && in there), say how long they took.

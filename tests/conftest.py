@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 TESTS = Path(__file__).resolve().parent
 PREFIX = Path(os.environ.get("PREFIX") or os.environ.get("GPUCKPT_PREFIX") or "/opt/gpuckpt")
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
-NEVER_SKIPPED_IN_CI = ("browser", "integration", "vllm")
+NEVER_SKIPPED_IN_CI = ("browser", "integration", "stubs", "vllm")
 INTEGRATION_TIMEOUT = 600  # seconds; a cold start of a server is a minute, a loaded machine doubles it
 
 # A shared machine is slow at times: how long an example takes says nothing about the code.
@@ -36,6 +36,13 @@ def missing(item: pytest.Item) -> str | None:
             return "podman is not installed (make setup)"
         if not (PREFIX / "bin" / "criu").exists():
             return f"no CRIU in {PREFIX} (make setup)"
+    if item.get_closest_marker("stubs"):
+        from gpuckpt.cuda.choice import bindings_installed  # not in the server's environment
+
+        if shutil.which("cc") is None:
+            return "no C compiler is installed (make setup-tests)"
+        if not bindings_installed():
+            return "gpuckpt's GPU packages are not installed (make setup-tests)"
     if item.get_closest_marker("vllm") and not (PREFIX / "server" / "bin" / "python").exists():
         return f"no server environment in {PREFIX} (make setup-server)"
     return None

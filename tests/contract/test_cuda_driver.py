@@ -1,6 +1,9 @@
-"""What every driver does, the one without a GPU and the real one: the same tests, unchanged, for both.
+"""What every driver does, without a GPU and with one: the same tests, unchanged, for all.
 
-The real one is tried where NVIDIA's driver is loaded and gpuckpt's GPU packages are installed.
+- fake: what unit tests use;
+- stub: cuda-bindings and NVML in the helper, over stand-ins for NVIDIA's libraries;
+- program: cuda-checkpoint and nvidia-smi, stand-ins as well;
+- real: tried where NVIDIA's driver is loaded and gpuckpt's GPU packages are installed.
 """
 
 from __future__ import annotations
@@ -14,10 +17,14 @@ from dataclasses import dataclass
 import pytest
 
 from gpuckpt.cuda.checks import driver_version
+from gpuckpt.cuda.choice import bindings_installed
 from gpuckpt.cuda.driver import Driver, DriverError
+from gpuckpt.cuda.program import Program
 from gpuckpt.cuda.suspend import resume, suspend
 from gpuckpt.errors import CheckpointError
 from tests.cuda_fake import FakeDriver
+from tests.cuda_fake import gpu as made_up
+from tests.stub_driver import World
 
 MIB = 1 << 20
 HELD = 256  # MiB that each process holds
@@ -56,7 +63,8 @@ class Subject:
 def _real() -> Iterator[Subject]:
     if driver_version() is None:
         pytest.skip("no NVIDIA driver is loaded")
-    pytest.importorskip("cuda.core", reason="gpuckpt's GPU packages are not installed")
+    if not bindings_installed():
+        pytest.skip("gpuckpt's GPU packages are not installed")
     from gpuckpt.cuda.bindings import Bindings
 
     started = [
@@ -93,9 +101,34 @@ def _fake() -> Iterator[Subject]:
     yield Subject(made, [11, 12], lambda pid: f"{pid} True\n")
 
 
-@pytest.fixture(params=["fake", "real"])
+def _stub(world: World) -> Subject:
+    world.device(made_up(0))
+    for pid in (11, 12):
+        world.start(pid, {made_up(0).uuid: HELD * MIB})
+    # It has no memory that something could be in.
+    return Subject(world.remote(world.folder / "helper.sock"), [11, 12], lambda pid: f"{pid} True\n")
+
+
+@pytest.fixture(
+    params=[
+        "fake",
+        pytest.param("stub", marks=pytest.mark.stubs),
+        pytest.param("program", marks=pytest.mark.stubs),
+        "real",
+    ]
+)
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    yield from _real() if request.param == "real" else _fake()
+    if request.param == "real":
+        yield from _real()
+    elif request.param == "fake":
+        yield from _fake()
+    elif request.param == "stub":
+        yield _stub(request.getfixturevalue("world"))
+    else:
+        world: World = request.getfixturevalue("programs")
+        made = _stub(world)
+        made.driver = Program(world.bin / "cuda-checkpoint")
+        yield made
 
 
 def test_states_follow_one_another(subject: Subject) -> None:
