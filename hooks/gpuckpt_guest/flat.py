@@ -108,12 +108,17 @@ def write(file: int, regions: Sequence[Region], lanes: Lanes | None = None, *, t
     return end
 
 
+def head(regions: Sequence[Region]) -> bytes:
+    """What a file of these regions begins with: header and index."""
+    return _index(regions, _places(regions)[0])
+
+
 def check(file: int, regions: Sequence[Region]) -> list[int]:
     """Where in the file the regions begin. Raises FlatError if it is not theirs, or not whole."""
-    head = os.pread(file, _HEAD.size, 0)
-    if len(head) < _HEAD.size:
+    begin = os.pread(file, _HEAD.size, 0)
+    if len(begin) < _HEAD.size:
         raise FlatError("it is no file of weights, or one whose writer was interrupted: it has no header")
-    magic, version, size = _HEAD.unpack(head)
+    magic, version, size = _HEAD.unpack(begin)
     if magic != MAGIC:
         raise FlatError("it is no file of weights, or one whose writer was interrupted: it has no header")
     if version != VERSION:
@@ -129,12 +134,15 @@ def check(file: int, regions: Sequence[Region]) -> list[int]:
     return offsets
 
 
-def stream(file: int, regions: Sequence[Region], lanes: Lanes | None = None, *, threads: int = 0) -> int:
+def stream(
+    file: int, regions: Sequence[Region], lanes: Lanes | None = None, *, threads: int = 0, chunk: int = 0
+) -> int:
     """Read the file into the regions; returns the bytes that were read.
 
+    ``chunk``: bytes that a lane is given at most at a time, by default as many as a slot of a ring has.
     Raises FlatError before anything is touched if the file is not theirs, OSError if reading fails half-way.
     """
-    _run(file, regions, check(file, regions), lanes or HostLane, Lane.read.__name__, threads)
+    _run(file, regions, check(file, regions), lanes or HostLane, Lane.read.__name__, threads, chunk)
     return sum(region.bytes for region in regions)
 
 
@@ -186,9 +194,17 @@ def _difference(text: bytes, regions: Sequence[Region]) -> str:
 # ---------------------------------------------------------------------- threads
 
 
-def _run(file: int, regions: Sequence[Region], offsets: Sequence[int], lanes: Lanes, what: str, threads: int) -> None:
+def _run(
+    file: int,
+    regions: Sequence[Region],
+    offsets: Sequence[int],
+    lanes: Lanes,
+    what: str,
+    threads: int,
+    chunk: int = 0,
+) -> None:
     """Have every chunk of the regions pass a lane. The first error of a thread ends the others, and is raised."""
-    work = iter(_chunks(regions, offsets))
+    work = iter(_chunks(regions, offsets, chunk or CHUNK))
     count = threads or min(_THREADS, len(os.sched_getaffinity(0)))
     errors: list[BaseException] = []
     lock = threading.Lock()  # a generator must not be advanced by two threads at once
@@ -200,10 +216,10 @@ def _run(file: int, regions: Sequence[Region], offsets: Sequence[int], lanes: La
                 move = getattr(lane, what)
                 while not errors:
                     with lock:
-                        chunk = next(work, None)
-                    if chunk is None:
+                        piece = next(work, None)
+                    if piece is None:
                         break
-                    move(file, *chunk)
+                    move(file, *piece)
                 lane.finish()
             finally:
                 lane.close()
@@ -219,11 +235,11 @@ def _run(file: int, regions: Sequence[Region], offsets: Sequence[int], lanes: La
         raise errors[0]
 
 
-def _chunks(regions: Sequence[Region], offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _chunks(regions: Sequence[Region], offsets: Sequence[int], most: int) -> Iterator[tuple[int, int, int]]:
     """(offset in the file, address, bytes)"""
     for region, offset in zip(regions, offsets, strict=True):
-        for at in range(0, region.bytes, CHUNK):
-            yield offset + at, region.address + at, min(CHUNK, region.bytes - at)
+        for at in range(0, region.bytes, most):
+            yield offset + at, region.address + at, min(most, region.bytes - at)
 
 
 class HostLane:
