@@ -9,6 +9,19 @@ request for each connection, one line of JSON each way; open files come with the
     {"do": "wake"}  N readable files → {"bytes": B, "phases": {"map": s, "stream": s, "kv": s}}  take them again
     {"do": "state"}                  → {"asleep": bool}
 
+While a server was being restored the host may have carried its file to the device already, all of it and at the same
+offsets, into memory of its own. The handle of that memory, an open file, then comes behind the weights' files, of which
+there must be one::
+
+    {"do": "wake", "carried": 1}  1 readable file, 1 handle → {"bytes": B, "phases": {"map": s, "copy": s, "kv": s}}
+
+The weights' file is compared as ever; then "copy" from the carried memory takes the place of "stream" from the file,
+and nothing of the memory stays with the server. If it cannot be used (the driver refuses it, it is another device's, it
+is too small, its bytes are others), the file is read: the phases have "stream", and the answer has ``"told": "…"`` with
+the reason. ``"told"`` beside "copy" says that a part of the memory could not be given back. Carried memory takes room
+while the server takes its own: a server that has too little beside it says so and stays asleep, and can be asked again
+without. ``"carried": 0`` is as nothing said; what else a wake has is refused.
+
 What cannot be done is answered ``{"error": {"message": …, "cause": …}}``. To sleep asleep and to wake awake is no
 error and does nothing. A file that does not fit is refused, and the server stays asleep.
 
@@ -160,6 +173,25 @@ def files_for(files: Sequence[int], ranks: int) -> Sequence[int]:
     if len(files) != ranks:
         raise ControlError(f"{len(files)} files came with the request", f"{ranks} processes hold weights")
     return files
+
+
+def files_to_wake(request: dict[str, Any], files: Sequence[int], ranks: int) -> tuple[Sequence[int], int | None]:
+    """The files to wake up from, one for each rank, and the handle of memory of the device that holds the same.
+
+    Raises ControlError if there are more or fewer, or if the request has what is not known.
+    """
+    if unknown := sorted(set(request) - {"do", "carried"}):
+        raise ControlError(f"a wake has no {', '.join(map(repr, unknown))}", "this server knows 'carried' only")
+    carried = request.get("carried", 0)
+    if isinstance(carried, bool) or not isinstance(carried, int) or carried not in (0, 1):
+        raise ControlError(f"'carried' is {carried!r}", "one handle can come behind the weights' files, or none")
+    if not carried:
+        return files_for(files, ranks), None
+    if ranks != 1:
+        raise ControlError("weights that are on the device can be taken by one process", f"{ranks} hold weights")
+    if len(files) != 2:
+        raise ControlError(f"{len(files)} files came with the request", "one with the weights and one handle make two")
+    return files[:1], files[1]
 
 
 def _error(message: str, cause: str = "") -> dict[str, Any]:

@@ -268,3 +268,13 @@ def test_one_file_for_each_rank() -> None:
     assert control.files_for([3, 4], 2) == [3, 4]
     with pytest.raises(ControlError, match="1 files came"):
         control.files_for([3], 2)
+
+
+def test_files_to_wake_up_from() -> None:
+    assert control.files_to_wake({"do": "wake"}, [3, 4], 2) == ([3, 4], None)
+    assert control.files_to_wake({"do": "wake", "carried": 0}, [3], 1) == ([3], None)
+    assert control.files_to_wake({"do": "wake", "carried": 1}, [3, 4], 1) == ([3], 4)
+    for ranks in (0, 2):
+        with pytest.raises(ControlError, match="by one process") as caught:
+            control.files_to_wake({"do": "wake", "carried": 1}, [3] * (ranks + 1), ranks)
+        assert caught.value.cause == f"{ranks} hold weights"
