@@ -14,6 +14,7 @@ documentation (CUDA driver API, virtual memory management); that part has not ru
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import time
@@ -23,7 +24,8 @@ from typing import Any, Protocol
 
 import torch
 
-from . import flat
+from . import carried, flat
+from .carried import Opened
 from .flat import HostLane, Lanes, Region
 
 _ALIGN = 256  # bytes: what kernels like, and the same as an allocator gives
@@ -58,6 +60,11 @@ class Memory(Protocol):
         """Ways between it and files."""
         ...
 
+    @property
+    def carried(self) -> Opened:
+        """How memory is had that the host has carried to the same device."""
+        ...
+
     def release(self) -> None:
         """Give the memory back. Raises OSError."""
         ...
@@ -65,6 +72,15 @@ class Memory(Protocol):
     def take(self) -> None:
         """Have memory there again, of any content. Raises OSError if there is none."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """What was read, the seconds of "map" and of "stream" or "copy", and what is to be told about them."""
+
+    bytes: int
+    phases: dict[str, float]
+    told: str = ""
 
 
 class OutsideWeights:
@@ -100,24 +116,25 @@ class OutsideWeights:
         self.asleep = True
         return self.bytes
 
-    def wake(self, file: int) -> tuple[int, dict[str, float]]:
-        """Take them again from a file; returns the bytes, and the seconds of "map" and "stream".
+    def wake(self, file: int, handle: int | None = None) -> Woken:
+        """Take them again from a file, or from the same bytes on the device, for which ``handle`` stands.
 
         Raises FlatError if the file is not theirs, or OSError; they are asleep then as before.
         """
         if not self.asleep:
-            return 0, {"map": 0.0, "stream": 0.0}
+            return Woken(0, {"map": 0.0, "stream": 0.0})
         flat.check(file, self._regions)
         began = time.perf_counter()
         self._memory.take()
         mapped = time.perf_counter()
         try:
-            found = flat.stream(file, self._regions, self._memory.lanes)
+            found = carried.stream(file, self._regions, self._memory.lanes, handle, self._memory.carried)
         except BaseException:
             self._memory.release()
             raise
         self.asleep = False
-        return found, {"map": mapped - began, "stream": time.perf_counter() - mapped}
+        phases = {"map": mapped - began, found.phase: time.perf_counter() - mapped}
+        return Woken(found.bytes, phases, found.told)
 
 
 # ---------------------------------------------------------------------- what a model has
@@ -176,6 +193,7 @@ class HostRegion:
     lanes: Lanes = HostLane
 
     def __init__(self, size: int) -> None:
+        self.carried: Opened = carried.of_host
         self._size = _up(size, mmap.PAGESIZE)
         # It begins where a large page does, or the first and the last of them would be small ones.
         base = _map(None, self._size + _LARGE)
@@ -206,6 +224,7 @@ class CudaRegion:
     """Of a GPU."""
 
     def __init__(self, device: torch.device, size: int) -> None:
+        from .carried_cuda import mapped
         from .cuda_driver import checked, driver, tensor_at
         from .flat_cuda import lanes
         from .kv.memory import grain
@@ -217,6 +236,7 @@ class CudaRegion:
         self._base = int(checked(driver().cuMemAddressReserve(self._size, 0, 0, 0)))
         self.bytes = tensor_at(self._base, self._size, device)
         self.lanes: Lanes = lanes(device)
+        self.carried: Opened = functools.partial(mapped, number=device.index)
         self._handle: Any = None
         self.take()
 

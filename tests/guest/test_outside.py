@@ -119,9 +119,9 @@ def test_pages_are_given_back_and_come_again(file: int) -> None:
     assert end == os.fstat(file).st_size
     assert weights.sleep() == weights.bytes and weights.sleep() == 0
     assert resident(weights) == 0
-    found, phases = weights.wake(file)
-    assert found == weights.bytes and set(phases) == {"map", "stream"}
-    assert weights.wake(file)[0] == 0
+    woken = weights.wake(file)
+    assert woken.bytes == weights.bytes and set(woken.phases) == {"map", "stream"} and woken.told == ""
+    assert weights.wake(file).bytes == 0
     assert model.weight.data_ptr() == address and torch.equal(model.weight, before)
 
 
@@ -261,6 +261,111 @@ def test_another_model_s_file_is_refused(driver: Driver, host: Host, file: int) 
     assert weights is not None and resident(weights) == 0
     host.ask({"do": "wake"}, [file])
     assert driver.write(PROMPT) == wanted
+
+
+def copied(file: int) -> int:
+    """A file in memory with the same bytes: what a CPU has for memory that the host has carried to the device."""
+    made = os.memfd_create("carried")
+    size = os.fstat(file).st_size
+    assert os.sendfile(made, file, 0, size) == size
+    return made
+
+
+def opened() -> int:
+    """How many files this process has open, once the server has closed its last connection, which it answers before."""
+    found, since = -1, time.monotonic()
+    while time.monotonic() - since < 0.1:
+        if (now := len(os.listdir("/proc/self/fd"))) != found:
+            found, since = now, time.monotonic()
+        time.sleep(0.005)
+    return found
+
+
+def test_weights_that_are_on_the_device_already(driver: Driver, host: Host, file: int) -> None:
+    weights = driver.loaded.outside
+    assert weights is not None
+    wanted = written(driver, PROMPT)
+    host.ask({"do": "save"}, [file])
+    handle = copied(file)
+    try:
+        # Not the header: who read this file would notice nothing, and compute something else.
+        os.pwrite(file, bytes(weights.bytes), 2 << 20)
+        before = opened()
+        for _ in range(2):
+            host.ask({"do": "sleep"})
+            told = host.ask({"do": "wake", "carried": 1}, [file, handle])
+            assert told["bytes"] == weights.bytes and list(told["phases"]) == ["map", "copy", "kv"]
+            assert "told" not in told
+            assert written(driver, PROMPT) == wanted
+        assert host.ask({"do": "wake", "carried": 1}, [file, handle])["bytes"] == 0
+        assert opened() == before
+        host.ask({"do": "sleep"})
+        assert set(host.ask({"do": "wake", "carried": 0}, [file])["phases"]) == {"map", "stream", "kv"}
+        assert written(driver, PROMPT) != wanted
+    finally:
+        os.close(handle)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda handle: os.ftruncate(handle, os.fstat(handle).st_size - 1), "bytes of"),
+        (lambda handle: os.ftruncate(handle, 0), "it has 0 bytes of"),
+        (lambda handle: os.pwrite(handle, b"x", 40), "other bytes than the file"),
+        (lambda handle: os.dup2(os.eventfd(0), handle), "it has 0 bytes of"),
+    ],
+)
+def test_where_the_device_has_something_else_the_file_is_read(
+    spoil: Any, said: str, driver: Driver, host: Host, file: int
+) -> None:
+    wanted = written(driver, PROMPT)
+    host.ask({"do": "save"}, [file])
+    handle = copied(file)
+    try:
+        spoil(handle)
+        before = opened()
+        host.ask({"do": "sleep"})
+        told = host.ask({"do": "wake", "carried": 1}, [file, handle])
+        assert set(told["phases"]) == {"map", "stream", "kv"} and said in told["told"]
+        assert written(driver, PROMPT) == wanted
+        assert opened() == before
+    finally:
+        os.close(handle)
+
+
+def test_a_wake_that_is_not_understood(driver: Driver, host: Host, file: int) -> None:
+    wanted = driver.write(PROMPT)
+    host.ask({"do": "save"}, [file])
+    host.ask({"do": "sleep"})
+    for more, files, said in (
+        ({"carried": 1}, [file], "1 files came"),
+        ({"carried": 1}, [file] * 3, "3 files came"),
+        ({"carried": 1}, [], "0 files came"),
+        ({}, [file] * 2, "2 files came"),
+        ({"carried": 0}, [file] * 2, "2 files came"),
+        ({"carried": 2}, [file] * 3, "'carried' is 2"),
+        ({"carried": -1}, [file], "'carried' is -1"),
+        ({"carried": True}, [file] * 2, "'carried' is True"),
+        ({"carried": "1"}, [file] * 2, "'carried' is '1'"),
+        ({"carried": None}, [file], "'carried' is None"),
+        ({"carry": 1, "by": 2}, [file] * 2, "no 'by', 'carry'"),
+    ):
+        assert said in host.ask({"do": "wake"} | more, files)["error"]["message"]
+        assert host.ask({"do": "state"}) == {"asleep": True}
+    host.ask({"do": "wake"}, [file])
+    assert driver.write(PROMPT) == wanted
+
+
+def test_a_file_of_others_is_refused_whatever_is_on_the_device(driver: Driver, host: Host, file: int) -> None:
+    host.ask({"do": "save"}, [file])
+    handle = copied(file)
+    try:
+        host.ask({"do": "sleep"})
+        os.pwrite(file, b"x", 40)
+        assert "error" in host.ask({"do": "wake", "carried": 1}, [file, handle])
+        assert host.ask({"do": "state"}) == {"asleep": True}
+    finally:
+        os.close(handle)
 
 
 def test_a_file_that_cannot_be_written(driver: Driver, host: Host, tmp_path: Path) -> None:

@@ -90,6 +90,12 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
+    install(made, monkeypatch)
+    return made
+
+
+def install(made: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have it take the place of the real one, and of what torch does with a device."""
 
     def tensor_at(address: int, size: int, device: Any) -> Any:
         assert device.index == 0
@@ -101,7 +107,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for name in ("synchronize", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda device: None)
-    return made
 
 
 def test_there_and_back(driver: Driver) -> None:

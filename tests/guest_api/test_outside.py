@@ -42,6 +42,29 @@ def test_asleep_it_is_healthy_and_requests_wait(model: Path, tmp_path: Path, mon
     os.close(file)
 
 
+def test_weights_that_are_on_the_device_already(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "control.sock"
+    monkeypatch.setenv("GPUCKPT_CONTROL", str(path))
+    host = Host(path)
+    file, handle = os.memfd_create("weights"), os.memfd_create("carried")
+    with serving(model, tmp_path / "log", "--dtype", "float32", "--weights-outside", "--kv-mib", "64") as guest:
+        wanted = guest.tokens("a prompt", 12)
+        (size,) = host.ask({"do": "save"}, [file])["bytes"]
+        assert os.sendfile(handle, file, 0, size) == size
+        os.pwrite(file, bytes(size - (2 << 20)), 2 << 20)  # behind the header: who read it would write something else
+        host.ask({"do": "sleep"})
+        told = host.ask({"do": "wake", "carried": 1}, [file, handle])
+        assert set(told["phases"]) == {"map", "copy", "kv"} and "told" not in told
+        assert guest.tokens("a prompt", 12) == wanted
+        host.ask({"do": "sleep"})
+        os.ftruncate(handle, 4096)
+        told = host.ask({"do": "wake", "carried": 1}, [file, handle])
+        assert set(told["phases"]) == {"map", "stream", "kv"} and "it has 4096 bytes of" in told["told"]
+        assert guest.tokens("a prompt", 12) != wanted
+    os.close(file)
+    os.close(handle)
+
+
 def test_nowhere_to_take_orders(model: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "gpuckpt_guest", "serve", "--model", str(model), "--weights-outside"],

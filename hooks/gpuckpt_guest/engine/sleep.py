@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..control import ControlError, Handler, files_for
+from ..control import ControlError, Handler, files_for, files_to_wake
 from ..flat import FlatError
 from ..outside import OutsideWeights
 from .errors import EngineError
@@ -74,13 +74,17 @@ class Sleep:
             torch.cuda.empty_cache()  # what torch keeps for later would be in the dump
         return released
 
-    def wake(self, file: int) -> dict[str, Any]:
-        """Take the weights again; returns bytes and phases. Raises FlatError or OSError, and stays asleep."""
-        found, phases = self._weights.wake(file)
+    def wake(self, file: int, carried: int | None = None) -> dict[str, Any]:
+        """Take the weights again; returns bytes and phases. Raises FlatError or OSError, and stays asleep.
+
+        ``carried``: the handle of memory of the device that holds the file's bytes.
+        """
+        woken = self._weights.wake(file, carried)
         held, self.held = self.held, []
         for each in held:
             self._engine.call(*each)
-        return {"bytes": found, "phases": phases | {"kv": 0.0}}  # memory for caches comes when it is used
+        answer = {"bytes": woken.bytes, "phases": woken.phases | {"kv": 0.0}}  # memory for caches comes when it is used
+        return answer | ({"told": woken.told} if woken.told else {})
 
 
 def handlers(engine: Engine) -> Mapping[str, Handler]:
@@ -98,8 +102,8 @@ def handlers(engine: Engine) -> Mapping[str, Handler]:
         return {"bytes": [do("the weights cannot be saved", sleep.save, file)]}
 
     def wake(request: dict[str, Any], files: Sequence[int]) -> Any:
-        (file,) = files_for(files, RANKS)
-        return do("the weights cannot be taken from this file", sleep.wake, file)
+        (file,), carried = files_to_wake(request, files, RANKS)
+        return do("the weights cannot be taken from this file", sleep.wake, file, carried)
 
     return {
         "ranks": lambda request, files: {"ranks": RANKS},
