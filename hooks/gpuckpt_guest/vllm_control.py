@@ -26,10 +26,12 @@ import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from . import lifecycle, nvml
-from .control import Control, ControlError, Handler, files_for, wanted, where
+from . import handing, lifecycle, nvml
+from .carried import unusable
+from .control import Control, ControlError, Handler, files_for, files_to_wake, wanted, where
 
 _log = logging.getLogger("gpuckpt_guest")
 _NOTHING = {"map": 0.0, "stream": 0.0, "kv": 0.0}
@@ -123,7 +125,7 @@ class Orders:
         self._check(what)
         if not self._asleep:
             return {"bytes": 0, "phases": _NOTHING}
-        files_for(files, self._count)
+        files, carried = files_to_wake(request, files, self._count)
         if self._own:
             await self._call_own(what, "device_unlock" if lifecycle.identity() == self._slept_as else "resume")
             self._asleep = False
@@ -134,15 +136,28 @@ class Orders:
             await self._client.checkpoint_restore()
             self._prepared = False
         try:
-            awake = await self._all(what, "gpuckpt_wake", *given)
+            awake = await self._awaken(what, given, carried)
         except ControlError:
             await self._all(what, "gpuckpt_back")
             await self._prepare()
             raise
         await self._client.wake_up()  # from here on requests run
         self._asleep = False
-        phases = {name: max(one["phases"][name] for one in awake) for name in _NOTHING}
-        return {"bytes": sum(one["bytes"] for one in awake), "phases": phases}
+        phases = {name: max(one["phases"][name] for one in awake) for name in awake[0]["phases"]}
+        told = "; ".join(one["told"] for one in awake if one["told"])
+        return {"bytes": sum(one["bytes"] for one in awake), "phases": phases} | ({"told": told} if told else {})
+
+    async def _awaken(self, what: str, given: tuple[int, list[int]], carried: int | None) -> list[dict[str, Any]]:
+        """Have the workers take memory and weights; the one that holds them asks for the handle, if there is one."""
+        if carried is None:
+            return await self._all(what, "gpuckpt_wake", *given)
+        with ExitStack() as stack:
+            try:
+                offer = stack.enter_context(handing.offered(carried, os.path.dirname(where())))
+            except OSError as error:
+                awake = await self._all(what, "gpuckpt_wake", *given)
+                return [one | {"told": unusable(error)} for one in awake]
+            return await self._all(what, "gpuckpt_wake", *given, offer)
 
     async def _call_own(self, what: str, name: str) -> None:
         method = getattr(self._client, name)

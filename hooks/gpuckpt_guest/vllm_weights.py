@@ -11,6 +11,10 @@ that, and is right. Its engine is told that it is awake only when all of this is
 requests run as soon as a part of the memory is there. So the worker wakes up by itself, and when the engine then has
 it wake up there is nothing left to do.
 
+What the host has carried to the device (carried.py) is there twice until it has been copied, and the KV cache is mapped
+before that. So it is found out first whether there is room for all of it: half of a pool's memory mapped is nothing
+that vLLM comes back from.
+
 Nothing here raises: where several workers answer, vLLM reads no further than the first exception, and would take what
 the others have answered for answers to its next call.
 
@@ -23,9 +27,11 @@ import functools
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
-from . import flat, nvml
+from . import carried, flat, handing, nvml
+from .carried import Source
 from .flat import Lanes, Region
 
 # What vLLM calls the pools that it gives back at level 2 without a copy.
@@ -76,16 +82,28 @@ class WeightsExtension:
         return {}
 
     @_answering
-    def gpuckpt_wake(self, process: int, files: Sequence[int]) -> dict[str, Any]:
-        """Have memory again, and the weights from this rank's file; asleep as before if that fails."""
-        with _Opened(process, files[self.rank], os.O_RDONLY) as file:
+    def gpuckpt_wake(self, process: int, files: Sequence[int], offer: str | None = None) -> dict[str, Any]:
+        """Have memory again, and the weights from this rank's file; asleep as before if that fails.
+
+        ``offer``: where the handle of memory of the device is to be had that holds the same bytes (handing.py).
+        """
+        handle, told = None, ""
+        with ExitStack() as stack:
+            file = stack.enter_context(_Opened(process, files[self.rank], os.O_RDONLY))
+            if offer is not None:
+                try:
+                    handle = stack.enter_context(handing.taken(offer))
+                except OSError as error:
+                    told = carried.unusable(error)
+                else:
+                    _make_sure_of_room()
             times = [time.perf_counter()]
             self.wake_up(tags=[_WEIGHTS])
             times.append(time.perf_counter())
             self.wake_up(tags=[_CACHES])
             times.append(time.perf_counter())
             try:
-                found = flat.stream(file, _regions(), _lanes())
+                found = carried.stream(file, _regions(), _lanes(), handle, _opened)
             except Exception:
                 self.sleep(level=2)
                 raise
@@ -95,10 +113,9 @@ class WeightsExtension:
             del self.__dict__["wake_up"]
 
         self.__dict__["wake_up"] = awake  # instead of the class', once
-        phases = {
-            name: end - begin for name, begin, end in zip(("map", "kv", "stream"), times, times[1:], strict=False)
-        }
-        return {"bytes": found, "phases": phases}
+        names = "map", "kv", found.phase
+        phases = {name: end - begin for name, begin, end in zip(names, times, times[1:], strict=False)}
+        return {"bytes": found.bytes, "phases": phases, "told": told or found.told}
 
     @_answering
     def gpuckpt_back(self) -> dict[str, Any]:
@@ -138,6 +155,22 @@ def _allocations() -> list[tuple[int, int, str]]:
     return sorted((address, int(data.handle[1]), str(data.tag)) for address, data in pools.pointer_to_data.items())
 
 
+def _make_sure_of_room() -> None:
+    """Raise MemoryError if there is too little to wake up."""
+    wanted, free = sum(size for _, size, tag in _allocations() if tag in (_WEIGHTS, _CACHES)), _free()
+    if free < wanted:
+        raise MemoryError(
+            f"beside the weights that the host has brought to the device there are {free >> 20} MiB, and "
+            f"{wanted >> 20} MiB are wanted: let go of them, and have the file read instead"
+        )
+
+
+def _free() -> int:
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0])
+
+
 def _regions() -> list[Region]:
     # Clones have the golden's addresses, so these tell a file of another golden.
     return [Region(f"{address:#x}", address, size) for address, size, tag in _allocations() if tag == _WEIGHTS]
@@ -149,3 +182,12 @@ def _lanes() -> Lanes:
     from .flat_cuda import lanes
 
     return lanes(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _opened(handle: int, size: int) -> AbstractContextManager[Source]:
+    """What the host has carried to this worker's device."""
+    import torch
+
+    from .carried_cuda import mapped
+
+    return mapped(handle, size, torch.cuda.current_device())
