@@ -31,7 +31,7 @@ from gpuckpt.store.digests import digest_file
 from gpuckpt.store.sharing import Sharing
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload.base import CONTROL_NAME, Adapter
-from gpuckpt.workload.control import Control, ControlRefused
+from gpuckpt.workload.control import Control, ControlRefused, Woken
 
 _RANKS = 64  # more processes than any server on one host has
 
@@ -200,14 +200,14 @@ def wake(
     Raises RestoreError, DaemonUnreachableError.
     """
     tools.report.stage("weights")
-    memory: list[int] = []
-    if ahead is not None:
-        with phase(tools, phases, "weights: wait"):
-            memory = [handle] if (handle := ahead.handle()) is not None else []
-    begin = now_ns()
+    server = control(replica)
     with _opened(files) as handles:
         try:
-            woken = control(replica).wake(handles, memory)
+            memory = _waited_for(tools, phases, ahead)
+            begin = now_ns()
+            woken = _from_device(tools, server, handles, ahead, memory) if ahead and memory is not None else None
+            if woken is None:
+                begin, woken = now_ns(), server.wake(handles)
         except ControlRefused as error:
             raise RestoreError(
                 f"the server of {replica.name} could not read its weights: {error.message}",
@@ -217,6 +217,23 @@ def wake(
     if woken.told:
         tools.report.note(f"the weights that were carried ahead could not be used: {woken.told}")
     _split(phases, begin, now_ns(), woken.phases)
+
+
+def _waited_for(tools: Tools, phases: PhaseTable, ahead: Carried | None) -> int | None:
+    if ahead is None:
+        return None
+    with phase(tools, phases, "weights: wait"):
+        return ahead.handle()
+
+
+def _from_device(tools: Tools, server: Control, handles: Sequence[int], ahead: Carried, memory: int) -> Woken | None:
+    """Have the server copy what was carried ahead; None if it has no room for both at once after all."""
+    try:
+        return server.wake(handles, [memory])
+    except ControlRefused as error:
+        tools.report.note(f"the weights that were carried ahead could not be used: {error.message}: {error.cause}")
+        ahead.close()  # its memory is free from now on
+        return None
 
 
 def sleep(tools: Tools, phases: PhaseTable, replica: Replica) -> None:

@@ -98,14 +98,14 @@ class WeightsExtension:
                 else:
                     _make_sure_of_room()
             times = [time.perf_counter()]
-            self.wake_up(tags=[_WEIGHTS])
-            times.append(time.perf_counter())
-            self.wake_up(tags=[_CACHES])
-            times.append(time.perf_counter())
             try:
+                self.wake_up(tags=[_WEIGHTS])
+                times.append(time.perf_counter())
+                self.wake_up(tags=[_CACHES])
+                times.append(time.perf_counter())
                 found = carried.stream(file, _regions(), _lanes(), handle, _opened)
             except Exception:
-                self.sleep(level=2)
+                self.sleep(level=2)  # what was mapped already is given back, and the rest is left alone
                 raise
             times.append(time.perf_counter())
 
@@ -181,6 +181,7 @@ def _lanes() -> Lanes:
 
     from .flat_cuda import lanes
 
+    torch.cuda.synchronize()  # what vLLM has begun to write there, on its own streams, comes before what is read
     return lanes(torch.device("cuda", torch.cuda.current_device()))
 
 

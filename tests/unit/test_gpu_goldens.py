@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -547,6 +548,33 @@ def test_weights_that_cannot_be_carried_are_read(world: World, server: FakeContr
     assert bool(server.carried) is (why == "not usable")
     notes = {"refused": "were not carried ahead", "not usable": "could not be used: another device"}
     assert [notes[why] in note for note in world.report.notes] == ([True] if why in notes else [])
+
+
+def test_a_server_without_room_for_both_reads_once_the_carried_memory_is_free(
+    world: World, server: FakeControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(world, weights="outside")
+    original, seen = server.wake, list[tuple[int, int]]()
+
+    def wake(files: Sequence[int], carried: Sequence[int] = ()) -> Woken:
+        opened = sum("device memory" in target for target in _open_files())
+        seen.append((len(carried), opened))
+        if carried:
+            raise ControlRefused("there is no room", cause="8 GB are free")
+        return original(files)
+
+    monkeypatch.setattr(server, "wake", wake)
+    assert restored(world).canary_match is True
+    assert seen == [(1, 1), (0, 0)]
+    assert "there is no room: 8 GB are free" in world.report.notes[0]
+
+
+def _open_files() -> list[str]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one by which they are listed
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return found
 
 
 def test_a_restore_that_fails_lets_go_of_what_was_carried(world: World, server: FakeControl) -> None:
