@@ -254,6 +254,9 @@ class Manifest(_Record, frozen=True, kw_only=True):
     weights: Annotated[
         tuple[str, ...], Meta(description="files in `memory` with the weights, one for each process that holds some")
     ] = ()
+    caches: Annotated[bool, Meta(description="the server gave its caches back, and keeps its weights in the image")] = (
+        False
+    )
     processes: tuple[Process, ...]
     affinity: Annotated[
         dict[str, tuple[int, ...]], Meta(description="ids of threads by the only processors that they may run on")

@@ -155,8 +155,8 @@ def _create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created
                 _dump(request, tools, replica, container, present.bundle)
             replica.operation.require_marks(*written.values())
             phases.split("dump", replica.operation.marks(), first="podman: dump")
-        if request.leave_running and ready.weights:
-            weights.wake(tools, phases, replica, ready.weights)
+        if request.leave_running and ready.given:
+            weights.wake(tools, phases, replica, ready.given)
         address = Address(ip=present.ip, mac=present.mac) if present.ip and present.mac else None
 
         mapped = mapping.COPIED
@@ -167,11 +167,11 @@ def _create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created
         memory = mapped.memory
         if memory.mode == "mapped" and not request.leave_running:
             with phase(tools, phases, "trial"):
-                tried = trial.Trial(launch, present.bundle, request.adapter, canary, state, ready.weights)
+                tried = trial.Trial(launch, present.bundle, request.adapter, canary, state, ready.given)
                 pages = _tried(request, tools, replica, tried)
                 memory = trial.keep_copied(tools, staging, memory, pages)
         with phase(tools, phases, "digests"):
-            kept = weights.keep(tools, staging, ready.weights)
+            kept = weights.keep(tools, staging, ready.given.files)
             _make_private(staging)
             known = mapped.digests | kept.digests
             contents = digests.record(staging, lambda done: report.bytes(done, 0), known=known)
@@ -191,6 +191,7 @@ def _create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created
                 affinity=affinity,
                 gpu=state,
                 weights=kept.names,
+                caches=ready.given.caches,
             )
             manifest.write(staging)
             seal.write(staging)
@@ -246,7 +247,7 @@ class _Ready:
     canary: Canary | None
     first_token_ns: int
     holders: gpu.Holders | None
-    weights: list[Path]
+    given: weights.Given
 
 
 def _ready(
@@ -257,11 +258,12 @@ def _ready(
     canary, first_token_ns = _exercise(request, tools, started.replica, phases)
     holders = _holders(request, tools, started)
     if not request.accelerator.outside or canary is None:
-        return _Ready(started, canary, first_token_ns, holders, [])
+        given = _given(request, tools, phases, started, canary, holders)
+        return _Ready(started, canary, first_token_ns, holders, given)
     folder = staging / "weights"
     try:
-        files = weights.release(tools, phases, started.replica, request.adapter, canary, folder)
-        return _Ready(started, canary, first_token_ns, holders, files)
+        given = weights.release(tools, phases, started.replica, request.adapter, canary, folder)
+        return _Ready(started, canary, first_token_ns, holders, given)
     except (CheckpointError, VerificationError) as error:
         if request.weights == "outside":
             raise
@@ -272,7 +274,23 @@ def _ready(
     again = _launch(request, tools, within)
     started = _started(request, tools, phases, again, empty_again(tools, started.replica), staging)
     canary, _ = _exercise(request, tools, started.replica, phases)
-    return _Ready(started, canary, first_token_ns, _holders(request, tools, started), [])
+    holders = _holders(request, tools, started)
+    given = _given(request, tools, phases, started, canary, holders)
+    return _Ready(started, canary, first_token_ns, holders, given)
+
+
+def _given(
+    request: CreateRequest,
+    tools: Tools,
+    phases: PhaseTable,
+    started: _Started,
+    canary: Canary | None,
+    holders: gpu.Holders | None,
+) -> weights.Given:
+    """Where weights stay: vLLM's caches, most of what it has on a GPU. The guest's are no larger than its sessions."""
+    if holders is None or request.adapter.record.kind != "vllm":
+        return weights.NOTHING
+    return weights.release_caches(tools, phases, started.replica, request.adapter, canary)
 
 
 def _holders(request: CreateRequest, tools: Tools, started: _Started) -> gpu.Holders | None:

@@ -32,6 +32,7 @@ def describe(
     affinity: dict[str, tuple[int, ...]],
     gpu: DeviceState | None,
     weights: tuple[str, ...],
+    caches: bool,
 ) -> Manifest:
     """The manifest of the golden in ``staging``, whose ``contents`` were digested; the phases up to now go with it."""
     images = staging / "images"
@@ -55,6 +56,7 @@ def describe(
         affinity=affinity,
         gpu=gpu,
         weights=weights,
+        caches=caches,
         sockets=criu_images.sockets(images),
         files=contents.files,
         links=contents.links,

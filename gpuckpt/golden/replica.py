@@ -29,11 +29,11 @@ SETTLED = ("ready", "prepared")  # states that outlive the transaction that made
 @dataclass(frozen=True)
 class Standby:
     """What a standby has given up, by which it is woken: its processes with device state (ids on the host), the devices
-    as (UUID, type, bytes), and whether its weights are to be read again."""
+    as (UUID, type, bytes), and whether it has given memory back that it is to take again."""
 
     processes: tuple[int, ...] = ()
     devices: tuple[tuple[str, str, int], ...] = ()
-    weights: bool = False
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def load(folder: Path) -> Replica | None:
 
 def _standby(record: dict[str, Any]) -> Standby:
     devices = tuple((str(uuid), str(name), int(count)) for uuid, name, count in record["devices"])
-    return Standby(tuple(map(int, record["processes"])), devices, bool(record["weights"]))
+    return Standby(tuple(map(int, record["processes"])), devices, bool(record["given"]))
 
 
 def all_of(parent: Path) -> list[Replica]:

@@ -262,9 +262,9 @@ def _brought_back(
     clone.identify(replica)
     _renew_entropy(tools)
     limit = _LONGEST + golden.sizes.total / _SLOWEST
-    outside = weights.files_of(golden, source.folder)
+    given = weights.given_by(golden, source.folder)
     with (
-        weights.carried(tools, golden.gpu.devices if golden.gpu else (), outside, chosen) as ahead,
+        weights.carried(tools, golden.gpu.devices if golden.gpu else (), given.files, chosen) as ahead,
         _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring,
     ):
         with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
@@ -272,8 +272,8 @@ def _brought_back(
         phases.split("restore", replica.operation.marks(), first="podman: restore")
         if golden.gpu is not None:
             gpu.restored(tools, phases, golden.gpu, first, chosen)
-        if outside:
-            weights.wake(tools, phases, replica, outside, ahead)
+        if given:
+            weights.wake(tools, phases, replica, given, ahead)
         first_token_ns, match = _answers(request, tools, phases, golden, replica, restoring)
     if request.keep:
         _keep_work_files(bundle, replica)

@@ -93,20 +93,20 @@ def _held(tools: Tools, name: str, known: Container | None) -> Iterator[tuple[Re
 
 def _down(tools: Tools, replica: Replica, container: Container, golden: Manifest | None, phases: PhaseTable) -> Changed:
     holders = gpu.find(tools, container.pid, golden.launch.gpus if golden else ("all",))
-    outside = bool(golden and golden.weights)
-    if golden is not None and (holders is not None or outside):
+    given = weights.given_by(golden, Path()) if golden else weights.NOTHING
+    if golden is not None and (holders is not None or given):
         with phase(tools, phases, "quiesce"):
             adapter(golden.workload).quiesce(replica.endpoint, timeout=_QUIET)
     held = holders.state.devices if holders else ()
     going = Standby(
         processes=holders.pids if holders else (),
         devices=tuple((one.uuid, one.name, one.bytes) for one in held),
-        weights=outside,
+        given=bool(given),
     )
     replace(replica, standby=going).save()
     try:
-        if outside:
-            weights.sleep(tools, phases, replica)
+        if given:
+            weights.sleep(tools, phases, replica, given)
         with gpu.suspended(tools, phases, holders, resume=False), phase(tools, phases, "freeze"):
             freezer.freeze(container.pid, container.id)
     except BaseException as error:
@@ -121,9 +121,8 @@ def _undo(tools: Tools, replica: Replica, container: Container, golden: Manifest
     with contextlib.suppress(OSError, GpuckptError):
         freezer.thaw(container.pid, container.id)
     try:
-        if golden is not None and golden.weights:
-            files = weights.files_of(golden, tools.layout.golden(golden.name))
-            weights.wake(tools, PhaseTable(), replica, files)
+        if golden is not None and (given := weights.given_by(golden, tools.layout.golden(golden.name))):
+            weights.wake(tools, PhaseTable(), replica, given)
         replica.save()
     except (OSError, GpuckptError) as trouble:
         tools.report.note(f"{replica.name} does not answer yet: {trouble}; try gpuckpt wake {replica.name}")
@@ -142,10 +141,10 @@ def _up(
     held = tuple(Held(uuid, name, count) for uuid, name, count in was.devices)
     visible = golden.launch.gpus if golden and golden.launch.gpus else ("all",)
     waited = now_ns()
-    files = _weights(tools, replica, golden) if was.weights else []
+    given = _given(tools, replica, golden) if was.given else weights.NOTHING
     with (
         tools.devices.reserve(held, visible, timeout=timeout) as chosen,
-        weights.carried(tools, held, files, chosen) as ahead,
+        weights.carried(tools, held, given.files, chosen) as ahead,
     ):
         if held:
             phases.add("GPU: room", waited, now_ns())
@@ -159,19 +158,19 @@ def _up(
             with contextlib.suppress(DeadlineError, OSError):
                 freezer.freeze(container.pid, container.id)
             raise
-        if files:
-            weights.wake(tools, phases, replica, files, ahead)
+        if given:
+            weights.wake(tools, phases, replica, given, ahead)
     awake = replace(replica, standby=None)
     awake.save()
     phases.stop()
     return Changed(awake, phases, sum(one.bytes for one in held))
 
 
-def _weights(tools: Tools, replica: Replica, golden: Manifest | None) -> list[Path]:
+def _given(tools: Tools, replica: Replica, golden: Manifest | None) -> weights.Given:
     if golden is None:
         raise RestoreError(
             f"the weights of {replica.name} are gone",
             cause=f"they were part of golden {replica.golden}, which was removed",
             remedy=f"gpuckpt stop {replica.name}",
         )
-    return weights.files_of(golden, tools.layout.golden(golden.name))
+    return weights.given_by(golden, tools.layout.golden(golden.name))

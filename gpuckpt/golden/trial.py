@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ class Trial:
     adapter: Adapter
     canary: Canary | None
     state: DeviceState | None = None
-    weights: Sequence[Path] = ()
+    given: weights.Given = weights.NOTHING
 
 
 def trial(tools: Tools, replica: Replica, tried: Trial) -> hot.Pages:
@@ -91,8 +90,8 @@ def _take_back(tools: Tools, replica: Replica, tried: Trial) -> None:
             # The server that was dumped has just left its devices, so there is room, or will be.
             with tools.devices.reserve(tried.state.devices, tried.launch.gpus, timeout=_PATIENCE) as chosen:
                 gpu.restored(tools, spent, tried.state, first, chosen)
-        if tried.weights:
-            weights.wake(tools, spent, replica, tried.weights)
+        if tried.given:
+            weights.wake(tools, spent, replica, tried.given)
     except GpuckptError as error:
         raise _failed(error) from error
 

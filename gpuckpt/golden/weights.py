@@ -44,16 +44,30 @@ class Kept:
     digests: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a server has given back before it was frozen: its weights, which are in ``files``, or only its caches."""
+
+    files: tuple[Path, ...] = ()
+    caches: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.files) or self.caches
+
+
+NOTHING = Given()
+
+
 def control(replica: Replica) -> Control:
     return Control(replica.sockets / CONTROL_NAME)
 
 
 def release(
     tools: Tools, phases: PhaseTable, replica: Replica, adapter: Adapter, canary: Canary, folder: Path
-) -> list[Path]:
+) -> Given:
     """Have the server write its weights below ``folder``, prove that they can be read again, and leave it asleep.
 
-    Returns the files, one a rank. Raises CheckpointError if the server cannot, VerificationError if the canary's answer
+    Raises CheckpointError if the server cannot, VerificationError if the canary's answer
     is another one with weights that were read, OutOfSpaceError.
     """
     folder.mkdir(mode=0o700)
@@ -98,7 +112,36 @@ def release(
             cause=error.cause,
             remedy="keep them in the image: --weights image",
         ) from error
-    return files
+    return Given(files=tuple(files))
+
+
+def release_caches(
+    tools: Tools, phases: PhaseTable, replica: Replica, adapter: Adapter, canary: Canary | None
+) -> Given:
+    """Have a server whose weights stay in its image give its caches back, and leave it asleep.
+
+    One that cannot is told of: its image carries them. Raises VerificationError if it answers the canary differently
+    with caches that were taken again.
+    """
+    server = control(replica)
+    try:
+        with phase(tools, phases, "caches: release"):
+            server.sleep(caches=True)
+            server.wake((), caches=True)
+            differences = adapter.replay(replica.endpoint, canary).differences if canary is not None else ()
+            adapter.quiesce(replica.endpoint, timeout=30)
+            if differences:
+                raise VerificationError(
+                    "the server answers differently when it has given its caches back and taken them again",
+                    cause="; ".join(differences),
+                    remedy="report it with the server's version",
+                )
+            server.sleep(caches=True)
+    except (ControlRefused, DaemonUnreachableError) as error:
+        why = f"{error.message}: {error.cause}" if error.cause else error.message
+        tools.report.note(f"the server's caches are in its image: {why}")
+        return NOTHING
+    return Given(caches=True)
 
 
 def keep(tools: Tools, staging: Path, files: Sequence[Path]) -> Kept:
@@ -192,22 +235,20 @@ def carried(
         yield found
 
 
-def wake(
-    tools: Tools, phases: PhaseTable, replica: Replica, files: Sequence[Path], ahead: Carried | None = None
-) -> None:
-    """Have the replica's server read its weights and answer again; from ``ahead`` on the device, if it is given.
+def wake(tools: Tools, phases: PhaseTable, replica: Replica, given: Given, ahead: Carried | None = None) -> None:
+    """Have the replica's server take again what it has given back, and answer; from ``ahead``, if that is given.
 
     Raises RestoreError, DaemonUnreachableError.
     """
     tools.report.stage("weights")
     server = control(replica)
-    with _opened(files) as handles:
+    with _opened(given.files) as handles:
         try:
             memory = _waited_for(tools, phases, ahead)
             begin = now_ns()
             woken = _from_device(tools, server, handles, ahead, memory) if ahead and memory is not None else None
             if woken is None:
-                begin, woken = now_ns(), server.wake(handles)
+                begin, woken = now_ns(), server.wake(handles, caches=given.caches)
         except ControlRefused as error:
             raise RestoreError(
                 f"the server of {replica.name} could not read its weights: {error.message}",
@@ -216,7 +257,7 @@ def wake(
             ) from error
     if woken.told:
         tools.report.note(f"the weights that were carried ahead could not be used: {woken.told}")
-    _split(phases, begin, now_ns(), woken.phases)
+    _split(phases, "caches" if given.caches else "weights", begin, now_ns(), woken.phases)
 
 
 def _waited_for(tools: Tools, phases: PhaseTable, ahead: Carried | None) -> int | None:
@@ -236,30 +277,30 @@ def _from_device(tools: Tools, server: Control, handles: Sequence[int], ahead: C
         return None
 
 
-def sleep(tools: Tools, phases: PhaseTable, replica: Replica) -> None:
-    """Have a running replica's server give its weights back. Raises CheckpointError, DaemonUnreachableError."""
-    with phase(tools, phases, "weights: release"):
+def sleep(tools: Tools, phases: PhaseTable, replica: Replica, given: Given) -> None:
+    """Have a running replica's server give back what it gave before. Raises CheckpointError, DaemonUnreachableError."""
+    with phase(tools, phases, "caches: release" if given.caches else "weights: release"):
         try:
-            control(replica).sleep()
+            control(replica).sleep(caches=given.caches)
         except ControlRefused as error:
             raise CheckpointError(
-                f"the server of {replica.name} does not give its weights back: {error.message}", cause=error.cause
+                f"the server of {replica.name} does not give its memory back: {error.message}", cause=error.cause
             ) from error
 
 
-def files_of(golden: Manifest, folder: Path) -> list[Path]:
-    """A golden's files with weights, one a rank."""
-    return [folder / "memory" / name for name in golden.weights]
+def given_by(golden: Manifest, folder: Path) -> Given:
+    """What the golden's server had given back when it was frozen."""
+    return Given(tuple(folder / "memory" / name for name in golden.weights), golden.caches)
 
 
-def _split(phases: PhaseTable, begin: int, end: int, parts: dict[str, float]) -> None:
+def _split(phases: PhaseTable, what: str, begin: int, end: int, parts: dict[str, float]) -> None:
     """The server's own steps as rows; they follow one another, and what is left of the time is asking for them."""
     at = begin
     for name, took in parts.items():
         until = min(end, at + round(took * 1e9))
-        phases.add(f"weights: {name}", at, until)
+        phases.add(f"{what}: {name}", at, until)
         at = until
-    phases.add("weights: ask", at, end)
+    phases.add(f"{what}: ask", at, end)
 
 
 @contextlib.contextmanager

@@ -55,16 +55,21 @@ class Control:
         except (KeyError, TypeError, ValueError) as error:
             raise _nonsense(answer) from error
 
-    def sleep(self) -> int:
-        """Have weights and key-value cache given back, their addresses kept; returns the bytes. Requests wait then."""
-        return self._number(self._ask("sleep"), "released")
+    def sleep(self, *, caches: bool = False) -> int:
+        """Have weights and key-value cache given back, their addresses kept; returns the bytes. Requests wait then.
 
-    def wake(self, files: Sequence[int], carried: Sequence[int] = ()) -> Woken:
+        ``caches``: these only.
+        """
+        return self._number(self._ask("sleep", more={"caches": 1} if caches else {}), "released")
+
+    def wake(self, files: Sequence[int], carried: Sequence[int] = (), *, caches: bool = False) -> Woken:
         """Have the weights read from open files, one a rank, and requests answered again.
 
-        ``carried``: device memory with the same bytes (:mod:`gpuckpt.cuda.carrier`), from which they are copied then.
+        ``caches``: only these were given back, and there are no files. ``carried``: device memory with the same bytes
+        (:mod:`gpuckpt.cuda.carrier`), from which they are copied then.
         """
-        answer = self._ask("wake", [*files, *carried], **({"carried": len(carried)} if carried else {}))
+        more = ({"carried": len(carried)} if carried else {}) | ({"caches": 1} if caches else {})
+        answer = self._ask("wake", [*files, *carried], more)
         try:
             phases = {str(name): float(took) for name, took in answer["phases"].items()}
             told = answer.get("told")
@@ -82,12 +87,12 @@ class Control:
             raise _nonsense(answer)
         return value
 
-    def _ask(self, what: str, files: Sequence[int] = (), **more: int) -> dict[str, Any]:
+    def _ask(self, what: str, files: Sequence[int] = (), more: Mapping[str, int] | None = None) -> dict[str, Any]:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(self._timeout)
                 connection.connect(str(self._path))
-                line = json.dumps({"do": what, **more}).encode() + b"\n"
+                line = json.dumps({"do": what, **(more or {})}).encode() + b"\n"
                 if files:
                     socket.send_fds(connection, [line], list(files))
                 else:

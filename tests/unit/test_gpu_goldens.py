@@ -454,13 +454,13 @@ class FakeControl:
         with self.world.journal.step("save"):
             return [os.pwrite(handle, self.content, 0) for handle in files]
 
-    def sleep(self) -> int:
-        with self.world.journal.step("sleep"):
+    def sleep(self, *, caches: bool = False) -> int:
+        with self.world.journal.step("sleep caches" if caches else "sleep"):
             self.sleeping = True
         return len(self.content)
 
-    def wake(self, files: Sequence[int], carried: Sequence[int] = ()) -> Woken:
-        with self.world.journal.step("wake"):
+    def wake(self, files: Sequence[int], carried: Sequence[int] = (), *, caches: bool = False) -> Woken:
+        with self.world.journal.step("wake caches" if caches else "wake"):
             self.read = [os.pread(handle, 1 << 20, 0) for handle in files]
             self.carried = [os.pread(handle, 1 << 20, 0) for handle in carried]
             self.sleeping = False
@@ -556,7 +556,7 @@ def test_a_server_without_room_for_both_reads_once_the_carried_memory_is_free(
     made(world, weights="outside")
     original, seen = server.wake, list[tuple[int, int]]()
 
-    def wake(files: Sequence[int], carried: Sequence[int] = ()) -> Woken:
+    def wake(files: Sequence[int], carried: Sequence[int] = (), *, caches: bool = False) -> Woken:
         opened = sum("device memory" in target for target in _open_files())
         seen.append((len(carried), opened))
         if carried:
@@ -849,3 +849,49 @@ def test_a_golden_that_is_only_wrong_mapped_is_copied(mapped: World) -> None:
     mapped.journal.trouble["restore 4242"] = REFUSED
     with pytest.raises(CheckpointError, match="cannot be restored"):
         made(mapped, name="other", mode="mapped")
+
+
+# --- caches, where weights stay in the image ------------------------------------------------------------------
+
+
+@pytest.fixture
+def vllm(world: World, server: FakeControl) -> FakeControl:
+    """The server is vLLM's."""
+    world.adapter._record = structs.replace(world.adapter.record, kind="vllm")
+    return server
+
+
+def test_caches_are_given_back_where_weights_stay(world: World, vllm: FakeControl, frozen: set[str]) -> None:
+    golden = made(world, weights="image").manifest
+    given = ["sleep caches", "wake caches", "replay canary", "sleep caches"]
+    assert steps(world) == [*given, "lock 4242", "checkpoint 4242", "dump"]
+    assert golden.caches and golden.weights == ()
+    world.journal.events.clear()
+    done = restored(world)
+    assert steps(world) == ["restore", "restore 4242", "unlock 4242", "wake caches", "replay canary"]
+    assert "caches: map" in {row.name for row in done.phases.rows()}
+    world.journal.events.clear()
+    suspend(world)
+    wake(world)
+    down = ["sleep caches", "lock 4242", "checkpoint 4242", "freeze"]
+    assert steps(world) == [*down, "thaw", "restore 4242", "unlock 4242", "wake caches"]
+
+
+def test_caches_that_cannot_be_given_back_are_carried_and_told_of(world: World, vllm: FakeControl) -> None:
+    world.journal.trouble["sleep caches"] = ControlRefused("no sleep mode", cause="it was switched off")
+    golden = made(world, weights="image").manifest
+    assert not golden.caches
+    assert world.report.notes == ["the server's caches are in its image: no sleep mode: it was switched off"]
+
+
+def test_caches_that_change_an_answer_end_the_creation(world: World, vllm: FakeControl) -> None:
+    world.adapter.answers = ["forty-two", "forty-three"]
+    with pytest.raises(VerificationError, match="given its caches back"):
+        made(world, weights="image")
+    assert (world.left_over(), world.layout.names()) == ([], [])
+
+
+def test_weights_that_cannot_be_outside_leave_the_caches_to_give_back(world: World, vllm: FakeControl) -> None:
+    world.journal.trouble["save"] = ControlRefused("it cannot")
+    golden = made(world).manifest
+    assert golden.caches and golden.weights == ()
