@@ -27,7 +27,7 @@ from gpuckpt.criu import hot
 from gpuckpt.criu.binary import Criu
 from gpuckpt.cuda.devices import Devices
 from gpuckpt.errors import BusyError, DaemonUnreachableError, GpuckptError, NotFoundError
-from gpuckpt.golden.create import CreateRequest
+from gpuckpt.golden.launch import CreateRequest
 from gpuckpt.golden.tools import Tools
 from gpuckpt.manifest import (
     BaseFiles,

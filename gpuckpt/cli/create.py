@@ -13,7 +13,7 @@ from gpuckpt.cli.render import format_option, print_json, print_table, seconds, 
 
 if TYPE_CHECKING:
     from gpuckpt.config import Settings
-    from gpuckpt.golden.create import CreateRequest
+    from gpuckpt.golden.launch import CreateRequest
 
 
 class _Command(click.Command):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from gpuckpt.config import Settings, parse_size
 from gpuckpt.errors import NotFoundError, UsageError
-from gpuckpt.golden.create import CreateRequest
+from gpuckpt.golden.launch import CreateRequest
 from gpuckpt.host.tmpfs import memory_total
 from gpuckpt.manifest import Mount, Port, Request, Volume, Workload
 from gpuckpt.store.layout import check_name

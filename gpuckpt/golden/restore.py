@@ -26,6 +26,7 @@ from gpuckpt.errors import (
 )
 from gpuckpt.golden import clone, failures, gpu, identity, prepare, weights
 from gpuckpt.golden.assembly import assemble, write_operation
+from gpuckpt.golden.carried import carried
 from gpuckpt.golden.prepare import Options, Source
 from gpuckpt.golden.replica import Replica, alive, commit, empty_again, making, stop
 from gpuckpt.golden.serving import container_trouble, wait_healthy
@@ -264,7 +265,7 @@ def _brought_back(
     limit = _LONGEST + golden.sizes.total / _SLOWEST
     given = weights.given_by(golden, source.folder)
     with (
-        weights.carried(tools, golden.gpu.devices if golden.gpu else (), given.files, chosen) as ahead,
+        carried(tools, golden.gpu.devices if golden.gpu else (), given.files, chosen) as ahead,
         _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring,
     ):
         with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):

@@ -16,6 +16,7 @@ from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container
 from gpuckpt.errors import BusyError, DeadlineError, GpuckptError, NothingToDo, RestoreError
 from gpuckpt.golden import gpu, weights
+from gpuckpt.golden.carried import carried
 from gpuckpt.golden.replica import Replica, Standby, by_name
 from gpuckpt.golden.tools import Tools, phase
 from gpuckpt.manifest import Held, Manifest
@@ -144,7 +145,7 @@ def _up(
     given = _given(tools, replica, golden) if was.given else weights.NOTHING
     with (
         tools.devices.reserve(held, visible, timeout=timeout) as chosen,
-        weights.carried(tools, held, given.files, chosen) as ahead,
+        carried(tools, held, given.files, chosen) as ahead,
     ):
         if held:
             phases.add("GPU: room", waited, now_ns())

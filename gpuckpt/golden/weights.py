@@ -7,27 +7,24 @@ what was there is not believed but tried, before the dump, with the canary.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpuckpt.errors import (
     CheckpointError,
     DaemonUnreachableError,
-    GpuckptError,
-    GpuFullError,
-    IncompatibleError,
     OutOfSpaceError,
     RestoreError,
     VerificationError,
 )
+from gpuckpt.golden.carried import Carried
 from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.tools import Tools, phase
-from gpuckpt.manifest import Canary, Held, Manifest
+from gpuckpt.manifest import Canary, Manifest
 from gpuckpt.store.digests import digest_file
+from gpuckpt.store.reading import opened
 from gpuckpt.store.sharing import Sharing
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload.base import CONTROL_NAME, Adapter
@@ -78,11 +75,11 @@ def release(
             if not 0 < ranks <= _RANKS:
                 raise ControlRefused("the server has no weights to keep outside its image", cause=f"ranks: {ranks}")
             files = [folder / str(rank) for rank in range(ranks)]
-            with _opened(files, os.O_RDWR | os.O_CREAT | os.O_EXCL) as handles:
+            with opened(files, os.O_RDWR | os.O_CREAT | os.O_EXCL) as handles:
                 server.save(handles)
             for file in files:
                 file.chmod(0o400)  # as all memory files
-        with phase(tools, phases, "weights: rehearse"), _opened(files) as handles:
+        with phase(tools, phases, "weights: rehearse"), opened(files) as handles:
             server.sleep()
             server.wake(handles)
             differences = adapter.replay(replica.endpoint, canary).differences
@@ -166,75 +163,6 @@ def keep(tools: Tools, staging: Path, files: Sequence[Path]) -> Kept:
     return Kept(tuple(names), digests)
 
 
-class Carried:
-    """Weights that are read into device memory while the server is not there yet, by a thread."""
-
-    def __init__(self, tools: Tools, file: Path, uuid: str) -> None:
-        self._tools = tools
-        self._file = file
-        self._uuid = uuid
-        self._handle: int | None = None
-        self._error: GpuckptError | OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="gpuckpt-carried", daemon=True)
-        self._abandoned = False
-        self._ending = threading.Lock()
-        self._thread.start()
-
-    def _run(self) -> None:
-        handle: int | None = None
-        try:
-            with _opened([self._file]) as files:
-                handle = self._tools.devices.carry(files[0], self._uuid)
-        except (GpuckptError, OSError) as error:
-            self._error = error
-        with self._ending:
-            if self._abandoned and handle is not None:
-                os.close(handle)
-            else:
-                self._handle = handle
-
-    def handle(self) -> int | None:
-        """The memory, as an open file, once all is there; None, and the user is told, if that has failed."""
-        self._thread.join()
-        if self._error is not None:
-            self._tools.report.note(f"the weights were not carried ahead, and are read later: {self._error}")
-        return self._handle
-
-    def close(self) -> None:
-        """Let go of the memory, now or when it is there: nobody waits for it."""
-        with self._ending:
-            self._abandoned = True
-            if self._handle is not None:
-                os.close(self._handle)
-                self._handle = None
-
-
-@contextlib.contextmanager
-def carried(
-    tools: Tools, held: Sequence[Held], files: Sequence[Path], chosen: Mapping[str, str]
-) -> Iterator[Carried | None]:
-    """Have the weights on their way to the device that ``chosen`` names, while the body brings the server back.
-
-    None where there is nothing to carry, or no room for it: for a moment they are on the device twice. Servers of
-    several processes read theirs with as many threads already.
-    """
-    if len(files) != 1 or len(held) != 1 or not tools.devices.can_carry():
-        yield None
-        return
-    (device,) = held
-    uuid = chosen[device.uuid]
-    twice = Held(uuid, device.name, files[0].stat().st_size)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(tools.devices.reserve([twice], (uuid,)))
-        except (GpuFullError, IncompatibleError):
-            yield None
-            return
-        found = Carried(tools, files[0], uuid)
-        stack.callback(found.close)
-        yield found
-
-
 def wake(tools: Tools, phases: PhaseTable, replica: Replica, given: Given, ahead: Carried | None = None) -> None:
     """Have the replica's server take again what it has given back, and answer; from ``ahead``, if that is given.
 
@@ -242,7 +170,7 @@ def wake(tools: Tools, phases: PhaseTable, replica: Replica, given: Given, ahead
     """
     tools.report.stage("weights")
     server = control(replica)
-    with _opened(given.files) as handles:
+    with opened(given.files) as handles:
         try:
             memory = _waited_for(tools, phases, ahead)
             begin = now_ns()
@@ -301,17 +229,3 @@ def _split(phases: PhaseTable, what: str, begin: int, end: int, parts: dict[str,
         phases.add(f"{what}: {name}", at, until)
         at = until
     phases.add(f"{what}: ask", at, end)
-
-
-@contextlib.contextmanager
-def _opened(files: Sequence[Path], flags: int = os.O_RDONLY) -> Iterator[list[int]]:
-    handles: list[int] = []
-    try:
-        for file in files:
-            handles.append(os.open(file, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        yield handles
-    except FileNotFoundError as error:
-        raise GpuckptError(f"the weights {error.filename} are missing", remedy="create the golden anew") from error
-    finally:
-        for handle in handles:
-            os.close(handle)

@@ -19,7 +19,8 @@ from gpuckpt.config_load import load
 from gpuckpt.cuda.devices import Devices
 from gpuckpt.errors import GpuFullError
 from gpuckpt.golden import replica as replicas
-from gpuckpt.golden.create import CreateRequest, create
+from gpuckpt.golden.create import create
+from gpuckpt.golden.launch import CreateRequest
 from gpuckpt.golden.restore import RestoreRequest, restore
 from gpuckpt.golden.standby import suspend, wake
 from gpuckpt.golden.tools import Tools, open_store, tools

@@ -10,7 +10,7 @@ import pytest
 from gpuckpt.cli.creation import request_from
 from gpuckpt.config import Create, Settings
 from gpuckpt.errors import GpuckptError, NotFoundError, UsageError
-from gpuckpt.golden.create import CreateRequest
+from gpuckpt.golden.launch import CreateRequest
 from gpuckpt.manifest import Mount, Port, Request, Volume
 from gpuckpt.store.layout import Layout
 from tests.command_line import run
