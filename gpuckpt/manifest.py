@@ -169,6 +169,9 @@ class DeviceState(_Record, frozen=True, kw_only=True):
 
     devices: tuple[Held, ...]
     processes: tuple[int, ...]
+    visible: Annotated[
+        tuple[str, ...], Meta(description="every GPU of the host, by UUID: the driver saw them all")
+    ] = ()
     carried: Annotated[int, Meta(description="bytes of it that the images carry: without what the server gives up")] = 0
 
     @property

@@ -146,6 +146,11 @@ class FakeContainers:
             bundle = self.folder / spec.name
             bundle.mkdir(parents=True, exist_ok=True)
             self.containers[spec.name] = FakeContainer(spec, bundle)
+            # What its processes see of the golden's memory.
+            seen = self.folder.parent / "root" / MEMORY_FOLDER.lstrip("/")
+            seen.parent.mkdir(parents=True, exist_ok=True)
+            seen.unlink(missing_ok=True)
+            seen.symlink_to(next(source for source, inside, _ in spec.binds if inside == MEMORY_FOLDER))
         return spec.name
 
     def start(self, container: str) -> None:
@@ -515,6 +520,7 @@ def tools_for(folder: Path) -> World:
         huge_pages=huge_pages,
         memory_of=memory_of,
         programs_of=programs_of,
+        root_of=lambda pid: folder / "root",
         renew_entropy=renew_entropy,
         written=written,
         affinity_of=affinity_of,

@@ -19,20 +19,24 @@ _POLL = 0.001
 def freeze(pid: int, container: str, *, timeout: float = 10.0, root: Path = _ROOT) -> None:
     """Freeze all processes of the container with the id ``container``, of which ``pid`` is one.
 
-    Returns when they are; they are thawed again if that takes more than ``timeout`` seconds (DeadlineError).
+    Returns when they are; they are thawed again if that takes more than ``timeout`` seconds (DeadlineError), or
+    is interrupted.
     """
     group = _group(pid, container, root)
-    group.write(True)
     until = time.monotonic() + timeout
-    while not group.frozen():
-        if time.monotonic() > until:
-            group.write(False)
-            raise DeadlineError(
-                f"container {container[:12]} was not frozen within {timeout:g} s",
-                cause="one of its processes does not come out of the kernel",
-                remedy="look for processes in the state D",
-            )
-        time.sleep(_POLL)
+    try:
+        group.write(True)
+        while not group.frozen():
+            if time.monotonic() > until:
+                raise DeadlineError(
+                    f"container {container[:12]} was not frozen within {timeout:g} s",
+                    cause="one of its processes does not come out of the kernel",
+                    remedy="look for processes in the state D",
+                )
+            time.sleep(_POLL)
+    except BaseException:
+        group.write(False)
+        raise
 
 
 def thaw(pid: int, container: str, *, root: Path = _ROOT) -> None:

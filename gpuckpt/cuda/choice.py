@@ -6,7 +6,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpuckpt import proc
+from gpuckpt import __version__, proc
 from gpuckpt.cuda.driver import Driver
 from gpuckpt.cuda.helper import Remote
 from gpuckpt.cuda.program import Program
@@ -25,7 +25,7 @@ def driver(run: Path, prefix: Path) -> Driver:
     fit = bindings_installed() and has_api(driver_version())
     if not fit and (program := find_program(prefix)) is not None:
         return Program(program)
-    return Remote(run / "cuda" / "helper.sock")
+    return Remote(run / "cuda" / f"helper-{__version__}.sock")
 
 
 def bindings_installed() -> bool:

@@ -15,8 +15,8 @@ from gpuckpt import proc
 from gpuckpt.cuda.driver import Driver, Gpu
 from gpuckpt.cuda.holders import device_files, has_devices, holders
 from gpuckpt.cuda.room import Room, place
-from gpuckpt.cuda.suspend import LIMITS, Limits, Step, resume, suspend
-from gpuckpt.errors import CheckpointError, GpuckptError
+from gpuckpt.cuda.suspend import LIMITS, Limits, Step, resume, suspend, unlock
+from gpuckpt.errors import CheckpointError, GpuckptError, RestoreError
 from gpuckpt.manifest import Held
 
 
@@ -62,7 +62,7 @@ class Devices:
             for uuid, count in self.driver.memory(pid).items():
                 total[uuid] = total.get(uuid, 0) + count
         types = {gpu.uuid: gpu.name for gpu in self.gpus()}
-        return tuple(Held(uuid, types.get(uuid, ""), count) for uuid, count in sorted(total.items()))
+        return tuple(Held(uuid, types.get(uuid, ""), count) for uuid, count in sorted(total.items()) if count > 0)
 
     def gpus(self) -> tuple[Gpu, ...]:
         """The devices of this host."""
@@ -83,14 +83,7 @@ class Devices:
 
         Raises CheckpointError; the processes run on then, unless its remedy says that they cannot.
         """
-        others = {pid: device_files(pid, proc=self._files) for pid in self._below(first) if pid not in pids}
-        if kept := {pid: files for pid, files in others.items() if files}:
-            # NVML without a context; CRIU can neither dump nor restore such a file.
-            raise CheckpointError(
-                "a process of the server has a GPU's files open without using CUDA, and cannot be frozen",
-                cause="; ".join(f"process {pid}: {', '.join(files)}" for pid, files in kept.items()),
-                remedy="have it close NVML (nvmlShutdown) before the golden is made, or start without that process",
-            )
+        self.refuse_open(first, pids)
         steps = suspend(self.driver, pids, self._limits)
         if left := self.held(pids):
             undone = self._undone(pids)
@@ -100,6 +93,17 @@ class Devices:
                 remedy=f"{undone}; the driver's version may not move all kinds of memory: gpuckpt doctor",
             )
         return steps
+
+    def refuse_open(self, first: int, pids: Sequence[int]) -> None:
+        """Raise CheckpointError if another process than ``pids`` below ``first`` has a GPU's files open."""
+        others = {pid: device_files(pid, proc=self._files) for pid in self._below(first) if pid not in pids}
+        if kept := {pid: files for pid, files in others.items() if files}:
+            # NVML without a context; CRIU can neither dump nor restore such a file.
+            raise CheckpointError(
+                "a process of the server has a GPU's files open without using CUDA, and cannot be frozen",
+                cause="; ".join(f"process {pid}: {', '.join(files)}" for pid, files in kept.items()),
+                remedy="have it close NVML (nvmlShutdown) before the golden is made, or start without that process",
+            )
 
     def _undone(self, pids: Sequence[int]) -> str:
         try:
@@ -128,10 +132,13 @@ class Devices:
         mine = {one.uuid for one in held}
         return [gpu for gpu in self.gpus() if "all" in visible or gpu.uuid in mine]
 
-    def resume(self, pids: Sequence[int], gpus: Mapping[str, str]) -> list[Step]:
-        """Put the state of ``pids`` back and let them run; ``gpus`` as :meth:`reserve` gave it. Raises RestoreError."""
-        moved = {old: new for old, new in gpus.items() if old != new}
-        return resume(self.driver, pids, permutation(moved, [gpu.uuid for gpu in self.gpus()]), self._limits)
+    def resume(self, pids: Sequence[int], gpus: Mapping[str, str], visible: Sequence[str]) -> list[Step]:
+        """Put the state of ``pids`` back and let them run. Raises RestoreError.
+
+        ``gpus`` as :meth:`reserve` gave it, ``visible``: the devices of the host where it was taken off.
+        """
+        pairs = pairing(gpus, visible, [gpu.uuid for gpu in self.gpus()])
+        return resume(self.driver, pids, pairs, self._limits)
 
     def can_carry(self) -> bool:
         """Whether this way to the driver has memory of its own to share; the program cuda-checkpoint has none."""
@@ -141,27 +148,42 @@ class Devices:
         """Read an open file into memory of a device: see :meth:`gpuckpt.cuda.driver.Driver.carry`."""
         return self.driver.carry(file, uuid)
 
-    def settle(self, pids: Sequence[int], gpus: Mapping[str, str]) -> list[Step]:
-        """The same for processes that may be at any step: whoever suspended or resumed them may have been killed."""
+    def off(self, pids: Sequence[int]) -> list[int]:
+        """Those of ``pids`` whose state is in host memory. Raises RestoreError for one that is lost.
+
+        They may be at any step: whoever suspended or resumed them may have been killed.
+        """
         states = {pid: self.driver.state(pid) for pid in pids}
-        off = [pid for pid, state in states.items() if state == "checkpointed"]
-        steps = self.resume(off, gpus) if off else []
-        for pid, state in states.items():
-            if state == "locked":
-                self.driver.unlock(pid)
+        if lost := [pid for pid, state in states.items() if state not in ("running", "locked", "checkpointed")]:
+            raise RestoreError(
+                "GPU state of the server is lost",
+                cause=", ".join(f"process {pid} is {states[pid] or 'without CUDA'}" for pid in lost),
+                remedy="stop the replica, and restore its golden again",
+            )
+        return [pid for pid, state in states.items() if state == "checkpointed"]
+
+    def settle(self, pids: Sequence[int], gpus: Mapping[str, str], visible: Sequence[str]) -> list[Step]:
+        """Have all run, at whatever step each of them is; see :meth:`off` and :meth:`resume`."""
+        off = self.off(pids)
+        steps = self.resume(off, gpus, visible) if off else []
+        unlock(self.driver, [pid for pid in pids if self.driver.state(pid) == "locked"], self._limits)
         return steps
 
 
-def permutation(moved: Mapping[str, str], present: Sequence[str]) -> dict[str, str]:
-    """``moved`` completed to all devices: the driver wants every one that the process could see, each once.
+def pairing(chosen: Mapping[str, str], visible: Sequence[str], present: Sequence[str]) -> dict[str, str]:
+    """What the driver is told of devices, old to new: nothing if all are where they were, else a pair for each.
 
-    Empty where nothing is moved. A device that somebody moves to changes places with the one they leave.
+    It wants every device that the process could see (``visible``), each once, and only such as there are (``present``).
+    What nobody chose stays where it is, or takes what is left.
     """
-    if not moved:
-        return {}
-    found = {uuid: uuid for uuid in present} | dict(moved)
-    vacated = [uuid for uuid in moved if uuid not in moved.values()]
-    for uuid in present:
-        if uuid not in moved and found[uuid] in moved.values():
-            found[uuid] = vacated.pop(0)
-    return found
+    found = dict(chosen)
+    rest = [uuid for uuid in visible if uuid not in found]
+    for uuid in rest:
+        if uuid in present and uuid not in found.values():
+            found[uuid] = uuid
+    left = [uuid for uuid in present if uuid not in found.values()]
+    for uuid in rest:
+        if uuid not in found and left:
+            found[uuid] = left.pop(0)
+    moved = any(old != new for old, new in found.items()) or not set(visible) <= set(present)
+    return found if moved else {}

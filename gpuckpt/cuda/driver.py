@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
-from gpuckpt.errors import GpuckptError
+from gpuckpt.errors import GpuckptError, PreflightError
 
 State = Literal["running", "locked", "checkpointed", "failed"]
 # What the driver says of a process that has no CUDA context, or is no process at all.
@@ -35,6 +35,8 @@ class Gpu(Struct, frozen=True):
 
 class DriverError(GpuckptError):
     """The driver refused. ``code`` is its name for the reason, CUDA_ERROR_… where it has one; ``detail`` its words."""
+
+    exit_code = PreflightError.exit_code
 
     def __init__(self, code: str, detail: str) -> None:
         told = f"{code}: {detail}" if detail else code

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gpuckpt.cuda.driver import Driver, Gpu
-from gpuckpt.errors import DeadlineError, GpuFullError, IncompatibleError
+from gpuckpt.errors import GpuFullError, IncompatibleError
 from gpuckpt.manifest import Held
 
 _MOMENT = 0.1  # seconds between two looks at what is free
@@ -67,8 +67,7 @@ class Room:
 
         ``allowed``: the only devices to choose from, by UUID; None: any.
 
-        Raises IncompatibleError at once if it can never fit; GpuFullError, or DeadlineError if ``timeout`` seconds
-        were waited, if there is no room.
+        Raises IncompatibleError at once if it can never fit, GpuFullError if there is no room for ``timeout`` seconds.
         """
         if not held:
             yield {}
@@ -89,15 +88,12 @@ class Room:
         finally:
             mine.unlink(missing_ok=True)
 
-    def _full(self, held: Sequence[Held], gpus: Sequence[Gpu], timeout: float) -> GpuFullError | DeadlineError:
+    def _full(self, held: Sequence[Held], gpus: Sequence[Gpu], timeout: float) -> GpuFullError:
         what = f"{sum(one.bytes for one in held) >> 20} MiB of GPU memory are needed"
         free = ", ".join(f"{gpu.name} {gpu.uuid}: {gpu.free >> 20} MiB" for gpu in gpus)
         remedy = "stop or suspend a replica that is on the GPU (gpuckpt ls, gpuckpt suspend), and try again"
-        if timeout:
-            return DeadlineError(
-                f"{what}, and were not free within {timeout:g} s", cause=f"free: {free}", remedy=remedy
-            )
-        return GpuFullError(f"{what}, and are not free", cause=f"free: {free}", remedy=remedy)
+        when = f"were not free within {timeout:g} s" if timeout else "are not free"
+        return GpuFullError(f"{what}, and {when}", cause=f"free: {free}", remedy=remedy)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[list[dict[str, int]]]:
@@ -108,8 +104,12 @@ class Room:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = []
             for file in self._folder.glob("*.json"):
-                held = json.loads(file.read_text())
-                if _started(held["pid"]) == held["started"]:
+                try:
+                    held = json.loads(file.read_text())
+                    alive = _started(held["pid"]) == held["started"]
+                except (OSError, ValueError, KeyError, TypeError):
+                    alive = False
+                if alive:
                     found.append(held["bytes"])
                 else:  # it was killed
                     file.unlink(missing_ok=True)
@@ -120,8 +120,9 @@ class Room:
     def _write(self, held: Sequence[Held], chosen: Mapping[str, str]) -> Path:
         needs = {chosen[one.uuid]: one.bytes + _CONTEXT for one in held}
         file = self._folder / f"{os.getpid()}-{time.monotonic_ns()}.json"
-        file.write_text(json.dumps({"pid": os.getpid(), "started": _started(os.getpid()), "bytes": needs}))
-        return file
+        fresh = file.with_suffix(".new")
+        fresh.write_text(json.dumps({"pid": os.getpid(), "started": _started(os.getpid()), "bytes": needs}))
+        return fresh.rename(file)
 
 
 def _sum(reservations: Sequence[Mapping[str, int]]) -> dict[str, int]:

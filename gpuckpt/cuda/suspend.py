@@ -9,28 +9,29 @@ A step that fails is rolled back, so that the server runs as before; where that 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from gpuckpt.cuda.driver import Driver, DriverError, State
 from gpuckpt.errors import CheckpointError, GpuckptError, RestoreError
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
 _SPARE = 2.0  # seconds beyond a step's own limit after which the driver itself is taken to hang
 
 
 class Limits(Struct, frozen=True):
-    """Seconds that each step may take: for locks what runs on the device must end, for the others memory is copied."""
+    """Seconds that each step may take: for locks what runs on the device must end, for the others memory is copied.
+
+    ``late``: how long a call whose time is up is waited for before the others are rolled back.
+    """
 
     lock: float = 10.0
     checkpoint: float = 120.0
     restore: float = 120.0
     unlock: float = 10.0
+    late: float = 30.0
 
 
 LIMITS = Limits()
@@ -47,16 +48,20 @@ class Step(Struct, frozen=True):
 def suspend(driver: Driver, pids: Sequence[int], limits: Limits = LIMITS) -> list[Step]:
     """Lock all, then checkpoint all: afterwards they hold no device memory, and their CUDA calls wait.
 
-    Raises CheckpointError; the processes run as before then, unless its remedy says that they cannot.
+    Raises CheckpointError; the processes run as before then, unless its remedy says that they cannot. So they do after
+    an interrupt.
     """
     _expect(driver, pids, "running", CheckpointError)
-    steps: list[Step] = []
+    steps, made = list[Step](), list[_Calls]()
     try:
-        _all(steps, "lock", pids, limits.lock, lambda pid: driver.lock(pid, limits.lock))
-        _all(steps, "checkpoint", pids, limits.checkpoint, driver.checkpoint)
-    except _Failed as failed:
-        stuck = _roll_back(driver, pids, limits)
-        raise _told(failed, CheckpointError, "the server runs on", stuck) from failed
+        _all(steps, made, "lock", pids, limits.lock, lambda pid: driver.lock(pid, limits.lock))
+        _all(steps, made, "checkpoint", pids, limits.checkpoint, driver.checkpoint)
+    except BaseException as error:
+        late = _late(made, limits)
+        stuck = late | _roll_back(driver, [pid for pid in pids if pid not in late], limits)
+        if isinstance(error, _Failed):
+            raise _told(error, CheckpointError, "the server runs on", stuck) from error
+        raise
     return steps
 
 
@@ -69,17 +74,29 @@ def resume(
     driver could not restore may never be: the replica is to be given up.
     """
     _expect(driver, pids, "checkpointed", RestoreError)
-    steps: list[Step] = []
+    steps, made = list[Step](), list[_Calls]()
     try:
-        _all(steps, "restore", pids, limits.restore, lambda pid: driver.restore(pid, gpus or {}))
-    except _Failed as failed:
-        stuck = _each(pids, limits.checkpoint, lambda pid: _off_again(driver, pid))
-        raise _told(failed, RestoreError, "none of it is on a device", stuck) from failed
+        _all(steps, made, "restore", pids, limits.restore, lambda pid: driver.restore(pid, gpus or {}))
+    except BaseException as error:
+        late = _late(made, limits)
+        rest = [pid for pid in pids if pid not in late]
+        stuck = late | _each(rest, limits.checkpoint, lambda pid: _off_again(driver, pid))
+        if isinstance(error, _Failed):
+            raise _told(error, RestoreError, "none of it is on a device", stuck) from error
+        raise
     try:
-        _all(steps, "unlock", pids, limits.unlock, driver.unlock)
+        _all(steps, made, "unlock", pids, limits.unlock, driver.unlock)
     except _Failed as failed:
         raise _told(failed, RestoreError, "", {}) from failed
     return steps
+
+
+def unlock(driver: Driver, pids: Sequence[int], limits: Limits = LIMITS) -> None:
+    """Unlock those that are locked and hold their memory. Raises RestoreError."""
+    try:
+        _all([], [], "unlock", pids, limits.unlock, driver.unlock)
+    except _Failed as failed:
+        raise _told(failed, RestoreError, "", {}) from failed
 
 
 class _Failed(Exception):
@@ -101,34 +118,63 @@ def _expect(driver: Driver, pids: Sequence[int], state: State, kind: type[Gpuckp
         )
 
 
-def _all(steps: list[Step], name: str, pids: Sequence[int], limit: float, work: Callable[[int], None]) -> None:
-    """One step for all processes; raises _Failed once all have ended or the time is up."""
+class _Calls:
+    """The calls of one step, each in a thread, which no command waits for when it ends: the driver may never answer."""
+
+    def __init__(self, pids: Sequence[int], work: Callable[[int], None]) -> None:
+        self.errors: dict[int, BaseException] = {}
+        self._work = work
+        self._threads = {
+            pid: threading.Thread(target=self._call, args=(pid,), name=f"gpuckpt-cuda-{pid}", daemon=True)
+            for pid in pids
+        }
+        for thread in self._threads.values():
+            thread.start()
+
+    def _call(self, pid: int) -> None:
+        try:
+            self._work(pid)
+        except BaseException as error:  # told by whoever waits
+            self.errors[pid] = error
+
+    def wait(self, limit: float) -> list[int]:
+        """Wait until all have ended, at most so many seconds; the processes of those that have not."""
+        until = time.monotonic() + limit
+        for thread in self._threads.values():
+            thread.join(max(0.0, until - time.monotonic()))
+        return [pid for pid, thread in self._threads.items() if thread.is_alive()]
+
+
+def _all(
+    steps: list[Step], made: list[_Calls], name: str, pids: Sequence[int], limit: float, work: Callable[[int], None]
+) -> None:
+    """One step for all processes; raises _Failed once all have ended or the time is up. Its calls go to ``made``."""
     begin = time.monotonic_ns()
-    why = _each(pids, limit + _SPARE, work)
+    made.append(_Calls(pids, work))
+    why = _why(made[-1], limit + _SPARE)
     steps.append(Step(name, begin, time.monotonic_ns()))
     if why:
         raise _Failed(name, why)
 
 
 def _each(pids: Sequence[int], limit: float, work: Callable[[int], None]) -> dict[int, str]:
-    """Call ``work`` for each side by side; why it failed, by process id. One that hangs is left to itself."""
-    if not pids:
-        return {}
-    from concurrent.futures import ThreadPoolExecutor, wait  # which restores of other servers do not need
+    """Call ``work`` for each side by side; why it failed, by process id."""
+    return _why(_Calls(pids, work), limit)
 
-    pool = ThreadPoolExecutor(len(pids), thread_name_prefix="gpuckpt-cuda")
-    try:
-        running: dict[Future[None], int] = {pool.submit(work, pid): pid for pid in pids}
-        done, late = wait(running, timeout=limit)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    found = {running[one]: f"the driver did not answer within {limit:g} s" for one in late}
-    found |= {running[one]: str(error) for one in done if (error := one.exception()) is not None}
-    for one in done:
-        error = one.exception()
-        if error is not None and not isinstance(error, GpuckptError):
+
+def _why(calls: _Calls, limit: float) -> dict[int, str]:
+    found = dict.fromkeys(calls.wait(limit), f"the driver did not answer within {limit:g} s")
+    for pid, error in calls.errors.items():
+        if not isinstance(error, GpuckptError):
             raise error
+        found[pid] = str(error)
     return dict(sorted(found.items()))
+
+
+def _late(made: Sequence[_Calls], limits: Limits) -> dict[int, str]:
+    """Wait for calls that are still out: what they are about to do could not be undone before. Those that stay out."""
+    left = {pid for calls in made for pid in calls.wait(limits.late)}
+    return dict.fromkeys(sorted(left), "the driver is still at it")
 
 
 def _roll_back(driver: Driver, pids: Sequence[int], limits: Limits) -> dict[int, str]:

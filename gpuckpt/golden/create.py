@@ -85,6 +85,8 @@ def _create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created
                 f"golden {name} cannot be replaced: it has running replicas: {', '.join(running)}",
                 remedy=f"stop them first: gpuckpt stop {' '.join(running)}",
             )
+        if request.gpus:
+            gpu.preflight(tools, request.gpus)
         launch = launch_of(request, tools, request.accelerator)
         refuse_own_folders(launch, tools)
         staging = stack.enter_context(_staging(layout, layout.staging / name))
@@ -95,11 +97,11 @@ def _create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created
 
         present = tools.containers.inspect(container)
         holders = gpu.measured(tools, server.holders) if server.holders else None
-        state = holders.state if holders else None
-        expected = tools.memory_of(present.pid) + (state.carried if state else 0) + sum(map(_size_of, written))
+        carried = holders.state.carried if holders else 0
+        expected = tools.memory_of(present.pid) + carried + sum(map(_size_of, written))
         _require_space(tools, expected)
         affinity = tools.affinity_of(present.pid)
-        with gpu.suspended(tools, phases, holders, resume=request.leave_running):
+        with gpu.suspended(tools, phases, holders, resume=request.leave_running) as state:
             with phase(tools, phases, "dump"), _watching(tools, staging, expected):
                 link_images(present.bundle, staging / "images")
                 _dump(request, tools, replica, container, present.bundle)

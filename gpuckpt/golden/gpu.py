@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 
 from msgspec import structs
 
-from gpuckpt import proc
 from gpuckpt.cuda.suspend import Step
-from gpuckpt.errors import GpuckptError, RestoreError
+from gpuckpt.errors import CheckpointError, GpuckptError, RestoreError
 from gpuckpt.golden.tools import Tools
-from gpuckpt.manifest import DeviceState
+from gpuckpt.manifest import DeviceState, Held
 from gpuckpt.timing import PhaseTable
 
 # Seconds for which a server that has just left a GPU waits for room to come back: somebody else was faster.
@@ -25,26 +24,45 @@ _PATIENCE = 60.0
 
 @dataclass(frozen=True)
 class Holders:
-    """The processes of a running server that hold state on GPUs, by their ids on the host, and what they hold."""
+    """The processes of a running server that hold state on GPUs, by their ids on the host, and what they hold.
+
+    ``gpus`` are the devices that the container was given. ``told``: NVML names these processes, so that what they hold
+    is known; where it does not (in a container of its own, say), ``free`` is what was free on each device meanwhile.
+    """
 
     first: int
     pids: tuple[int, ...]
     state: DeviceState
-    visible: tuple[str, ...]
+    gpus: tuple[str, ...]
+    told: bool
+    free: dict[str, int]
 
 
-def find(tools: Tools, first: int, visible: tuple[str, ...]) -> Holders | None:
+def preflight(tools: Tools, gpus: Sequence[str]) -> None:
+    """Ask the driver before a server is started for minutes. Raises PreflightError, and CheckpointError for MIG."""
+    here = tools.devices.gpus()
+    mine = [gpu for gpu in here if "all" in gpus or gpu.uuid in gpus] or list(here)
+    if mine and all(gpu.mig for gpu in mine):
+        tools.devices.refuse([Held(gpu.uuid, gpu.name, 0) for gpu in mine])
+
+
+def find(tools: Tools, first: int, gpus: tuple[str, ...]) -> Holders | None:
     """Who of the container's processes holds device state; None if nobody does.
 
-    ``visible``: the devices that the container was given. Raises CheckpointError for state that the driver cannot move.
+    Raises CheckpointError for state that the driver cannot move.
     """
     pids = tuple(tools.devices.holders(first))
     if not pids:
+        tools.devices.refuse_open(first, pids)
         return None
     held = tools.devices.held(pids)
     tools.devices.refuse(held)
-    state = DeviceState(devices=held, processes=tuple(map(proc.inside, pids)))
-    return Holders(first, pids, state, visible)
+    inside = {pid: name for name, pid in tools.devices.inside(first).items()}
+    here = tools.devices.gpus()
+    state = DeviceState(
+        devices=held, processes=tuple(inside[pid] for pid in pids), visible=tuple(gpu.uuid for gpu in here)
+    )
+    return Holders(first, pids, state, gpus, bool(held), {gpu.uuid: gpu.free for gpu in here})
 
 
 def measured(tools: Tools, holders: Holders) -> Holders:
@@ -54,62 +72,88 @@ def measured(tools: Tools, holders: Holders) -> Holders:
 
 
 @contextlib.contextmanager
-def suspended(tools: Tools, phases: PhaseTable, holders: Holders | None, *, resume: bool) -> Iterator[None]:
+def suspended(
+    tools: Tools, phases: PhaseTable, holders: Holders | None, *, resume: bool
+) -> Iterator[DeviceState | None]:
     """Have the device state in host memory while the body runs; room for it is kept on the devices.
 
-    It is put back if the body fails, and with ``resume`` also if it does not. Raises CheckpointError.
+    Yields what the golden is to say of it. It is put back if the body fails, and with ``resume`` also if it does not.
+    Raises CheckpointError.
     """
     if holders is None:
-        yield
+        yield None
         return
     now = tools.devices.held(holders.pids)
     tools.report.stage("GPU")
     note(phases, tools.devices.suspend(holders.first, holders.pids))
+    kept: Mapping[str, str] = {}
     with contextlib.ExitStack() as stack:
-        # Nobody has come yet, or they were faster: then there is room for it later, or it waits.
-        kept: Mapping[str, str] = {}
-        with contextlib.suppress(GpuckptError):
-            kept = stack.enter_context(tools.devices.reserve(now, holders.visible))
         try:
-            yield
+            state = holders.state if holders.told else _by_difference(tools, holders)
+            # Nobody has come yet, or they were faster: then there is room for it later, or it waits.
+            with contextlib.suppress(GpuckptError):
+                kept = stack.enter_context(tools.devices.reserve(now, holders.gpus))
+            yield state
         except BaseException:
             try:
-                _back(tools, phases, holders, kept or None)
+                _back(tools, phases, holders, kept)
             except GpuckptError as error:
                 tools.report.note(f"the server's GPU state could not be put back: {error.message}")
             raise
         if resume:
-            _back(tools, phases, holders, kept or None)
+            _back(tools, phases, holders, kept)
 
 
-def _back(tools: Tools, phases: PhaseTable, holders: Holders, kept: Mapping[str, str] | None) -> None:
-    if kept is not None:
-        note(phases, tools.devices.resume(holders.pids, kept))
+def _by_difference(tools: Tools, holders: Holders) -> DeviceState:
+    """What the server had held, by what has become free since it was awake. Raises CheckpointError."""
+    held = tuple(
+        Held(gpu.uuid, gpu.name, gpu.free - holders.free[gpu.uuid])
+        for gpu in tools.devices.gpus()
+        if gpu.free > holders.free.get(gpu.uuid, gpu.free)
+    )
+    if not held:
+        raise CheckpointError(
+            "nobody can tell how much GPU memory the server holds",
+            cause="NVML does not know its processes by their ids here, and nothing became free when it was suspended",
+            remedy="run gpuckpt on the host itself, in its first pid namespace",
+        )
+    tools.report.note("NVML does not know the server's processes: its GPU memory is what became free without it")
+    return structs.replace(holders.state, devices=held, carried=sum(one.bytes for one in held))
+
+
+def _back(tools: Tools, phases: PhaseTable, holders: Holders, kept: Mapping[str, str]) -> None:
+    visible = holders.state.visible
+    if kept or not holders.state.devices:
+        note(phases, tools.devices.resume(holders.pids, kept, visible))
         return
-    with tools.devices.reserve(holders.state.devices, holders.visible, timeout=_PATIENCE) as chosen:
-        note(phases, tools.devices.resume(holders.pids, chosen))
+    with tools.devices.reserve(holders.state.devices, holders.gpus, timeout=_PATIENCE) as chosen:
+        note(phases, tools.devices.resume(holders.pids, chosen, visible))
 
 
-def restored(tools: Tools, phases: PhaseTable, state: DeviceState, first: int, chosen: Mapping[str, str]) -> None:
+def restored(
+    tools: Tools, phases: PhaseTable, state: DeviceState, first: int | None, chosen: Mapping[str, str]
+) -> None:
     """Put device state back into processes that CRIU has just brought back below ``first``; then they run.
 
     ``chosen``: onto which devices, from a reservation. Raises RestoreError.
     """
-    pids = on_host(tools, state, first)
+    if not first:
+        raise RestoreError("nobody knows the restored server's first process", remedy="gpuckpt doctor")
+    pids = on_host(tools, state.processes, first)
     tools.report.stage("GPU")
-    note(phases, tools.devices.resume(pids, chosen))
+    note(phases, tools.devices.resume(pids, chosen, state.visible))
 
 
-def on_host(tools: Tools, state: DeviceState, first: int) -> list[int]:
-    """The processes that hold the state, as the host calls them now. Raises RestoreError if one is not there."""
+def on_host(tools: Tools, processes: Sequence[int], first: int) -> list[int]:
+    """Processes below ``first``, by their ids in the container, as the host calls them. Raises RestoreError."""
     here = tools.devices.inside(first)
-    if missing := [pid for pid in state.processes if pid not in here]:
+    if missing := [pid for pid in processes if pid not in here]:
         raise RestoreError(
-            "processes with GPU state have not come back",
+            "processes with GPU state are not there",
             cause=f"there is no process {', '.join(map(str, missing))} in the container",
-            remedy="gpuckpt logs tells what the server has said last; create the golden anew",
+            remedy="gpuckpt logs tells what the server has said last; stop it, and create the golden anew",
         )
-    return [here[pid] for pid in state.processes]
+    return [here[pid] for pid in processes]
 
 
 def note(phases: PhaseTable, steps: Sequence[Step]) -> None:

@@ -28,11 +28,13 @@ SETTLED = ("ready", "prepared")  # states that outlive the transaction that made
 
 @dataclass(frozen=True)
 class Standby:
-    """What a standby has given up, by which it is woken: its processes with device state (ids on the host), the devices
-    as (UUID, type, bytes), and whether it has given memory back that it is to take again."""
+    """What a standby has given up, by which it is woken: its processes with device state (ids in the container), the
+    devices as (UUID, type, bytes), all that the host had then, and whether it has given memory back that it is to take
+    again."""
 
     processes: tuple[int, ...] = ()
     devices: tuple[tuple[str, str, int], ...] = ()
+    visible: tuple[str, ...] = ()
     given: bool = False
 
 
@@ -111,7 +113,8 @@ def load(folder: Path) -> Replica | None:
 
 def _standby(record: dict[str, Any]) -> Standby:
     devices = tuple((str(uuid), str(name), int(count)) for uuid, name, count in record["devices"])
-    return Standby(tuple(map(int, record["processes"])), devices, bool(record["given"]))
+    visible = tuple(map(str, record["visible"]))
+    return Standby(tuple(map(int, record["processes"])), devices, visible, bool(record["given"]))
 
 
 def all_of(parent: Path) -> list[Replica]:

@@ -240,9 +240,10 @@ def _from_golden(
         raise source.trouble
     golden = source.manifest
     held = golden.gpu.devices if golden.gpu else ()
-    # Before anything is made: a server that has no room on the GPUs is no server.
-    with tools.devices.reserve(held, golden.launch.gpus, timeout=request.gpu_wait) as chosen:
-        return _brought_back(request, tools, phases, source, replica, chosen)
+    with contextlib.ExitStack() as room:
+        # Before anything is made: a server that has no room on the GPUs is no server.
+        reserved = tools.devices.reserve(held, golden.launch.gpus, timeout=request.gpu_wait)
+        return _brought_back(request, tools, phases, source, replica, room.enter_context(reserved), room)
 
 
 def _brought_back(
@@ -252,6 +253,7 @@ def _brought_back(
     source: Source,
     replica: Replica,
     chosen: Mapping[str, str],
+    room: contextlib.ExitStack,
 ) -> Restored:
     golden, options = source.manifest, request.options
     if not replica.bundle:
@@ -264,17 +266,16 @@ def _brought_back(
     _renew_entropy(tools)
     limit = _LONGEST + golden.sizes.total / _SLOWEST
     given = weights.given_by(golden, source.folder)
-    with (
-        carried(tools, golden.gpu.devices if golden.gpu else (), given.files, chosen) as ahead,
-        _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring,
-    ):
+    ahead = room.enter_context(carried(tools, golden.gpu.devices if golden.gpu else (), given.files, chosen))
+    with _restoring(tools, replica, bundle, tcp_established=options.tcp_established, limit=limit) as restoring:
         with phase(tools, phases, "restore"), _huge_pages(request, tools, golden):
             first = restoring.until_resumed(partial(_bind, tools, golden))
         phases.split("restore", replica.operation.marks(), first="podman: restore")
         if golden.gpu is not None:
             gpu.restored(tools, phases, golden.gpu, first, chosen)
         if given:
-            weights.wake(tools, phases, replica, given, ahead)
+            weights.wake(tools, phases, replica, given, ahead, first)
+        room.close()  # what it has by now is no longer free
         first_token_ns, match = _answers(request, tools, phases, golden, replica, restoring)
     if request.keep:
         _keep_work_files(bundle, replica)
@@ -303,7 +304,7 @@ class _Restoring(threading.Thread):
         except BaseException as error:
             self.error = error
 
-    def until_resumed(self, prepare: Callable[[int], None]) -> int:
+    def until_resumed(self, prepare: Callable[[int], None]) -> int | None:
         """Start it, and wait until the processes run, or it is over; returns the first one, raises what it raised.
 
         ``prepare`` is called with the first process when all are there and CRIU is about to let them run.
@@ -318,7 +319,7 @@ class _Restoring(threading.Thread):
             self.join(0.001)
         if self.error is not None:
             raise self.error
-        return first or 0
+        return first
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from gpuckpt.golden import gpu, weights
 from gpuckpt.golden.carried import carried
 from gpuckpt.golden.replica import Replica, Standby, by_name
 from gpuckpt.golden.tools import Tools, phase
-from gpuckpt.manifest import Held, Manifest
+from gpuckpt.manifest import DeviceState, Held, Manifest
 from gpuckpt.store import locks
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload import adapter
@@ -93,37 +93,39 @@ def _held(tools: Tools, name: str, known: Container | None) -> Iterator[tuple[Re
 
 
 def _down(tools: Tools, replica: Replica, container: Container, golden: Manifest | None, phases: PhaseTable) -> Changed:
-    holders = gpu.find(tools, container.pid, golden.launch.gpus if golden else ("all",))
+    holders = gpu.find(tools, container.pid, _gpus(golden))
     given = weights.given_by(golden, Path()) if golden else weights.NOTHING
     if golden is not None and (holders is not None or given):
         with phase(tools, phases, "quiesce"):
             adapter(golden.workload).quiesce(replica.endpoint, timeout=_QUIET)
-    held = holders.state.devices if holders else ()
-    going = Standby(
-        processes=holders.pids if holders else (),
-        devices=tuple((one.uuid, one.name, one.bytes) for one in held),
-        given=bool(given),
-    )
-    replace(replica, standby=going).save()
+    state = holders.state if holders else _NONE
+    going = Standby(state.processes, _devices(state), state.visible, bool(given))
     try:
+        replace(replica, standby=going).save()
         if given:
             weights.sleep(tools, phases, replica, given)
-        with gpu.suspended(tools, phases, holders, resume=False), phase(tools, phases, "freeze"):
+        with gpu.suspended(tools, phases, holders, resume=False) as off, phase(tools, phases, "freeze"):
+            state = off or state
+            going = replace(going, devices=_devices(state))
+            replace(replica, standby=going).save()
             freezer.freeze(container.pid, container.id)
-    except BaseException as error:
-        _undo(tools, replica, container, golden, error)
+    except BaseException:
+        _undo(tools, replica, container, going, golden)
         raise
     phases.stop()
-    return Changed(replace(replica, standby=going), phases, sum(one.bytes for one in held))
+    return Changed(replace(replica, standby=going), phases, state.bytes)
 
 
-def _undo(tools: Tools, replica: Replica, container: Container, golden: Manifest | None, error: BaseException) -> None:
+def _undo(tools: Tools, replica: Replica, container: Container, going: Standby, golden: Manifest | None) -> None:
     """Let a server that could not be suspended answer as before; what cannot be undone the next wake tries again."""
-    with contextlib.suppress(OSError, GpuckptError):
-        freezer.thaw(container.pid, container.id)
     try:
+        freezer.thaw(container.pid, container.id)
+        pids = gpu.on_host(tools, going.processes, container.pid)
+        if tools.devices.off(pids):
+            raise RestoreError("its GPU state is still in host memory")
+        tools.devices.settle(pids, {}, going.visible)
         if golden is not None and (given := weights.given_by(golden, tools.layout.golden(golden.name))):
-            weights.wake(tools, PhaseTable(), replica, given)
+            weights.wake(tools, PhaseTable(), replica, given, first=container.pid)
         replica.save()
     except (OSError, GpuckptError) as trouble:
         tools.report.note(f"{replica.name} does not answer yet: {trouble}; try gpuckpt wake {replica.name}")
@@ -139,39 +141,58 @@ def _up(
     timeout: float,
 ) -> Changed:
     was = replica.standby or Standby()
-    held = tuple(Held(uuid, name, count) for uuid, name, count in was.devices)
-    visible = golden.launch.gpus if golden and golden.launch.gpus else ("all",)
-    waited = now_ns()
     given = _given(tools, replica, golden) if was.given else weights.NOTHING
-    with (
-        tools.devices.reserve(held, visible, timeout=timeout) as chosen,
-        carried(tools, held, given.files, chosen) as ahead,
-    ):
+    held = tuple(Held(uuid, name, count) for uuid, name, count in was.devices)
+    gpus = _gpus(golden)
+    if not freezer.frozen(container.pid, container.id):  # it was killed on its way, and may hold some of it still
+        held, gpus = _lacking(tools, was, container, held), tuple(one.uuid for one in held)
+    waited = now_ns()
+    with contextlib.ExitStack() as room:
+        chosen = room.enter_context(tools.devices.reserve(held, gpus, timeout=timeout))
+        ahead = room.enter_context(carried(tools, held, given.files, chosen))
         if held:
             phases.add("GPU: room", waited, now_ns())
         with phase(tools, phases, "thaw"):
             freezer.thaw(container.pid, container.id)
         try:
-            if was.processes:
-                gpu.note(phases, tools.devices.settle(was.processes, chosen))
-        except (GpuckptError, OSError):
+            pids = gpu.on_host(tools, was.processes, container.pid)
+            gpu.note(phases, tools.devices.settle(pids, chosen, was.visible))
+        except BaseException:
             # Either none of its state is on a device, and it can be tried again, or it is lost: nobody can ask it.
             with contextlib.suppress(DeadlineError, OSError):
                 freezer.freeze(container.pid, container.id)
             raise
         if given:
-            weights.wake(tools, phases, replica, given, ahead)
+            weights.wake(tools, phases, replica, given, ahead, container.pid)
     awake = replace(replica, standby=None)
     awake.save()
     phases.stop()
-    return Changed(awake, phases, sum(one.bytes for one in held))
+    return Changed(awake, phases, sum(count for _, _, count in was.devices))
+
+
+def _lacking(tools: Tools, was: Standby, container: Container, held: tuple[Held, ...]) -> tuple[Held, ...]:
+    """What of ``held`` is not on the devices now."""
+    now = {one.uuid: one.bytes for one in tools.devices.held(gpu.on_host(tools, was.processes, container.pid))}
+    left = (Held(one.uuid, one.name, one.bytes - now.get(one.uuid, 0)) for one in held)
+    return tuple(one for one in left if one.bytes > 0)
+
+
+def _gpus(golden: Manifest | None) -> tuple[str, ...]:
+    return golden.launch.gpus if golden and golden.launch.gpus else ("all",)
+
+
+def _devices(state: DeviceState) -> tuple[tuple[str, str, int], ...]:
+    return tuple((one.uuid, one.name, one.bytes) for one in state.devices)
 
 
 def _given(tools: Tools, replica: Replica, golden: Manifest | None) -> weights.Given:
     if golden is None:
         raise RestoreError(
-            f"the weights of {replica.name} are gone",
-            cause=f"they were part of golden {replica.golden}, which was removed",
+            f"what {replica.name} has given back is gone",
+            cause=f"it is a part of golden {replica.golden}, which was removed",
             remedy=f"gpuckpt stop {replica.name}",
         )
     return weights.given_by(golden, tools.layout.golden(golden.name))
+
+
+_NONE = DeviceState(devices=(), processes=())

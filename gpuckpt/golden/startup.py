@@ -14,7 +14,7 @@ from gpuckpt.errors import (
     GpuckptError,
     IncompatibleError,
     NotFoundError,
-    VerificationError,
+    OutOfSpaceError,
 )
 from gpuckpt.golden import failures, gpu, profile, weights
 from gpuckpt.golden.assembly import assemble, seccomp_digest
@@ -61,8 +61,8 @@ def ready(
     try:
         given = weights.release(tools, phases, started.replica, request.adapter, canary, folder)
         return Ready(started, canary, first_token_ns, holders, given)
-    except (CheckpointError, VerificationError) as error:
-        if request.weights == "outside":
+    except GpuckptError as error:
+        if request.weights == "outside" or isinstance(error, OutOfSpaceError):
             raise
         why = f"{error.message}: {error.cause}" if error.cause else error.message
         tools.report.note(f"starting once more, with the weights in the image: {why}")

@@ -97,6 +97,7 @@ class Tools(Struct, frozen=True):
     huge_pages: Callable[[Path], AbstractContextManager[bool]]
     memory_of: Callable[[int], int]
     programs_of: Callable[[int], set[str]]
+    root_of: Callable[[int], Path]
     written: Callable[[int, str], hot.Pages]
     renew_entropy: Callable[[], None]
     affinity_of: Callable[[int], dict[str, tuple[int, ...]]]
@@ -112,6 +113,11 @@ def memory_below(pid: int) -> int:
 def programs_below(pid: int) -> set[str]:
     """Paths of the programs and libraries that ``pid`` and its descendants run."""
     return proc.mapped_files(proc.processes_below(pid))
+
+
+def root_seen_by(pid: int) -> Path:
+    """The root file system as a process sees it, mounts and how they are mounted included."""
+    return Path(f"/proc/{pid}/root")
 
 
 def written_below(pid: int, mount_point: str) -> hot.Pages:
@@ -168,6 +174,7 @@ def tools(settings: Settings, *, report: Reporter | None = None, criu: Path | No
         huge_pages=hugepages.transparent_huge_pages_always,
         memory_of=memory_below,
         programs_of=programs_below,
+        root_of=root_seen_by,
         written=written_below,
         renew_entropy=entropy.renew,
         affinity_of=affinity.bound,

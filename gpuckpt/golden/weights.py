@@ -7,8 +7,10 @@ what was there is not believed but tried, before the dump, with the canary.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +24,16 @@ from gpuckpt.errors import (
 from gpuckpt.golden.carried import Carried
 from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.tools import Tools, phase
+from gpuckpt.host.tmpfs import available_memory
 from gpuckpt.manifest import Canary, Manifest
 from gpuckpt.store.digests import digest_file
 from gpuckpt.store.reading import opened
 from gpuckpt.store.sharing import Sharing
 from gpuckpt.timing import PhaseTable, now_ns
-from gpuckpt.workload.base import CONTROL_NAME, Adapter
+from gpuckpt.workload.base import CONTROL_NAME, MEMORY_FOLDER, Adapter
 from gpuckpt.workload.control import Control, ControlRefused, Woken
 
+_QUIET = 30.0  # seconds in which the canary's request must have ended
 _RANKS = 64  # more processes than any server on one host has
 
 
@@ -64,52 +68,72 @@ def release(
 ) -> Given:
     """Have the server write its weights below ``folder``, prove that they can be read again, and leave it asleep.
 
-    Raises CheckpointError if the server cannot, VerificationError if the canary's answer
-    is another one with weights that were read, OutOfSpaceError.
+    Raises CheckpointError if the server cannot, VerificationError if the canary's answer is another one with weights
+    that were read, OutOfSpaceError, and what asking the canary raises.
     """
     folder.mkdir(mode=0o700)
     server = control(replica)
-    try:
-        with phase(tools, phases, "weights: save"):
-            ranks = server.ranks()
-            if not 0 < ranks <= _RANKS:
-                raise ControlRefused("the server has no weights to keep outside its image", cause=f"ranks: {ranks}")
-            files = [folder / str(rank) for rank in range(ranks)]
-            with opened(files, os.O_RDWR | os.O_CREAT | os.O_EXCL) as handles:
-                server.save(handles)
-            for file in files:
-                file.chmod(0o400)  # as all memory files
-        with phase(tools, phases, "weights: rehearse"), opened(files) as handles:
+    with phase(tools, phases, "weights: save"), _told():
+        ranks = server.ranks()
+        if not 0 < ranks <= _RANKS:
+            raise ControlRefused("it has no weights to keep there", cause=f"ranks: {ranks}")
+        _require_room(tools, adapter)
+        files = tuple(folder / str(rank) for rank in range(ranks))
+        with opened(files, os.O_RDWR | os.O_CREAT | os.O_EXCL) as handles:
+            server.save(handles)
+        for file in files:
+            file.chmod(0o400)  # as all memory files
+    with phase(tools, phases, "weights: rehearse"), opened(files) as handles:
+        with _told():
             server.sleep()
             server.wake(handles)
-            differences = adapter.replay(replica.endpoint, canary).differences
-            adapter.quiesce(replica.endpoint, timeout=30)
-            if differences:
-                raise VerificationError(
-                    "the server answers differently with weights that were read again",
-                    cause="; ".join(differences),
-                    remedy="keep them in the image: --weights image",
-                )
+        differences = adapter.replay(replica.endpoint, canary).differences
+        adapter.quiesce(replica.endpoint, timeout=_QUIET)
+        if differences:
+            raise VerificationError(
+                "the server answers differently with weights that were read again",
+                cause="; ".join(differences),
+                remedy="keep them in the image: --weights image",
+            )
+        with _told():
             server.sleep()
+    return Given(files)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What a server refuses as an error of the creation."""
+    what, remedy = "the server cannot keep its weights outside its image", "keep them in the image: --weights image"
+    try:
+        yield
     except DaemonUnreachableError as error:
         raise CheckpointError(
-            "the server cannot keep its weights outside its image: it takes no orders",
+            f"{what}: it takes no orders",
             cause=error.cause or error.message,
-            remedy="keep them in the image: --weights image; docs/gpu.md tells what a server has to do",
+            remedy=f"{remedy}; docs/gpu.md tells what a server has to do",
         ) from error
     except ControlRefused as error:
         if "No space left" in f"{error.message} {error.cause}":
-            raise OutOfSpaceError(
-                "there is no room in the store for the model's weights",
-                cause=error.cause,
-                remedy="remove goldens (gpuckpt df, gpuckpt rm), or enlarge store.size",
-            ) from error
-        raise CheckpointError(
-            f"the server cannot keep its weights outside its image: {error.message}",
-            cause=error.cause,
-            remedy="keep them in the image: --weights image",
-        ) from error
-    return Given(files=tuple(files))
+            raise _full(error.cause) from error
+        raise CheckpointError(f"{what}: {error.message}", cause=error.cause, remedy=remedy) from error
+
+
+def _require_room(tools: Tools, adapter: Adapter) -> None:
+    """Refuse before a tmpfs takes the last memory of the machine. A model's weights are about as large as its files."""
+    model = Path(adapter.record.model or "")
+    needed = sum(file.stat().st_size for file in model.glob("*.safetensors")) if model.is_absolute() else 0
+    free = min(shutil.disk_usage(tools.layout.store).free, available_memory())
+    if needed > free:
+        raise _full(f"they are about {needed >> 20} MiB, and {free >> 20} MiB are left", needed - free)
+
+
+def _full(cause: str | None, lacking: int = 0) -> OutOfSpaceError:
+    return OutOfSpaceError(
+        "there is no room in the store for the model's weights",
+        cause=cause,
+        remedy="remove goldens (gpuckpt df, gpuckpt rm), or enlarge store.size",
+        lacking=lacking,
+    )
 
 
 def release_caches(
@@ -126,7 +150,7 @@ def release_caches(
             server.sleep(caches=True)
             server.wake((), caches=True)
             differences = adapter.replay(replica.endpoint, canary).differences if canary is not None else ()
-            adapter.quiesce(replica.endpoint, timeout=30)
+            adapter.quiesce(replica.endpoint, timeout=_QUIET)
             if differences:
                 raise VerificationError(
                     "the server answers differently when it has given its caches back and taken them again",
@@ -163,14 +187,25 @@ def keep(tools: Tools, staging: Path, files: Sequence[Path]) -> Kept:
     return Kept(tuple(names), digests)
 
 
-def wake(tools: Tools, phases: PhaseTable, replica: Replica, given: Given, ahead: Carried | None = None) -> None:
+def wake(
+    tools: Tools,
+    phases: PhaseTable,
+    replica: Replica,
+    given: Given,
+    ahead: Carried | None = None,
+    first: int | None = None,
+) -> None:
     """Have the replica's server take again what it has given back, and answer; from ``ahead``, if that is given.
+
+    ``first``: its first process, for files of a published golden. They are opened as it sees them, on a mount that is
+    read-only: whoever has a file open may open it once more, and root in a container writes where the mode forbids it.
 
     Raises RestoreError, DaemonUnreachableError.
     """
     tools.report.stage("weights")
     server = control(replica)
-    with opened(given.files) as handles:
+    with opened(_seen(tools, given.files, first)) as handles:
+        _compare(given.files, handles)
         try:
             memory = _waited_for(tools, phases, ahead)
             begin = now_ns()
@@ -186,6 +221,25 @@ def wake(tools: Tools, phases: PhaseTable, replica: Replica, given: Given, ahead
     if woken.told:
         tools.report.note(f"the weights that were carried ahead could not be used: {woken.told}")
     _split(phases, "caches" if given.caches else "weights", begin, now_ns(), woken.phases)
+
+
+def _seen(tools: Tools, files: Sequence[Path], first: int | None) -> list[Path]:
+    if first is None:
+        return list(files)
+    folder = tools.root_of(first) / MEMORY_FOLDER.lstrip("/")
+    return [folder / file.name for file in files]
+
+
+def _compare(files: Sequence[Path], handles: Sequence[int]) -> None:
+    """What a container shows must be the golden's."""
+    for file, handle in zip(files, handles, strict=True):
+        own, found = file.stat(), os.fstat(handle)
+        if (own.st_dev, own.st_ino) != (found.st_dev, found.st_ino):
+            raise RestoreError(
+                "the container shows other weights than the golden's",
+                cause=f"{file.name} is another file there",
+                remedy="stop the replica: its server has meddled with its mounts",
+            )
 
 
 def _waited_for(tools: Tools, phases: PhaseTable, ahead: Carried | None) -> int | None:

@@ -183,7 +183,10 @@ class Operations:
             await _done(work(model.name, held.name))
         except GpuckptError as error:
             self.say("failed", model.name, held.name, _why(error), tier)
-            if held.phase is not Phase.STOPPING:
+            if isinstance(error, GpuFullError) and held.phase is Phase.WAKING:
+                # It is a standby as before: somebody else has the GPU, and will let go of it.
+                held.phase, model.retry_at = Phase.STANDBY, self._clock() + self.retry
+            elif held.phase is not Phase.STOPPING:
                 self.stop(model, held, f"not {kind}")
             return
         if held.phase is Phase.STOPPING:  # it was lost meanwhile

@@ -308,13 +308,13 @@ def test_a_server_goes_round_and_to_other_devices(two: World, tmp_path: Path) ->
     assert [step.name for step in mine.suspend(10, pids)] == ["lock", "checkpoint"]
     assert mine.held(pids) == () and [gpu.free for gpu in mine.gpus()] == [80_000 * MIB] * 2
     with mine.reserve(held) as chosen:
-        mine.resume(pids, chosen)
+        mine.resume(pids, chosen, [FIRST.uuid, SECOND.uuid])
     assert mine.held(pids) == held
     # The second device is nearly full meanwhile: what was there goes to the first, and the other way round.
     mine.suspend(10, pids)
     two.start(14, {SECOND.uuid: 55_000 * MIB})
     with mine.reserve(held) as chosen:
-        mine.resume(pids, chosen)
+        mine.resume(pids, chosen, [FIRST.uuid, SECOND.uuid])
     assert {two.state(pid) for pid in pids} == {"running"}
     assert two.held(11) == {SECOND.uuid: 20_000 * MIB}
     assert two.held(12) == {SECOND.uuid: 1_000 * MIB, FIRST.uuid: 30_000 * MIB}

@@ -107,7 +107,7 @@ def test_a_replica_that_was_killed_on_its_way(bench: Bench) -> None:
     record = bench.folder / "state" / "replicas" / name / "replica.json"
     kept = json.loads(record.read_text())
     assert kept["standby"] is None
-    record.write_text(json.dumps(kept | {"standby": {"processes": [], "devices": [], "given": False}}))
+    record.write_text(json.dumps(kept | {"standby": {"processes": [], "devices": [], "visible": [], "given": False}}))
     assert bench.ok("suspend", name, "--format", "json").json["state"] == "standby"
     assert bench.ok("wake", name, "--format", "json").json["state"] == "running"
     assert bench.get(name, "/digest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from gpuckpt.cuda.driver import DriverError
 from gpuckpt.cuda.helper import Helper, Remote
@@ -23,6 +25,7 @@ from gpuckpt.errors import (
     DeadlineError,
     GpuFullError,
     IncompatibleError,
+    InterruptedByUser,
     PreflightError,
     RestoreError,
 )
@@ -49,8 +52,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpuckpt.cuda.suspend._SPARE", 0.1)
 
 
-def states(driver: FakeDriver) -> set[str | None]:
-    return {driver.state(pid) for pid in PIDS}
+def states(driver: FakeDriver, but: int | None = None) -> set[str | None]:
+    return {driver.state(pid) for pid in PIDS if pid != but}
 
 
 def free(driver: FakeDriver) -> list[int]:
@@ -113,6 +116,48 @@ def test_a_suspend_that_fails_leaves_the_server_running(driver: FakeDriver, step
         suspend(driver, PIDS, QUICK)  # and it can be tried again
     else:
         assert "did not answer within" in caught.value.cause
+        # It came late, was waited for, and undone.
+        assert caught.value.remedy and caught.value.remedy.startswith("the server runs on")
+        time.sleep(0.6)
+        assert states(driver) == {"running"} and free(driver) == before
+
+
+@pytest.mark.parametrize(("step", "pid"), list(product(("lock", "checkpoint"), PIDS)))
+def test_a_call_that_stays_out_is_told_of(driver: FakeDriver, step: str, pid: int) -> None:
+    driver.hang[step, pid] = 1.0
+    with pytest.raises(CheckpointError) as caught:
+        suspend(driver, PIDS, structs.replace(QUICK, late=0.05))
+    remedy = caught.value.remedy or ""
+    assert "could not be undone" in remedy and f"process {pid}: the driver is still at it" in remedy
+    assert states(driver, but=pid) == {"running"}
+
+
+@pytest.mark.parametrize("step", ["lock", "checkpoint"])
+def test_an_interrupt_in_the_midst_leaves_the_server_running(driver: FakeDriver, step: str) -> None:
+    before = free(driver)
+    driver.hang[step, 11] = 0.3
+    timer = threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1))
+
+    def interrupt(number: int, frame: object) -> None:
+        raise InterruptedByUser("interrupted")
+
+    previous = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        timer.start()
+        with pytest.raises(InterruptedByUser):
+            suspend(driver, PIDS)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert states(driver) == {"running"} and free(driver) == before
+
+
+def test_a_restore_that_comes_late_is_taken_off_again(driver: FakeDriver) -> None:
+    suspend(driver, PIDS)
+    driver.hang["restore", 12] = 0.5
+    with pytest.raises(RestoreError) as caught:
+        resume(driver, PIDS, limits=QUICK)
+    assert "none of it is on a device" in (caught.value.remedy or "")
+    assert states(driver) == {"checkpointed"} and free(driver) == [80_000, 80_000]
 
 
 @pytest.mark.parametrize("pid", PIDS)
