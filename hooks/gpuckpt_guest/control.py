@@ -22,6 +22,15 @@ the reason. ``"told"`` beside "copy" says that a part of the memory could not be
 while the server takes its own: a server that has too little beside it says so and stays asleep, and can be asked again
 without. ``"carried": 0`` is as nothing said; what else a wake has is refused.
 
+The weights may stay where they are, in the image, while caches alone are given back and keep their addresses. No
+files come with these orders. Requests wait in between, too, and nothing is left of what was cached::
+
+    {"do": "sleep", "caches": 1} → {"released": bytes}
+    {"do": "wake", "caches": 1}  → {"bytes": 0, "phases": {"map": 0.0, "stream": 0.0, "kv": s}}
+
+A server wakes up from what it was put to sleep by: an order of the other kind, to a server that is asleep, is refused,
+and it stays asleep. ``"caches": 0`` is as nothing said.
+
 What cannot be done is answered ``{"error": {"message": …, "cause": …}}``. To sleep asleep and to wake awake is no
 error and does nothing. A file that does not fit is refused, and the server stays asleep.
 
@@ -180,8 +189,8 @@ def files_to_wake(request: dict[str, Any], files: Sequence[int], ranks: int) -> 
 
     Raises ControlError if there are more or fewer, or if the request has what is not known.
     """
-    if unknown := sorted(set(request) - {"do", "carried"}):
-        raise ControlError(f"a wake has no {', '.join(map(repr, unknown))}", "this server knows 'carried' only")
+    if unknown := sorted(set(request) - {"do", "carried", "caches"}):
+        raise ControlError(f"a wake has no {', '.join(map(repr, unknown))}", "this server knows 'carried' and 'caches'")
     carried = request.get("carried", 0)
     if isinstance(carried, bool) or not isinstance(carried, int) or carried not in (0, 1):
         raise ControlError(f"'carried' is {carried!r}", "one handle can come behind the weights' files, or none")
@@ -192,6 +201,31 @@ def files_to_wake(request: dict[str, Any], files: Sequence[int], ranks: int) -> 
     if len(files) != 2:
         raise ControlError(f"{len(files)} files came with the request", "one with the weights and one handle make two")
     return files[:1], files[1]
+
+
+def caches_only(request: dict[str, Any], files: Sequence[int]) -> bool:
+    """Whether an order to sleep or to wake is for caches, and the weights stay.
+
+    Raises ControlError if that cannot be told, or if the order has what does not go with it.
+    """
+    caches = request.get("caches", 0)
+    if isinstance(caches, bool) or not isinstance(caches, int) or caches not in (0, 1):
+        raise ControlError(f"'caches' is {caches!r}", "1 is for caches alone, 0 for weights and caches")
+    if not caches:
+        return False
+    if others := sorted(set(request) - {"do", "caches"}):
+        raise ControlError(f"{', '.join(map(repr, others))} came beside 'caches'", "caches go and come without more")
+    if files:
+        raise ControlError(f"{len(files)} files came with the request", "caches have no content that would be read")
+    return True
+
+
+def same_sleep(what: str, asleep: bool, asked: bool) -> None:
+    """Raise ControlError if a server that is asleep is asked for the other kind of sleep; ``True``: caches alone."""
+    if asleep and not asked:
+        raise ControlError(what, 'it is asleep without its caches, its weights are there: only "caches": 1 wakes it')
+    if asked and not asleep:
+        raise ControlError(what, "it is asleep without its weights: they must come back from their files")
 
 
 def _error(message: str, cause: str = "") -> dict[str, Any]:

@@ -270,6 +270,33 @@ def test_one_file_for_each_rank() -> None:
         control.files_for([3], 2)
 
 
+@pytest.mark.parametrize(
+    ("request_", "files", "said"),
+    [
+        ({"caches": True}, 0, "'caches' is True"),
+        ({"caches": 2}, 0, "'caches' is 2"),
+        ({"caches": "1"}, 0, "'caches' is '1'"),
+        ({"caches": [1]}, 0, "'caches' is [1]"),
+        ({"caches": 1, "carried": 1}, 0, "'carried' came beside 'caches'"),
+        ({"caches": 1}, 2, "2 files came"),
+    ],
+)
+def test_orders_for_caches_that_are_not_understood(request_: dict[str, Any], files: int, said: str) -> None:
+    with pytest.raises(ControlError) as caught:
+        control.caches_only({"do": "wake"} | request_, [3] * files)
+    assert said in str(caught.value)
+
+
+def test_orders_for_caches() -> None:
+    assert control.caches_only({"do": "sleep", "caches": 1}, [])
+    assert not control.caches_only({"do": "wake", "caches": 0, "carried": 1}, [3, 4])
+    assert control.files_to_wake({"do": "wake", "caches": 0}, [3], 1) == ([3], None)
+    for kind in (True, False):
+        control.same_sleep("it cannot", kind, kind)
+        with pytest.raises(ControlError, match="it cannot"):
+            control.same_sleep("it cannot", kind, not kind)
+
+
 def test_files_to_wake_up_from() -> None:
     assert control.files_to_wake({"do": "wake"}, [3, 4], 2) == ([3, 4], None)
     assert control.files_to_wake({"do": "wake", "carried": 0}, [3], 1) == ([3], None)

@@ -390,6 +390,42 @@ def test_free_blocks_are_given_back(driver: Driver, host: Host, file: int) -> No
     assert driver.do(lambda: memory.held) == 0
 
 
+def test_caches_go_and_weights_stay(driver: Driver, host: Host, file: int) -> None:
+    memory, weights = driver.engine.memory.arena.memory, driver.loaded.outside
+    assert weights is not None
+    wanted = driver.write([7] * 300, 30)
+    session = driver.new()
+    driver.begin(session, [7] * 300, 4).wait("done")
+    driver.do(driver.engine.delete, session)
+    held, there = driver.do(lambda: memory.held), resident(weights)
+    assert host.ask({"do": "save"}, [file])["bytes"]
+    assert host.ask({"do": "sleep", "caches": 1}) == {"released": held - driver.do(lambda: memory.held)}
+    assert driver.do(lambda: memory.held) < held and resident(weights) == there > 0
+    assert host.ask({"do": "sleep", "caches": 1}) == {"released": 0}
+    assert host.ask({"do": "state"}) == {"asleep": True}
+    asked = driver.begin(driver.new(), [7] * 300, 30)
+    for request, files in (({"do": "sleep"}, []), ({"do": "wake"}, [file])):
+        assert 'only "caches": 1 wakes it' in host.ask(request, files)["error"]["cause"]
+    assert "0 files came" in host.ask({"do": "wake"})["error"]["message"]
+    assert "1 files came" in host.ask({"do": "wake", "caches": 1}, [file])["error"]["message"]
+    assert "asleep" in host.ask({"do": "save"}, [file])["error"]["cause"]
+    time.sleep(0.2)
+    assert not asked.events and host.ask({"do": "state"}) == {"asleep": True}
+
+    nothing = {"bytes": 0, "phases": {"map": 0.0, "stream": 0.0, "kv": 0.0}}
+    assert host.ask({"do": "wake", "caches": 1}) == nothing
+    assert asked.wait("done").generated == wanted
+    assert host.ask({"do": "state"}) == {"asleep": False}
+    assert host.ask({"do": "wake", "caches": 1}) == nothing
+
+    host.ask({"do": "sleep"})
+    for do in ("sleep", "wake"):
+        assert "without its weights" in host.ask({"do": do, "caches": 1})["error"]["cause"]
+    assert resident(weights) == 0 and host.ask({"do": "state"}) == {"asleep": True}
+    host.ask({"do": "wake"}, [file])
+    assert driver.write([7] * 300, 30) == wanted
+
+
 def test_an_engine_that_is_stopped_asleep_answers_everybody(file: int) -> None:
     driver = Driver(away(driving.model())[0])
     session = driver.new()

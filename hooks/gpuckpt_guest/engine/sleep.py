@@ -4,6 +4,9 @@ Sessions and their caches are state, not weights. A pass that is on its way stay
 and runs its next layer, on the same weights at the same addresses, when the engine wakes up. What only looks and
 changes is answered as ever; what would compute is held (:class:`Asleep`).
 
+It may be told to give back only what caches. Its caches take memory when they are used and give it back when they are
+not, so what is left is what nobody uses at the moment; the rest is sessions.
+
 Also the orders that come by the control socket (control.py), for the guest's only process that has weights.
 """
 
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..control import ControlError, Handler, files_for, files_to_wake
+from ..control import ControlError, Handler, caches_only, files_for, files_to_wake, same_sleep
 from ..flat import FlatError
 from ..outside import OutsideWeights
 from .errors import EngineError
@@ -36,12 +39,13 @@ class Sleep:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._outside = engine.loaded.outside
+        self._resting = False  # asleep with its weights
         self.held: list[tuple[Callable[[], Any], Future[Any]]] = []  # until it wakes up
 
     @property
     def asleep(self) -> bool:
-        """Whether the weights are away."""
-        return self._outside is not None and self._outside.asleep
+        """Whether what would compute has to wait."""
+        return self._resting or (self._outside is not None and self._outside.asleep)
 
     @property
     def _weights(self) -> OutsideWeights:
@@ -50,26 +54,32 @@ class Sleep:
         return self._outside
 
     def awake(self) -> None:
-        """Raise Asleep, so that what is being called is held, if the weights are away."""
+        """Raise Asleep, so that what is being called is held, if the engine is asleep."""
         if self.asleep:
             raise Asleep
 
     def save(self, file: int) -> int:
         """Write the weights into a file; returns its size. Raises ControlError, OSError."""
         if self.asleep:
-            raise ControlError("the weights cannot be saved", "the server is asleep: they are not there")
+            raise ControlError("the weights cannot be saved", "the server is asleep")
         return self._weights.save(file)
 
-    def sleep(self) -> int:
-        """Give the weights back, and what caches do not use; returns the bytes. Raises OSError."""
+    def sleep(self, caches: bool = False) -> int:
+        """Give the weights back, and what caches do not use; returns the bytes. Raises OSError.
+
+        ``caches``: the weights stay.
+        """
         if self.asleep:
+            same_sleep("the server cannot sleep", self._resting, caches)
             return 0
         memory, scheduler = self._engine.memory, self._engine.scheduler
         before = memory.arena.memory.held
         if scheduler.done:
             scheduler.rest()
         memory.arena.trim()
-        released = self._weights.sleep() + max(0, before - memory.arena.memory.held)
+        released = 0 if caches else self._weights.sleep()
+        released += max(0, before - memory.arena.memory.held)
+        self._resting = caches
         if self._engine.loaded.device.type == "cuda":
             torch.cuda.empty_cache()  # what torch keeps for later would be in the dump
         return released
@@ -79,12 +89,25 @@ class Sleep:
 
         ``carried``: the handle of memory of the device that holds the file's bytes.
         """
+        if self.asleep:
+            same_sleep("the server cannot wake up", self._resting, False)
         woken = self._weights.wake(file, carried)
+        self._go_on()
+        answer = {"bytes": woken.bytes, "phases": woken.phases | {"kv": 0.0}}  # memory for caches comes when it is used
+        return answer | ({"told": woken.told} if woken.told else {})
+
+    def wake_rested(self) -> dict[str, Any]:
+        """Go on after a sleep in which the weights stayed."""
+        if self.asleep:
+            same_sleep("the server cannot wake up", self._resting, True)
+            self._resting = False
+            self._go_on()
+        return {"bytes": 0, "phases": {"map": 0.0, "stream": 0.0, "kv": 0.0}}
+
+    def _go_on(self) -> None:
         held, self.held = self.held, []
         for each in held:
             self._engine.call(*each)
-        answer = {"bytes": woken.bytes, "phases": woken.phases | {"kv": 0.0}}  # memory for caches comes when it is used
-        return answer | ({"told": woken.told} if woken.told else {})
 
 
 def handlers(engine: Engine) -> Mapping[str, Handler]:
@@ -101,14 +124,21 @@ def handlers(engine: Engine) -> Mapping[str, Handler]:
         (file,) = files_for(files, RANKS)
         return {"bytes": [do("the weights cannot be saved", sleep.save, file)]}
 
+    def rest(request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
+        caches = caches_only(request, files)
+        what = "the caches cannot be given back" if caches else "the weights cannot be given back"
+        return {"released": do(what, sleep.sleep, caches)}
+
     def wake(request: dict[str, Any], files: Sequence[int]) -> Any:
+        if caches_only(request, files):
+            return do("the server cannot wake up", sleep.wake_rested)
         (file,), carried = files_to_wake(request, files, RANKS)
         return do("the weights cannot be taken from this file", sleep.wake, file, carried)
 
     return {
         "ranks": lambda request, files: {"ranks": RANKS},
         "save": save,
-        "sleep": lambda request, files: {"released": do("the weights cannot be given back", sleep.sleep)},
+        "sleep": rest,
         "wake": wake,
         "state": lambda request, files: {"asleep": do("the engine does not answer", lambda: sleep.asleep)},
     }
