@@ -9,6 +9,10 @@ It sleeps at level 2: weights and KV cache are dropped, where level 1 would copy
 the dump. Before that the requests that run end, those that come wait, and the prefix cache is emptied. Communicators
 that have device memory of their own are told, where vLLM has words for it (``checkpoint_prepare``).
 
+Where the weights stay and caches alone go, it does not sleep in vLLM's sense. Scheduling is paused
+(``pause_generation``, in versions without it level 0 of sleep), the prefix cache and those of inputs are emptied with
+it, and the workers give the KV cache back by themselves (vllm_caches.py). For the engine it is a pause, no sleep.
+
 vLLM may come to know all this itself: its pull requests 54942, 54943 and 54946 (RFC 54940; their descriptions were read
 in November 2026, when they were open and in no release) add ``--snapshot-config``, and ``suspend``, ``device_unlock``
 and ``resume`` from the engine's client down to the workers, with device memory left to plugins of the device. Where a
@@ -31,7 +35,7 @@ from typing import Any
 
 from . import handing, lifecycle, nvml
 from .carried import unusable
-from .control import Control, ControlError, Handler, files_for, files_to_wake, wanted, where
+from .control import Control, ControlError, Handler, caches_only, files_for, files_to_wake, same_sleep, wanted, where
 
 _log = logging.getLogger("gpuckpt_guest")
 _NOTHING = {"map": 0.0, "stream": 0.0, "kv": 0.0}
@@ -65,6 +69,7 @@ class Orders:
         self._client = client
         self._config = client.vllm_config
         self._asleep = False
+        self._caches_only = False  # asleep with its weights
         self._prepared = False  # the communicators
         # An engine that knows snapshots itself, and was told to.
         self._own = getattr(self._config, "snapshot_config", None) is not None and hasattr(client, "suspend")
@@ -93,7 +98,7 @@ class Orders:
     async def _save(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
         self._check("the weights cannot be saved")
         if self._asleep:
-            raise ControlError("the weights cannot be saved", "the server is asleep: they are not there")
+            raise ControlError("the weights cannot be saved", "the server is asleep")
         files_for(files, self._count)
         if self._own:
             return {"bytes": []}
@@ -102,39 +107,77 @@ class Orders:
 
     async def _sleep(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
         what = "the server cannot sleep"
+        caches = caches_only(request, files)
         self._check(what)
         if self._asleep:
+            same_sleep(what, self._caches_only, caches)
             return {"released": 0}
         if self._own:
             await self._call_own(what, "suspend")
-            self._asleep, self._slept_as = True, lifecycle.identity()
+            self._asleep, self._caches_only, self._slept_as = True, caches, lifecycle.identity()
             return {"released": 0}
-        held = sum(one["bytes"] for one in await self._all(what, "gpuckpt_held"))
-        # Requests that run are finished; versions without a choice abort them.
-        mode = {"mode": "wait"} if "mode" in inspect.signature(self._client.sleep).parameters else {}
-        await self._client.sleep(level=2, **mode)
-        self._asleep = True
+        released = await (self._release_caches(what) if caches else self._drop(what))
         await self._prepare()
         nvml.let_go()
         if self._count == 1:  # NCCL, which is used between several, opens the library once and never again
             await self._all(what, "gpuckpt_quiet")
-        return {"released": held}
+        return {"released": released}
+
+    async def _drop(self, what: str) -> int:
+        held = sum(one["bytes"] for one in await self._all(what, "gpuckpt_held"))
+        # Requests that run are finished; versions without a choice abort them.
+        mode = {"mode": "wait"} if "mode" in inspect.signature(self._client.sleep).parameters else {}
+        await self._client.sleep(level=2, **mode)
+        self._asleep, self._caches_only = True, False
+        return held
+
+    async def _release_caches(self, what: str) -> int:
+        pausing = self._knows_to_pause()
+        if not pausing and "mode" not in inspect.signature(self._client.sleep).parameters:
+            raise ControlError(what, "this vLLM cannot have requests wait without giving its weights back")
+        self._asleep = self._caches_only = True  # and if it cannot be had back where this fails
+        try:
+            if pausing:
+                await self._client.pause_generation(mode="wait", clear_cache=True)
+            else:
+                await self._client.sleep(level=0, mode="wait")
+                if await self._client.reset_prefix_cache() is False:
+                    raise ControlError(what, "the prefix cache could not be emptied")
+            return sum(one["bytes"] for one in await self._all(what, "gpuckpt_release_caches"))
+        except Exception:
+            await self._all(what, "gpuckpt_take_caches")
+            await self._resume()
+            raise
+
+    def _knows_to_pause(self) -> bool:
+        pause = getattr(self._client, "pause_generation", None)
+        return pause is not None and {"mode", "clear_cache"} <= set(inspect.signature(pause).parameters)
+
+    async def _resume(self) -> None:
+        """Let requests run again that waited for caches."""
+        if self._knows_to_pause():
+            await self._client.resume_generation()
+        else:
+            await self._client.wake_up(tags=["scheduling"])
+        self._asleep = False
 
     async def _wake(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:
         what = "the server cannot wake up"
+        caches = caches_only(request, files)
         self._check(what)
         if not self._asleep:
             return {"bytes": 0, "phases": _NOTHING}
-        files, carried = files_to_wake(request, files, self._count)
+        same_sleep(what, self._caches_only, caches)
+        if caches and not self._own:
+            return {"bytes": 0, "phases": _NOTHING | {"kv": await self._take_caches(what)}}
+        files, carried = ([], None) if caches else files_to_wake(request, files, self._count)
         if self._own:
             await self._call_own(what, "device_unlock" if lifecycle.identity() == self._slept_as else "resume")
             self._asleep = False
             return {"bytes": 0, "phases": _NOTHING}
         given = os.getpid(), list(files)
         await self._all(what, "gpuckpt_check", *given)
-        if self._prepared:
-            await self._client.checkpoint_restore()
-            self._prepared = False
+        await self._restore()
         try:
             awake = await self._awaken(what, given, carried)
         except ControlError:
@@ -146,6 +189,18 @@ class Orders:
         phases = {name: max(one["phases"][name] for one in awake) for name in awake[0]["phases"]}
         told = "; ".join(one["told"] for one in awake if one["told"])
         return {"bytes": sum(one["bytes"] for one in awake), "phases": phases} | ({"told": told} if told else {})
+
+    async def _take_caches(self, what: str) -> float:
+        """Have the KV cache again, and requests run; returns the seconds that the workers needed."""
+        await self._restore()
+        try:
+            taken = await self._all(what, "gpuckpt_take_caches")
+        except ControlError:
+            await self._all(what, "gpuckpt_release_caches")  # of those that could
+            await self._prepare()
+            raise
+        await self._resume()
+        return max(float(one["seconds"]) for one in taken)
 
     async def _awaken(self, what: str, given: tuple[int, list[int]], carried: int | None) -> list[dict[str, Any]]:
         """Have the workers take memory and weights; the one that holds them asks for the handle, if there is one."""
@@ -170,6 +225,11 @@ class Orders:
         if hasattr(self._client, "checkpoint_prepare"):
             await self._client.checkpoint_prepare()
             self._prepared = True
+
+    async def _restore(self) -> None:
+        if self._prepared:
+            await self._client.checkpoint_restore()
+            self._prepared = False
 
     def _check(self, what: str) -> None:
         """Raise ControlError if this server was not started for it."""

@@ -15,6 +15,8 @@ What the host has carried to the device (carried.py) is there twice until it has
 before that. So it is found out first whether there is room for all of it: half of a pool's memory mapped is nothing
 that vLLM comes back from.
 
+Caches alone are given back by other means (vllm_caches.py).
+
 Nothing here raises: where several workers answer, vLLM reads no further than the first exception, and would take what
 the others have answered for answers to its next call.
 
@@ -33,9 +35,10 @@ from typing import Any, TypeVar
 from . import carried, flat, handing, nvml
 from .carried import Source
 from .flat import Lanes, Region
+from .vllm_caches import CACHES, Caches
 
-# What vLLM calls the pools that it gives back at level 2 without a copy.
-_WEIGHTS, _CACHES = "weights", "kv_cache"
+# With CACHES, what vLLM calls the pools that it gives back at level 2 without a copy.
+_WEIGHTS = "weights"
 _Method = TypeVar("_Method", bound=Callable[..., dict[str, Any]])
 
 
@@ -60,13 +63,14 @@ class WeightsExtension:
     """
 
     rank: int
+    model_runner: Any
     wake_up: Callable[..., Any]
     sleep: Callable[..., Any]
 
     @_answering
     def gpuckpt_held(self) -> dict[str, Any]:
         """How much memory a sleep gives back."""
-        return {"bytes": sum(size for _, size, tag in _allocations() if tag in (_WEIGHTS, _CACHES))}
+        return {"bytes": sum(size for _, size, tag in _allocations() if tag in (_WEIGHTS, CACHES))}
 
     @_answering
     def gpuckpt_save(self, process: int, files: Sequence[int]) -> dict[str, Any]:
@@ -101,7 +105,7 @@ class WeightsExtension:
             try:
                 self.wake_up(tags=[_WEIGHTS])
                 times.append(time.perf_counter())
-                self.wake_up(tags=[_CACHES])
+                self.wake_up(tags=[CACHES])
                 times.append(time.perf_counter())
                 found = carried.stream(file, _regions(), _lanes(), handle, _opened)
             except Exception:
@@ -123,6 +127,18 @@ class WeightsExtension:
         if self.__dict__.pop("wake_up", None) is not None:
             self.sleep(level=2)
         return {}
+
+    @_answering
+    def gpuckpt_release_caches(self) -> dict[str, Any]:
+        """Give the KV cache's memory back; what another call has given back stays so."""
+        return {"bytes": self.__dict__.setdefault("gpuckpt_caches", Caches()).release(self.model_runner.kv_caches)}
+
+    @_answering
+    def gpuckpt_take_caches(self) -> dict[str, Any]:
+        """Have all memory of the KV cache again, empty; without it as before if that fails."""
+        begin = time.perf_counter()
+        self.__dict__.setdefault("gpuckpt_caches", Caches()).take()
+        return {"seconds": time.perf_counter() - begin}
 
     @_answering
     def gpuckpt_quiet(self) -> dict[str, Any]:
@@ -157,7 +173,7 @@ def _allocations() -> list[tuple[int, int, str]]:
 
 def _make_sure_of_room() -> None:
     """Raise MemoryError if there is too little to wake up."""
-    wanted, free = sum(size for _, size, tag in _allocations() if tag in (_WEIGHTS, _CACHES)), _free()
+    wanted, free = sum(size for _, size, tag in _allocations() if tag in (_WEIGHTS, CACHES)), _free()
     if free < wanted:
         raise MemoryError(
             f"beside the weights that the host has brought to the device there are {free >> 20} MiB, and "

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hooks.gpuckpt_guest import flat, lifecycle, nvml, vllm_control, vllm_weights
+from hooks.gpuckpt_guest import flat, lifecycle, nvml, vllm_caches, vllm_control, vllm_weights
 from hooks.gpuckpt_guest.control import ControlError
 from hooks.gpuckpt_guest.lifecycle import Identity
 from hooks.gpuckpt_guest.vllm_control import Orders
@@ -36,6 +36,9 @@ class Pool:
             self._held.append(made)
             at = ctypes.addressof(made)
             self.pointer_to_data[at] = SimpleNamespace(handle=(0, size, at, 0), tag=tag, mapped=True)
+        self.caches: list[Any] = [
+            tensor(at, data.handle[1]) for at, data in self.pointer_to_data.items() if data.tag == "kv_cache"
+        ]
 
     def drop(self) -> None:
         for at, data in self.pointer_to_data.items():
@@ -54,11 +57,18 @@ class Pool:
         return [ctypes.string_at(at, data.handle[1]) for at, data in held if data.tag == tag]
 
 
+def tensor(at: int, size: int) -> Any:
+    """What is seen of one: the memory behind it."""
+    storage = SimpleNamespace(data_ptr=lambda: at, nbytes=lambda: size)
+    return SimpleNamespace(untyped_storage=lambda: storage)
+
+
 class Base:
     """What a worker of vLLM does."""
 
     def __init__(self, rank: int, pool: Pool) -> None:
         self.rank, self.pool = rank, pool
+        self.model_runner = SimpleNamespace(kv_caches=pool.caches)
 
     def sleep(self, level: int = 1) -> None:
         assert level == 2
@@ -103,10 +113,20 @@ class Client:
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         assert mode == "wait"
-        await self.collective_rpc("sleep", kwargs={"level": level})
+        if level:
+            await self.collective_rpc("sleep", kwargs={"level": level})
+        else:
+            self.asked.append("level 0")
+
+    async def reset_prefix_cache(self) -> bool:
+        self.asked.append("reset")
+        return True
 
     async def wake_up(self, tags: list[str] | None = None) -> bool:
-        await self.collective_rpc("wake_up", kwargs={"tags": tags})
+        if tags == ["scheduling"]:
+            self.asked.append("resume")
+        else:
+            await self.collective_rpc("wake_up", kwargs={"tags": tags})
         return True
 
 
@@ -120,6 +140,17 @@ class Checkpointing(Client):
         self.asked.append("restore")
 
 
+class Pausing(Checkpointing):
+    """That can be paused for its own sake."""
+
+    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
+        assert (mode, clear_cache) == ("wait", True)
+        self.asked.append("pause")
+
+    async def resume_generation(self) -> None:
+        self.asked.append("resume")
+
+
 class Older(Client):
     """Without a choice of what becomes of requests that run."""
 
@@ -127,14 +158,35 @@ class Older(Client):
         await self.collective_rpc("sleep", kwargs={"level": level})
 
 
+def unmap(handle: tuple[int, int, int, int]) -> None:
+    data = Pool.instance.pointer_to_data[handle[2]]
+    assert data.mapped, "unmapped twice"
+    ctypes.memset(handle[2], 0xEE, handle[1])
+    data.mapped = False
+
+
+def create(handle: tuple[int, int, int, int]) -> None:
+    data = Pool.instance.pointer_to_data[handle[2]]
+    assert not data.mapped, "mapped twice"
+    data.mapped = True
+
+
 @pytest.fixture(autouse=True)
 def _vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module = ModuleType("vllm.device_allocator.cumem")
     module.CuMemAllocator = Pool  # type: ignore[attr-defined]
+    module.unmap_and_release = unmap  # type: ignore[attr-defined]
+    module.create_and_map = create  # type: ignore[attr-defined]
+    module.libcudart = SimpleNamespace(  # type: ignore[attr-defined]
+        cudaMemcpy=ctypes.memmove, cudaMemset=ctypes.memset
+    )
     for name in ("vllm", "vllm.device_allocator"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(vllm_weights, "_lanes", lambda: flat.HostLane)
+    monkeypatch.setattr(vllm_caches, "_synchronize", lambda: None)
+    monkeypatch.setattr(vllm_caches, "_tidy", lambda: None)
+    monkeypatch.setattr(vllm_caches, "_free", lambda: 1 << 30)
     yield
     assert Pool.instance is None
 
@@ -157,8 +209,8 @@ def files() -> Iterator[Callable[[int], list[int]]]:
         os.close(file)
 
 
-def ask(orders: Orders, do: str, files: Sequence[int] = ()) -> Any:
-    return asyncio.run(orders.handlers()[do]({"do": do}, files))
+def ask(orders: Orders, do: str, files: Sequence[int] = (), **more: Any) -> Any:
+    return asyncio.run(orders.handlers()[do]({"do": do} | more, files))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -338,6 +390,311 @@ def test_it_must_have_been_told_to(files: Any) -> None:
     client.vllm_config.snapshot_config = None
     asleep(client, files(1))
     assert "suspend" not in client.asked
+
+
+# --- caches alone ---------------------------------------------------------------------------------------------
+
+
+def mapped(client: Client, tag: str) -> list[bool]:
+    data = (one for worker in client.workers for one in worker.pool.pointer_to_data.values())
+    return [one.mapped for one in data if one.tag == tag]
+
+
+RELEASE, TAKE = "gpuckpt_release_caches", "gpuckpt_take_caches"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "down", "up"),
+    [
+        (Client, ["level 0", "reset", RELEASE], [TAKE, "resume"]),
+        (Pausing, ["pause", RELEASE, "prepare"], ["restore", TAKE, "resume"]),
+    ],
+)
+def test_caches_go_and_weights_stay(ranks: int, kind: type[Client], down: list[str], up: list[str]) -> None:
+    client = kind(*(pool(seed) for seed in range(ranks)))
+    orders = Orders(client)
+    weights = [worker.pool.bytes("weights") for worker in client.workers]
+    for _ in range(2):
+        client.asked.clear()
+        assert ask(orders, "sleep", caches=1) == {"released": ranks * 4096}
+        assert ask(orders, "state") == {"asleep": True}
+        assert not any(mapped(client, "kv_cache")) and all(mapped(client, "weights") + mapped(client, "runtime"))
+        assert ask(orders, "sleep", caches=1) == {"released": 0}
+        assert client.asked == down + (["gpuckpt_quiet"] if ranks == 1 else [])
+        client.asked.clear()
+        told = ask(orders, "wake", caches=1)
+        assert told["bytes"] == 0 and told["phases"] == {"map": 0.0, "stream": 0.0, "kv": told["phases"]["kv"]}
+        assert ask(orders, "state") == {"asleep": False}
+        assert ask(orders, "wake", caches=1) == {"bytes": 0, "phases": {"map": 0.0, "stream": 0.0, "kv": 0.0}}
+        assert client.asked == up
+        assert all(mapped(client, "kv_cache"))
+        assert [worker.pool.bytes("kv_cache") for worker in client.workers] == [[bytes(4096)]] * ranks
+    assert [worker.pool.bytes("weights") for worker in client.workers] == weights
+
+
+def test_what_older_versions_keep_beside_the_cache_outlives_it() -> None:
+    made = Pool(("kv_cache", 4096), ("kv_cache", 512), ("kv_cache", 2048), ("weights", 300))
+    tagged = sorted((at, data) for at, data in made.pointer_to_data.items() if data.tag == "kv_cache")
+    (cached, one), (tables, two), (shared, three) = sorted(tagged, key=lambda each: (4096, 512, 2048).index(size(each)))
+    # Layers that share memory, a list for one layer, a layer without any; the end of an allocation is nobody's.
+    made.caches[:] = [tensor(cached, 4000), tensor(cached, 1000), [tensor(shared + 100, 900), tensor(shared + 1500, 8)]]
+    made.caches.append(None)
+    ctypes.memset(cached + 4000, 0, 96)
+    was, beside = ctypes.string_at(tables, 512), ctypes.string_at(shared, 2048)
+    client = Pausing(made)
+    orders = Orders(client)
+    assert ask(orders, "sleep", caches=1) == {"released": 4096 + 2048}
+    assert (one.mapped, two.mapped, three.mapped) == (False, True, False)
+    assert [at for given in vars(client.workers[0])["gpuckpt_caches"]._given.values() for at, _ in given.beside] == [
+        shared,
+        shared + 1000,
+        shared + 1508,
+    ]
+    ask(orders, "wake", caches=1)
+    assert ctypes.string_at(tables, 512) == was and ctypes.string_at(cached, 4096) == bytes(4096)
+    wanted = beside[:100] + bytes(900) + beside[1000:1500] + bytes(8) + beside[1508:]
+    assert ctypes.string_at(shared, 2048) == wanted
+
+
+def size(each: tuple[int, Any]) -> int:
+    return int(each[1].handle[1])
+
+
+def test_vllm_s_own_notes_are_kept_right() -> None:
+    client = Pausing(pool())
+    data = list(client.workers[0].pool.pointer_to_data.values())
+    for each in data:
+        each.is_asleep = False
+    orders = Orders(client)
+    ask(orders, "sleep", caches=1)
+    assert [each.is_asleep for each in data] == [each.tag == "kv_cache" for each in data]
+    ask(orders, "wake", caches=1)
+    assert not any(each.is_asleep for each in data)
+
+
+def test_a_model_without_such_a_cache() -> None:
+    client = Pausing(Pool(("weights", 300), ("kv_cache", 64)))
+    client.workers[0].pool.caches.clear()
+    orders = Orders(client)
+    assert ask(orders, "sleep", caches=1) == {"released": 0} and ask(orders, "state") == {"asleep": True}
+    assert ask(orders, "wake", caches=1)["bytes"] == 0 and all(mapped(client, "kv_cache"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        (Pausing, "pause_generation"),
+        (Client, "sleep"),
+        (Client, "reset_prefix_cache"),
+        (Pausing, "release"),
+    ],
+)
+def test_caches_that_cannot_be_given_back_are_had_again(
+    kind: type[Client], step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = kind(pool(), pool(2))
+    orders = Orders(client)
+
+    async def fail(*, mode: str = "", level: int = 0, clear_cache: bool = True) -> None:
+        raise OSError("broken")
+
+    def fail_on_rank_1(handle: tuple[int, int, int, int]) -> None:
+        if Pool.instance is client.workers[1].pool:
+            raise RuntimeError("CUDA Error: broken")
+        unmap(handle)
+
+    with monkeypatch.context() as patch:
+        if step == "release":
+            patch.setattr(sys.modules["vllm.device_allocator.cumem"], "unmap_and_release", fail_on_rank_1)
+        else:
+            patch.setattr(client, step, fail)
+        with pytest.raises((ControlError, OSError)) as caught:
+            ask(orders, "sleep", caches=1)
+    assert "broken" in f"{caught.value} {getattr(caught.value, 'cause', '')}"
+    assert ask(orders, "state") == {"asleep": False} and all(mapped(client, "kv_cache"))
+    assert client.asked[-2:] == [TAKE, "resume"] and "prepare" not in client.asked
+    assert ask(orders, "sleep", caches=1) == {"released": 2 * 4096}
+
+
+def test_a_prefix_cache_that_is_in_use() -> None:
+    class Busy(Client):
+        async def reset_prefix_cache(self) -> bool:
+            return False
+
+    client = Busy(pool())
+    with pytest.raises(ControlError) as caught:
+        ask(Orders(client), "sleep", caches=1)
+    assert caught.value.cause == "the prefix cache could not be emptied"
+    assert client.asked == ["level 0", TAKE, "resume"] and all(mapped(client, "kv_cache"))
+
+
+@pytest.mark.parametrize("step", ["checkpoint_prepare", "gpuckpt_quiet"])
+def test_a_sleep_that_fails_without_its_caches_is_one(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Pausing(pool())
+    orders = Orders(client)
+
+    async def fail() -> None:
+        raise OSError("broken")
+
+    with monkeypatch.context() as patch:
+        if step == "gpuckpt_quiet":
+            patch.setattr(client.workers[0], step, lambda: {"error": "broken"})
+        else:
+            patch.setattr(client, step, fail)
+        with pytest.raises((ControlError, OSError)):
+            ask(orders, "sleep", caches=1)
+    assert ask(orders, "state") == {"asleep": True} and not any(mapped(client, "kv_cache"))
+    ask(orders, "wake", caches=1)
+    assert ask(orders, "state") == {"asleep": False} and all(mapped(client, "kv_cache"))
+
+
+def test_caches_that_cannot_be_had_at_all_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be given back on one device may not come back on another."""
+    client = Pausing(pool(), pool(2))
+    orders = Orders(client)
+
+    def fail_on_rank_1(handle: tuple[int, int, int, int]) -> None:
+        if Pool.instance is client.workers[1].pool:
+            raise RuntimeError("CUDA Error: broken")
+        unmap(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["vllm.device_allocator.cumem"], "unmap_and_release", fail_on_rank_1)
+        patch.setattr(vllm_caches, "_free", lambda: 0)
+        with pytest.raises(ControlError, match="cannot sleep") as caught:
+            ask(orders, "sleep", caches=1)
+    assert "0 MiB are free" in caught.value.cause and "resume" not in client.asked
+    assert ask(orders, "state") == {"asleep": True} and mapped(client, "kv_cache") == [False, True]
+    ask(orders, "wake", caches=1)
+    assert ask(orders, "state") == {"asleep": False} and all(mapped(client, "kv_cache"))
+
+
+@pytest.mark.parametrize("step", ["checkpoint_restore", "room", "map", "zero"])
+def test_caches_that_cannot_be_had_again_stay_away(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def both(seed: int) -> Pool:
+        random.seed(seed)
+        return Pool(("weights", 300), ("kv_cache", 4096), ("kv_cache", 1024))
+
+    client = Pausing(both(1), both(2))
+    orders = Orders(client)
+    ask(orders, "sleep", caches=1)
+    cumem, calls = sys.modules["vllm.device_allocator.cumem"], []
+
+    async def fail() -> None:
+        raise OSError("broken")
+
+    def fail_on_the_fourth(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> None:
+            calls.append(given)
+            if len(calls) == 4:
+                raise RuntimeError("CUDA Error: broken")
+            real(*given)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if step == "checkpoint_restore":
+            patch.setattr(client, step, fail)
+        elif step == "room":
+            patch.setattr(vllm_caches, "_free", lambda: 5119 if Pool.instance is client.workers[1].pool else 5120)
+        elif step == "map":
+            patch.setattr(cumem, "create_and_map", fail_on_the_fourth(create))
+        else:
+            patch.setattr(cumem.libcudart, "cudaMemset", fail_on_the_fourth(ctypes.memset))
+        with pytest.raises((ControlError, OSError)):
+            ask(orders, "wake", caches=1)
+    assert ask(orders, "state") == {"asleep": True} and not any(mapped(client, "kv_cache"))
+    if step != "checkpoint_restore":
+        assert client.asked[-2:] == [RELEASE, "prepare"]
+    assert "resume" not in client.asked
+    ask(orders, "wake", caches=1)
+    assert ask(orders, "state") == {"asleep": False} and all(mapped(client, "kv_cache"))
+    assert client.asked[-1] == "resume"
+
+
+def test_requests_that_cannot_be_let_run_are_when_it_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Pausing(pool())
+    orders = Orders(client)
+    ask(orders, "sleep", caches=1)
+
+    async def fail() -> None:
+        raise OSError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "resume_generation", fail)
+        with pytest.raises(OSError, match="broken"):
+            ask(orders, "wake", caches=1)
+    assert ask(orders, "state") == {"asleep": True} and all(mapped(client, "kv_cache"))
+    ask(orders, "wake", caches=1)
+    assert ask(orders, "state") == {"asleep": False} and client.asked.count("restore") == 1
+
+
+def test_a_version_in_which_requests_cannot_wait() -> None:
+    client = Older(pool())
+    with pytest.raises(ControlError) as caught:
+        ask(Orders(client), "sleep", caches=1)
+    assert "cannot have requests wait" in caught.value.cause
+    assert client.asked == [] and ask(Orders(client), "state") == {"asleep": False}
+
+
+def test_a_pause_of_another_kind_is_not_used() -> None:
+    class Other(Client):
+        async def pause_generation(self, *, wait_for_inflight_requests: bool = False) -> None:
+            raise AssertionError
+
+    client = Other(pool())
+    ask(Orders(client), "sleep", caches=1)
+    assert client.asked[:2] == ["level 0", "reset"]
+
+
+def test_it_wakes_up_from_what_it_was_put_to_sleep_by(files: Any) -> None:
+    client, held = Pausing(pool()), files(1)
+    orders = asleep(client, held)
+    for do in ("sleep", "wake"):
+        with pytest.raises(ControlError, match="the server cannot") as caught:
+            ask(orders, do, caches=1)
+        assert "without its weights" in caught.value.cause
+    assert ask(orders, "state") == {"asleep": True} and not any(mapped(client, "weights"))
+    for data in client.workers[0].pool.pointer_to_data.values():
+        data.mapped = data.tag == "runtime"
+    ask(orders, "wake", held)
+
+    ask(orders, "sleep", caches=1)
+    for do, with_files in (("sleep", []), ("wake", held), ("wake", [])):
+        with pytest.raises(ControlError, match="the server cannot") as caught:
+            ask(orders, do, with_files)
+        assert 'only "caches": 1 wakes it' in caught.value.cause
+    assert ask(orders, "state") == {"asleep": True} and not any(mapped(client, "kv_cache"))
+    with pytest.raises(ControlError, match="cannot be saved"):
+        ask(orders, "save", held)
+    ask(orders, "wake", caches=1)
+    assert ask(orders, "state") == {"asleep": False}
+
+
+@pytest.mark.parametrize("config", [{"sleeps": False}, {"worker_extension_cls": ""}, {"data_parallel_size": 2}])
+def test_caches_of_a_server_that_was_not_started_for_it(config: dict[str, Any]) -> None:
+    client = Pausing(pool(), **config)
+    for do in ("sleep", "wake"):
+        with pytest.raises(ControlError):
+            ask(Orders(client), do, caches=1)
+    assert client.asked == []
+
+
+def test_caches_without_a_pool() -> None:
+    assert "sleep mode is off" in Worker(0, pool()).gpuckpt_release_caches()["error"]
+    assert set(Worker(0, pool()).gpuckpt_take_caches()) == {"seconds"}
+
+
+def test_caches_of_an_engine_that_knows_snapshots_itself() -> None:
+    client = Snapshots(pool(), sleeps=False)
+    client.vllm_config.snapshot_config = SimpleNamespace(snapshot_metadata=None)
+    orders = Orders(client)
+    assert ask(orders, "sleep", caches=1) == {"released": 0}
+    with pytest.raises(ControlError):
+        ask(orders, "wake")
+    assert ask(orders, "wake", caches=1)["bytes"] == 0
+    assert client.asked == ["suspend", "device_unlock"] and ask(orders, "state") == {"asleep": False}
 
 
 # --- the plugin's socket --------------------------------------------------------------------------------------
