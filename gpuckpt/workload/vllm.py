@@ -86,7 +86,7 @@ class Vllm(OpenAI):
             *(("--compilation-config", _GRAPHS) if on.gpu and on.graphs else ("--enforce-eager",)),
         ]
         argv += ["--load-format", "safetensors", "--disable-uvicorn-access-log"]
-        if on.outside:
+        if on.gpu:  # also where weights stay in the image: the KV cache, most of a GPU, does not
             argv += ["--enable-sleep-mode", "--worker-extension-cls", _EXTENSION]
         if not option(arguments, "--served-model-name"):
             argv += ["--served-model-name", self.record.served_name or model]

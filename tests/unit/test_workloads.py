@@ -292,12 +292,14 @@ def test_on_a_gpu_it_is_eager_unless_graphs_are_asked_for() -> None:
     for line in (eager, graphs):
         assert line.env["TORCHINDUCTOR_COMPILE_THREADS"] == line.env["OMP_NUM_THREADS"] == "1"
         assert line.env["TORCHDYNAMO_DISABLE"] == "1"
-        assert "--enable-sleep-mode" not in line.argv
 
 
-def test_weights_outside_take_sleep_mode_and_an_extension_of_the_workers() -> None:
-    argv = line_on(Accelerator(gpu=True, outside=True), "--max-model-len", "9").argv
-    assert "--enable-sleep-mode" in argv
+@pytest.mark.parametrize("outside", [False, True])
+def test_what_is_given_back_takes_sleep_mode_and_an_extension_of_the_workers(outside: bool) -> None:
+    """Weights, or, where these stay in the image, caches."""
+    argv = line_on(Accelerator(gpu=True, outside=outside), "--max-model-len", "9").argv
+    assert argv.count("--enable-sleep-mode") == argv.count("--worker-extension-cls") == 1
+    assert "--enable-sleep-mode" not in line_on(Accelerator()).argv
     extension = argv[argv.index("--worker-extension-cls") + 1]
     module, _, name = extension.rpartition(".")
     assert f"class {name}" in (Path(guest_mount().source) / f"{module.replace('.', '/')}.py").read_text()
