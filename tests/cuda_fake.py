@@ -60,6 +60,8 @@ class FakeDriver:
             self._take(self.processes[pid].bytes, -1)
 
     def restore(self, pid: int, gpus: Mapping[str, str]) -> None:
+        if unknown := set(gpus.values()) - self.devices.keys():
+            raise DriverError("CUDA_ERROR_INVALID_VALUE", f"there is no {unknown}")
         with self._lock:
             process = self.processes[pid]
             wanted = {gpus.get(uuid, uuid): count for uuid, count in process.bytes.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from gpuckpt.cuda.devices import pairing
 from gpuckpt.cuda.driver import DriverError
 from gpuckpt.cuda.helper import Helper, Remote
 from gpuckpt.cuda.holders import holders
@@ -22,7 +23,6 @@ from gpuckpt.cuda.suspend import Limits, resume, suspend
 from gpuckpt.errors import (
     CheckpointError,
     DaemonUnreachableError,
-    DeadlineError,
     GpuFullError,
     IncompatibleError,
     InterruptedByUser,
@@ -284,10 +284,30 @@ def test_who_waits_for_room_gets_it_or_hears_of_it(tmp_path: Path) -> None:
         assert where and looks == 3
     driver.devices[gpu(0).uuid] = gpu(0, free=1_000)
     with (
-        pytest.raises(DeadlineError, match=r"were not free within 0\.05 s"),
+        pytest.raises(GpuFullError, match=r"were not free within 0\.05 s"),
         Room(tmp_path, driver).reserve(held((0, 50_000)), timeout=0.05),
     ):
         pass
+
+
+def test_a_reservation_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
+    driver = FakeDriver()
+    for number, text in enumerate(("", "{", '{"pid": 1}', "[]")):
+        (tmp_path / f"{number}-0.json").write_text(text)
+    with Room(tmp_path, driver).reserve(held((0, 50_000))) as where:
+        assert where and len(list(tmp_path.glob("*.json"))) == 1
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_what_the_driver_is_told_of_devices() -> None:
+    one, two, three = "A", "B", "C"
+    assert pairing({one: one}, [one, two], [one, two]) == {}
+    assert pairing({one: two}, [one, two], [one, two]) == {one: two, two: one}
+    assert pairing({one: two, two: one}, [one, two, three], [one, two, three]) == {one: two, two: one, three: three}
+    # Another host, with as many, more, and fewer of them: never one that is not there, and none twice.
+    assert pairing({one: "X"}, [one], ["X", "Y"]) == {one: "X"}
+    assert pairing({one: "Y"}, [one, two], ["X", "Y"]) == {one: "Y", two: "X"}
+    assert pairing({one: "X"}, [one, two, three], ["X"]) == {one: "X"}
 
 
 def test_a_reservation_of_a_killed_command_does_not_count(tmp_path: Path) -> None:

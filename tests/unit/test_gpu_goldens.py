@@ -305,7 +305,7 @@ def test_a_process_that_did_not_come_back_is_named(world: World) -> None:
     world.on_gpu(p4243=100)
     made(world)
     del world.driver.processes[4243]
-    with pytest.raises(RestoreError, match="not come back") as caught:
+    with pytest.raises(RestoreError, match="are not there") as caught:
         restored(world)
     assert "4243" in str(caught.value.cause)
     assert world.left_over() == []
@@ -899,3 +899,142 @@ def test_weights_that_cannot_be_outside_leave_the_caches_to_give_back(world: Wor
     world.journal.trouble["save"] = ControlRefused("it cannot")
     golden = made(world).manifest
     assert golden.caches and golden.weights == ()
+
+
+# --- bad luck -------------------------------------------------------------------------------------------------
+
+
+def test_one_that_was_killed_before_it_gave_up_most_of_the_gpu_is_woken(running: World, frozen: set[str]) -> None:
+    uuid = gpu(0).uuid
+    running.driver.processes[4242].bytes = {uuid: 50_000 * MIB}
+    running.driver.devices[uuid] = gpu(0, free=30_000)
+    kept = replicas.Standby((4242,), ((uuid, gpu(0).name, 50_000 * MIB),), (uuid,))
+    replace(record(running), standby=kept).save()
+    wake(running)
+    assert record(running).standby is None and running.driver.processes[4242].state == "running"
+
+
+@pytest.mark.parametrize("state", ["failed", None])
+def test_a_standby_whose_state_is_lost_is_not_awake(running: World, frozen: set[str], state: Any) -> None:
+    suspend(running)
+    if state is None:
+        del running.driver.processes[4242]
+    else:
+        running.driver.processes[4242].state = state
+    with pytest.raises(RestoreError, match="lost") as caught:
+        wake(running)
+    assert "stop the replica" in (caught.value.remedy or "")
+    assert record(running).standby is not None and len(frozen) == 1
+
+
+def test_a_standby_of_which_a_process_has_gone_is_not_awake(running: World, frozen: set[str]) -> None:
+    suspend(running)
+    kept = record(running)
+    assert kept.standby is not None
+    replace(kept, standby=replace(kept.standby, processes=(4242, 99))).save()
+    with pytest.raises(RestoreError, match="are not there"):
+        wake(running)
+
+
+def test_an_interrupt_in_the_midst_of_freezing_thaws_before_the_state_comes_back(
+    running: World, frozen: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.journal.trouble["freeze"] = InterruptedByUser("interrupted")
+    running.journal.late = True
+    thawed: list[bool] = []
+    original = running.driver.before
+
+    def before(step: str, pid: int) -> None:
+        thawed.append(not frozen)
+        original(step, pid)
+
+    running.driver.before = before
+
+    def freeze(pid: int, container: str) -> None:
+        frozen.add(container)
+        try:
+            with running.journal.step("freeze"):
+                pass
+        except BaseException:
+            frozen.discard(container)  # as the real one
+            raise
+
+    monkeypatch.setattr(freezer, "freeze", freeze)
+    with pytest.raises(InterruptedByUser):
+        suspend(running)
+    assert all(thawed)
+    assert (record(running).standby, running.driver.processes[4242].state) == (None, "running")
+
+
+@pytest.fixture
+def blind(world: World) -> World:
+    """NVML knows the server's processes by other ids."""
+    world.driver.memory = lambda pid: {}  # type: ignore[method-assign]
+    return world
+
+
+def test_where_nvml_names_no_processes_what_became_free_counts(blind: World, frozen: set[str]) -> None:
+    golden = made(blind).manifest
+    assert golden.gpu is not None
+    assert [(one.uuid, one.bytes) for one in golden.gpu.devices] == [(gpu(0).uuid, 1 << 30)]
+    assert "what became free without it" in blind.report.notes[0]
+    blind.driver.devices[gpu(0).uuid] = gpu(0, free=1000)
+    with pytest.raises(GpuFullError):
+        restored(blind)
+    blind.driver.devices[gpu(0).uuid] = gpu(0)
+    restored(blind)
+    down = suspend(blind)
+    assert down.gpu_bytes == 1 << 30
+    kept = record(blind).standby
+    assert kept is not None and kept.devices[0][2] == 1 << 30
+    assert wake(blind).gpu_bytes == 1 << 30
+
+
+def test_where_nobody_can_tell_what_a_server_holds_there_is_no_golden(blind: World) -> None:
+    blind.driver.processes[4242].bytes = {}
+    with pytest.raises(CheckpointError, match="nobody can tell"):
+        made(blind)
+    assert blind.driver.processes[4242].state == "running"
+    assert (blind.left_over(), blind.layout.names()) == ([], [])
+
+
+def test_weights_that_a_container_shows_are_the_golden_s(world: World, server: FakeControl) -> None:
+    made(world, weights="outside")
+    (file,) = (world.layout.golden("gold") / "memory").iterdir()
+    other = world.folder / "other" / "memory"
+    other.mkdir(parents=True)
+    (other / file.name).write_bytes(b"x")
+    world.tools = structs.replace(world.tools, root_of=lambda pid: world.folder / "meddled")
+    seen = world.folder / "meddled" / "run"
+    seen.mkdir(parents=True)
+    (seen / "gpuckpt-memory").symlink_to(other)
+    with pytest.raises(RestoreError, match="other weights than the golden's"):
+        restored(world)
+    assert world.left_over() == []
+
+
+def test_room_is_asked_for_before_weights_are_written(
+    world: World, server: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.safetensors").write_bytes(bytes(5000))
+    world.adapter._record = structs.replace(world.adapter.record, kind="guest", model=str(tmp_path / "model"))
+    monkeypatch.setattr(weights, "available_memory", lambda: 4000)
+    with pytest.raises(OutOfSpaceError, match="no room in the store") as caught:
+        made(world)
+    assert caught.value.lacking == 1000
+    assert "save" not in world.journal.events
+
+
+def test_a_canary_that_fails_in_the_rehearsal_is_no_end(world: World, server: FakeControl) -> None:
+    world.adapter._record = structs.replace(world.adapter.record, kind="guest")
+    world.journal.trouble["replay canary"] = GpuckptError("the server answers 500")
+    assert made(world).manifest.weights == ()
+    assert "the server answers 500" in world.report.notes[0]
+
+
+def test_a_gpu_that_stays_full_is_no_reason_to_start_cold(world: World) -> None:
+    made(world)
+    world.driver.devices[gpu(0).uuid] = gpu(0, free=10)
+    with pytest.raises(GpuFullError):
+        restored(world, gpu_wait=0.1, fallback="cold")
