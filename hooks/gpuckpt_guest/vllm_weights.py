@@ -76,13 +76,13 @@ class WeightsExtension:
     def gpuckpt_save(self, process: int, files: Sequence[int]) -> dict[str, Any]:
         """Write the weights into this rank's file."""
         with _Opened(process, files[self.rank], os.O_RDWR) as file:
-            return {"bytes": flat.write(file, _regions(), _lanes())}
+            return {"bytes": flat.write(file, _regions(self.rank), _lanes())}
 
     @_answering
     def gpuckpt_check(self, process: int, files: Sequence[int]) -> dict[str, Any]:
         """Whether this rank's file is its weights'."""
         with _Opened(process, files[self.rank], os.O_RDONLY) as file:
-            flat.check(file, _regions())
+            flat.check(file, _regions(self.rank))
         return {}
 
     @_answering
@@ -107,7 +107,7 @@ class WeightsExtension:
                 times.append(time.perf_counter())
                 self.wake_up(tags=[CACHES])
                 times.append(time.perf_counter())
-                found = carried.stream(file, _regions(), _lanes(), handle, _opened)
+                found = carried.stream(file, _regions(self.rank), _lanes(), handle, _opened)
             except Exception:
                 self.sleep(level=2)  # what was mapped already is given back, and the rest is left alone
                 raise
@@ -187,9 +187,10 @@ def _free() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-def _regions() -> list[Region]:
-    # Clones have the golden's addresses, so these tell a file of another golden.
-    return [Region(f"{address:#x}", address, size) for address, size, tag in _allocations() if tag == _WEIGHTS]
+def _regions(rank: int) -> list[Region]:
+    # By their order: the same weights are the same file, wherever another golden's server has them.
+    mine = [(address, size) for address, size, tag in _allocations() if tag == _WEIGHTS]
+    return [Region(f"{rank}.{number}", address, size) for number, (address, size) in enumerate(mine)]
 
 
 def _lanes() -> Lanes:
