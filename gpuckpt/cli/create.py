@@ -145,7 +145,7 @@ def command(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opti
         held = ", ".join(f"{size(one.bytes)} on {one.name}" for one in manifest.gpu.devices)
         click.echo(f"a replica takes {held}")
     if manifest.weights:
-        click.echo(f"its weights lie beside its image: {size(manifest.sizes.weights)}")
+        click.echo(f"of this its weights, beside the image: {size(manifest.sizes.weights)}")
     if created.replica:
         click.echo(f"the server keeps running on {created.replica.endpoint}")
     else:

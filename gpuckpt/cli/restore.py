@@ -53,7 +53,9 @@ if TYPE_CHECKING:
 )
 @click.option("--no-huge-pages", is_flag=True, help="Do not switch transparent huge pages on for the restore.")
 @click.option("--fallback", type=click.Choice(["cold"]), help="Start the server cold if it cannot be restored.")
-@click.option("--gpu-wait", metavar="DURATION", default="0s", help="Longest wait for room on the GPUs.  [default: 0s]")
+@click.option(
+    "--gpu-wait", metavar="DURATION", default="0s", help="Longest wait for room on a GPU, as 30s.  [default: 0s]"
+)
 @click.option("--stage", is_flag=True, help="A golden on disk: copy it into the tmpfs first, and keep it there.")
 @click.option("--import", "archive", metavar="FILE", help="Import the golden from this archive first.")
 @click.option("--trust", is_flag=True, help="With --import: trust the archive's processes to run as root.")

@@ -107,6 +107,10 @@ def _endpoint(ctx: click.Context, replica: str, address: str | None) -> Endpoint
             cause="it waits for its restore",
             remedy=f"gpuckpt restore {found.golden}",
         )
+    if found.standby is not None:
+        from gpuckpt.errors import BusyError
+
+        raise BusyError(f"{replica} is a standby: it answers nobody", remedy=f"gpuckpt wake {replica}")
     return found.endpoint
 
 

@@ -14,7 +14,9 @@ from gpuckpt.errors import UsageError
 
 @click.command()
 @click.argument("name", metavar="REPLICA", shell_complete=replica_names)
-@click.option("--gpu-wait", metavar="DURATION", default="0s", help="Longest wait for room on the GPUs.  [default: 0s]")
+@click.option(
+    "--gpu-wait", metavar="DURATION", default="0s", help="Longest wait for room on a GPU, as 30s.  [default: 0s]"
+)
 @format_option
 @click.pass_context
 def command(ctx: click.Context, /, name: str, gpu_wait: str, as_json: bool) -> None:

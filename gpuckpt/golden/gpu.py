@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from msgspec import structs
 
+from gpuckpt.cuda.checks import driver_version
 from gpuckpt.cuda.suspend import Step
-from gpuckpt.errors import CheckpointError, GpuckptError, RestoreError
+from gpuckpt.errors import CheckpointError, GpuckptError, PreflightError, RestoreError
 from gpuckpt.golden.tools import Tools
 from gpuckpt.manifest import DeviceState, Held
 from gpuckpt.timing import PhaseTable
@@ -40,6 +41,12 @@ class Holders:
 
 def preflight(tools: Tools, gpus: Sequence[str]) -> None:
     """Ask the driver before a server is started for minutes. Raises PreflightError, and CheckpointError for MIG."""
+    if driver_version() is None:
+        raise PreflightError(
+            "there is no GPU to give",
+            cause="NVIDIA's driver is not loaded on this machine",
+            remedy="install it (570 or later), then make setup; or leave --gpu out",
+        )
     here = tools.devices.gpus()
     mine = [gpu for gpu in here if "all" in gpus or gpu.uuid in gpus] or list(here)
     if mine and all(gpu.mig for gpu in mine):

@@ -215,6 +215,12 @@ def making(tools: Tools, name: str, golden: str, *, key: str = "", keeper: str =
         _check_socket(Replica(name, golden, folder).sockets / max(SOCKET_NAME, CONTROL_NAME, key=len))
         if folder.exists():
             earlier = load(folder) or Replica(name, golden, folder)
+            if earlier.state == "ready" and earlier.standby is not None and alive(tools, earlier):
+                raise BusyError(
+                    f"replica {name} is there already, as a standby",
+                    cause=f"it was made from golden {earlier.golden}",
+                    remedy=f"gpuckpt wake {name}, or restore another: --as NAME",
+                )
             if earlier.state == "ready" and alive(tools, earlier):
                 raise BusyError(
                     f"replica {name} is already {status(tools, earlier)}",

@@ -71,7 +71,7 @@ def wake(
     """
     with _held(tools, name, container) as (replica, container):
         if replica.standby is None and not freezer.frozen(container.pid, container.id):
-            raise NothingToDo(f"replica {name} is awake", remedy=f"gpuckpt suspend {name}")
+            raise NothingToDo(f"replica {name} is awake already", cause=f"it answers on {replica.endpoint}")
         return _up(tools, replica, container, golden, phases, timeout=timeout)
 
 

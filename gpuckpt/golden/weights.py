@@ -21,6 +21,7 @@ from gpuckpt.errors import (
     RestoreError,
     VerificationError,
 )
+from gpuckpt.golden import failures
 from gpuckpt.golden.carried import Carried
 from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.tools import Tools, phase
@@ -31,7 +32,7 @@ from gpuckpt.store.reading import opened
 from gpuckpt.store.sharing import Sharing
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload.base import CONTROL_NAME, MEMORY_FOLDER, Adapter
-from gpuckpt.workload.control import Control, ControlRefused, Woken
+from gpuckpt.workload.control import Control, ControlAbsent, ControlRefused, Woken
 
 _QUIET = 30.0  # seconds in which the canary's request must have ended
 _RANKS = 64  # more processes than any server on one host has
@@ -73,7 +74,7 @@ def release(
     """
     folder.mkdir(mode=0o700)
     server = control(replica)
-    with phase(tools, phases, "weights: save"), _told():
+    with phase(tools, phases, "weights: save"), _told(tools, replica):
         ranks = server.ranks()
         if not 0 < ranks <= _RANKS:
             raise ControlRefused("it has no weights to keep there", cause=f"ranks: {ranks}")
@@ -84,7 +85,7 @@ def release(
         for file in files:
             file.chmod(0o400)  # as all memory files
     with phase(tools, phases, "weights: rehearse"), opened(files) as handles:
-        with _told():
+        with _told(tools, replica):
             server.sleep()
             server.wake(handles)
         differences = adapter.replay(replica.endpoint, canary).differences
@@ -95,23 +96,27 @@ def release(
                 cause="; ".join(differences),
                 remedy="keep them in the image: --weights image",
             )
-        with _told():
+        with _told(tools, replica):
             server.sleep()
     return Given(files)
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _told(tools: Tools, replica: Replica) -> Iterator[None]:
     """What a server refuses as an error of the creation."""
     what, remedy = "the server cannot keep its weights outside its image", "keep them in the image: --weights image"
     try:
         yield
-    except DaemonUnreachableError as error:
+    except ControlAbsent as error:
         raise CheckpointError(
-            f"{what}: it takes no orders",
-            cause=error.cause or error.message,
+            f"{what}: it has no control socket",
+            cause=error.cause,
             remedy=f"{remedy}; docs/gpu.md tells what a server has to do",
         ) from error
+    except DaemonUnreachableError as error:
+        failure = failures.server_failure(tools, replica, f"{what}: it failed", kind=CheckpointError, ending=True)
+        failure.cause = "; ".join(text for text in (error.message, failure.cause) if text)
+        raise failure from error
     except ControlRefused as error:
         if "No space left" in f"{error.message} {error.cause}":
             raise _full(error.cause) from error

@@ -25,6 +25,10 @@ class ControlRefused(GpuckptError):
     """The server says that it cannot, or could not."""
 
 
+class ControlAbsent(DaemonUnreachableError):
+    """There is no control socket."""
+
+
 class Woken(Struct, frozen=True):
     """What taking the weights again took: bytes that were read, and the seconds of its steps by name.
 
@@ -101,7 +105,8 @@ class Control:
                     text = stream.readline(_LINE)
         except OSError as error:
             late = isinstance(error, TimeoutError)
-            raise DaemonUnreachableError(
+            kind = ControlAbsent if isinstance(error, FileNotFoundError) else DaemonUnreachableError
+            raise kind(
                 f"the server does not answer on its control socket ({what})",
                 cause=f"nothing came within {self._timeout:g} s"
                 if late

@@ -59,6 +59,9 @@ def test_goldens_replicas_standbys(bench: Bench, lively_model: Path) -> None:
     # A request that comes to a standby waits, and is answered as any other.
     bench.ok("suspend", clones[0])
     assert bench.run("suspend", clones[0]).code == 3
+    for words in (("session", "ls", clones[0]), ("restore", name, "--as", clones[0])):
+        refused = bench.run(*words, timeout=20)
+        assert refused.code == 7 and f"gpuckpt wake {clones[0]}" in refused.err
     late: list[Any] = []
     asking = threading.Thread(target=lambda: late.append(answer(bench, clones[0])))
     asking.start()
@@ -95,7 +98,7 @@ def test_goldens_replicas_standbys(bench: Bench, lively_model: Path) -> None:
 def test_a_server_that_cannot(bench: Bench) -> None:
     words = bench.creation(bench.name(), options=("--weights", "outside", "--canary", "GET /digest"))
     done = bench.run(*words)
-    assert done.code == 9 and "takes no orders" in done.err and "--weights image" in done.err
+    assert done.code == 9 and "has no control socket" in done.err and "--weights image" in done.err
     assert bench.left() == [] and bench.goldens() == []
 
 

@@ -46,7 +46,7 @@ from gpuckpt.golden.restore import Restored, RestoreRequest, restore
 from gpuckpt.golden.standby import Changed
 from gpuckpt.manifest import Memory, Process
 from gpuckpt.timing import PhaseTable
-from gpuckpt.workload.control import Control, ControlRefused, Woken
+from gpuckpt.workload.control import Control, ControlAbsent, ControlRefused, Woken
 from tests.cuda_fake import MIB, gpu
 from tests.fakes import World, tools_for
 
@@ -63,6 +63,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(criu_images, "sockets", lambda folder: ())
     monkeypatch.setattr(criu_images, "shared_memory_bytes", lambda folder: (4096, 0))
     monkeypatch.setattr("gpuckpt.golden.identity.driver_version", lambda: "570.86.15")
+    monkeypatch.setattr("gpuckpt.golden.gpu.driver_version", lambda: "570.86.15")
     found = tools_for(tmp_path)
     monkeypatch.setattr("gpuckpt.golden.restore.adapter_of", lambda workload: found.adapter)
     monkeypatch.setattr(nodes, "specifications", lambda folders=None: [Path("/etc/cdi/nvidia.yaml")])
@@ -357,7 +358,7 @@ def test_a_standby_holds_no_gpu_memory_and_wakes_to_it(running: World, frozen: s
 
 
 def test_what_is_a_standby_or_awake_already_is_said(running: World, frozen: set[str]) -> None:
-    with pytest.raises(NothingToDo, match="is awake"):
+    with pytest.raises(NothingToDo, match="is awake already"):
         wake(running)
     suspend(running)
     with pytest.raises(NothingToDo, match="is a standby"):
@@ -637,9 +638,18 @@ def test_a_server_that_cannot_has_them_in_its_image(world: World, server: FakeCo
 
 def test_a_server_without_a_control_socket_has_them_in_its_image(world: World, server: FakeControl) -> None:
     world.adapter._record = structs.replace(world.adapter.record, kind="guest")
-    world.journal.trouble["save"] = DaemonUnreachableError("nobody", cause="no such file")
+    world.journal.trouble["save"] = ControlAbsent("nobody", cause="no such file")
     assert made(world).manifest.weights == ()
-    assert "it takes no orders: no such file" in world.report.notes[0]
+    assert "it has no control socket: no such file" in world.report.notes[0]
+
+
+def test_a_server_that_ends_when_it_is_told_to_sleep_is_shown(world: World, server: FakeControl) -> None:
+    world.containers.log = "Traceback\nOSError: out of luck\n"
+    world.journal.trouble["sleep"] = DaemonUnreachableError("the server ended while it was told to sleep")
+    with pytest.raises(CheckpointError, match="it failed") as caught:
+        made(world, weights="outside")
+    assert "told to sleep" in str(caught.value.cause)
+    assert caught.value.log[-1] == "OSError: out of luck" and caught.value.log_path
 
 
 def test_weights_that_do_not_answer_alike_stay_in_the_image(world: World, server: FakeControl) -> None:
