@@ -85,7 +85,12 @@ class Devices:
         """
         self.refuse_open(first, pids)
         steps = suspend(self.driver, pids, self._limits)
-        if left := self.held(pids):
+        try:
+            left = self.held(pids)
+        except BaseException:
+            self._undone(pids)
+            raise
+        if left:
             undone = self._undone(pids)
             raise CheckpointError(
                 "the server was suspended and still holds GPU memory",

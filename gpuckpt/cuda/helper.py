@@ -114,7 +114,7 @@ class Helper:
             name, arguments = asked["call"], asked["arguments"]
             if name not in _METHODS or (name == "carry") != bool(files):
                 raise KeyError(name)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             return {"error": {"code": "BAD_REQUEST", "message": repr(error)}}
         try:
             if name == "carry":
@@ -130,14 +130,19 @@ class Helper:
 def _received(connection: socket.socket) -> tuple[bytes, list[int]] | None:
     """A line, and the open files that came with it; None at the end."""
     line, files = b"", list[int]()
-    while not line.endswith(b"\n"):
-        data, more, _, _ = socket.recv_fds(connection, _LINE, 4)
-        files += more
-        line += data
-        if not data or len(line) > _LINE:
-            for handle in files:
-                os.close(handle)
+    try:
+        while not line.endswith(b"\n"):
+            data, more, _, _ = socket.recv_fds(connection, _LINE, 4)
+            files += more
+            line += data
+            if not data or len(line) > _LINE:
+                raise EOFError
+    except BaseException as error:
+        for handle in files:
+            os.close(handle)
+        if isinstance(error, EOFError):
             return None
+        raise
     return line, files
 
 
@@ -263,12 +268,23 @@ class Remote:
     def _connect(self) -> socket.socket | None:
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         made.settimeout(self._timeout)
-        try:
-            made.connect(str(self._path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            made.close()
-            return None
-        return made
+        until = time.monotonic() + self._timeout
+        while True:
+            try:
+                made.connect(str(self._path))
+                return made
+            except BlockingIOError:  # as many as it lets wait for it already
+                if time.monotonic() > until:
+                    made.close()
+                    return None
+                time.sleep(0.01)
+            except OSError as error:
+                made.close()
+                if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+                    return None
+                raise DaemonUnreachableError(
+                    "the GPU helper cannot be reached", cause=f"{self._path}: {error}", remedy="a shorter paths.run"
+                ) from error
 
     def _start(self) -> None:
         """Start it, unless another command has just done so."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gpuckpt.errors import GpuckptError, GpuFullError, IncompatibleError
+from gpuckpt.errors import GpuckptError, GpuFullError
 from gpuckpt.golden.tools import Tools
 from gpuckpt.manifest import Held
 from gpuckpt.store.reading import opened
@@ -75,7 +75,11 @@ def carried(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(tools.devices.reserve([twice], (uuid,)))
-        except (GpuFullError, IncompatibleError):
+        except GpuFullError:
+            yield None
+            return
+        except (GpuckptError, OSError) as error:
+            tools.report.note(f"the weights were not carried ahead, and are read later: {error}")
             yield None
             return
         found = Carried(tools, files[0], uuid)

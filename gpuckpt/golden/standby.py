@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container
@@ -24,6 +23,7 @@ from gpuckpt.store import locks
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload import adapter
 
+_UNDOING = 60.0  # seconds for a server to take its memory again when it could not be suspended
 _QUIET = 30.0  # seconds in which the requests of a server on a GPU must have ended
 
 
@@ -66,8 +66,8 @@ def wake(
 ) -> Changed:
     """Let the standby ``name`` answer again; it waits at most ``timeout`` seconds for room on the GPUs.
 
-    Raises NotFoundError, BusyError, NothingToDo (it is awake), GpuFullError or DeadlineError (no room; it stays a
-    standby), RestoreError.
+    Raises NotFoundError, BusyError, NothingToDo (it is awake), GpuFullError (no room; it stays a standby),
+    RestoreError, VerificationError (its weights are damaged).
     """
     with _held(tools, name, container) as (replica, container):
         if replica.standby is None and not freezer.frozen(container.pid, container.id):
@@ -94,7 +94,7 @@ def _held(tools: Tools, name: str, known: Container | None) -> Iterator[tuple[Re
 
 def _down(tools: Tools, replica: Replica, container: Container, golden: Manifest | None, phases: PhaseTable) -> Changed:
     holders = gpu.find(tools, container.pid, _gpus(golden))
-    given = weights.given_by(golden, Path()) if golden else weights.NOTHING
+    given = _given(tools, replica, golden) if golden and (golden.weights or golden.caches) else weights.NOTHING
     if golden is not None and (holders is not None or given):
         with phase(tools, phases, "quiesce"):
             adapter(golden.workload).quiesce(replica.endpoint, timeout=_QUIET)
@@ -125,7 +125,7 @@ def _undo(tools: Tools, replica: Replica, container: Container, going: Standby, 
             raise RestoreError("its GPU state is still in host memory")
         tools.devices.settle(pids, {}, going.visible)
         if golden is not None and (given := weights.given_by(golden, tools.layout.golden(golden.name))):
-            weights.wake(tools, PhaseTable(), replica, given, first=container.pid)
+            weights.wake(tools, PhaseTable(), replica, given, first=container.pid, timeout=_UNDOING)
         replica.save()
     except (OSError, GpuckptError) as trouble:
         tools.report.note(f"{replica.name} does not answer yet: {trouble}; try gpuckpt wake {replica.name}")
@@ -163,11 +163,25 @@ def _up(
                 freezer.freeze(container.pid, container.id)
             raise
         if given:
-            weights.wake(tools, phases, replica, given, ahead, container.pid)
+            try:
+                weights.wake(tools, phases, replica, given, ahead, container.pid)
+            except BaseException:
+                _down_again(tools, container, pids)
+                raise
     awake = replace(replica, standby=None)
     awake.save()
     phases.stop()
     return Changed(awake, phases, sum(count for _, _, count in was.devices))
+
+
+def _down_again(tools: Tools, container: Container, pids: list[int]) -> None:
+    """One that is on the device without its weights is no use there: as a standby it can be tried again."""
+    try:
+        if pids:
+            tools.devices.suspend(container.pid, pids)
+        freezer.freeze(container.pid, container.id)
+    except (GpuckptError, OSError) as error:
+        tools.report.note(f"it could not be suspended again, and holds its GPU memory until it is stopped: {error}")
 
 
 def _lacking(tools: Tools, was: Standby, container: Container, held: tuple[Held, ...]) -> tuple[Held, ...]:
@@ -192,7 +206,9 @@ def _given(tools: Tools, replica: Replica, golden: Manifest | None) -> weights.G
             cause=f"it is a part of golden {replica.golden}, which was removed",
             remedy=f"gpuckpt stop {replica.name}",
         )
-    return weights.given_by(golden, tools.layout.golden(golden.name))
+    folder = tools.layout.golden(golden.name)
+    weights.require_intact(golden, folder)
+    return weights.given_by(golden, folder)
 
 
 _NONE = DeviceState(devices=(), processes=())

@@ -27,6 +27,7 @@ from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.tools import Tools, phase
 from gpuckpt.host.tmpfs import available_memory
 from gpuckpt.manifest import Canary, Manifest
+from gpuckpt.store import seal
 from gpuckpt.store.digests import digest_file
 from gpuckpt.store.reading import opened
 from gpuckpt.store.sharing import Sharing
@@ -60,8 +61,9 @@ class Given:
 NOTHING = Given()
 
 
-def control(replica: Replica) -> Control:
-    return Control(replica.sockets / CONTROL_NAME)
+def control(replica: Replica, *, timeout: float = 1800.0) -> Control:
+    """The server's control socket; no order takes longer than ``timeout`` seconds."""
+    return Control(replica.sockets / CONTROL_NAME, timeout=timeout)
 
 
 def release(
@@ -81,7 +83,9 @@ def release(
         _require_room(tools, adapter)
         files = tuple(folder / str(rank) for rank in range(ranks))
         with opened(files, os.O_RDWR | os.O_CREAT | os.O_EXCL) as handles:
-            server.save(handles)
+            written = server.save(handles)
+        if written != (found := [file.stat().st_size for file in files]):
+            raise ControlRefused("it says that it has written what it has not", cause=f"{written}, not {found} bytes")
         for file in files:
             file.chmod(0o400)  # as all memory files
     with phase(tools, phases, "weights: rehearse"), opened(files) as handles:
@@ -199,6 +203,8 @@ def wake(
     given: Given,
     ahead: Carried | None = None,
     first: int | None = None,
+    *,
+    timeout: float = 1800.0,
 ) -> None:
     """Have the replica's server take again what it has given back, and answer; from ``ahead``, if that is given.
 
@@ -208,7 +214,7 @@ def wake(
     Raises RestoreError, DaemonUnreachableError.
     """
     tools.report.stage("weights")
-    server = control(replica)
+    server = control(replica, timeout=timeout)
     with opened(_seen(tools, given.files, first)) as handles:
         _compare(given.files, handles)
         try:
@@ -223,6 +229,11 @@ def wake(
                 cause=error.cause,
                 remedy="gpuckpt verify tells whether the files are whole; create the golden anew, or --weights image",
             ) from error
+        except DaemonUnreachableError as error:
+            message = f"the server of {replica.name} failed when it was to take its memory again"
+            failure = failures.server_failure(tools, replica, message, kind=RestoreError, ending=True)
+            failure.cause = "; ".join(text for text in (error.message, error.cause, failure.cause) if text)
+            raise failure from error
     if woken.told:
         tools.report.note(f"the weights that were carried ahead could not be used: {woken.told}")
     _split(phases, "caches" if given.caches else "weights", begin, now_ns(), woken.phases)
@@ -273,6 +284,16 @@ def sleep(tools: Tools, phases: PhaseTable, replica: Replica, given: Given) -> N
             raise CheckpointError(
                 f"the server of {replica.name} does not give its memory back: {error.message}", cause=error.cause
             ) from error
+
+
+def require_intact(golden: Manifest, folder: Path) -> None:
+    """Raise VerificationError if the golden's files with weights are not as they were sealed."""
+    if golden.weights and (found := seal.changed(folder, golden, [f"memory/{name}" for name in golden.weights])):
+        raise VerificationError(
+            f"the weights of golden {golden.name} are damaged",
+            cause="; ".join(found),
+            remedy=f"gpuckpt verify {golden.name}; stop its replicas, and create it anew",
+        )
 
 
 def given_by(golden: Manifest, folder: Path) -> Given:

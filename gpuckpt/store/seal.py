@@ -20,7 +20,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -140,6 +141,24 @@ def fits(folder: Path) -> bool:
     """Whether the manifest is the one that was sealed; a golden without a seal is taken at its word."""
     _, sealed = _read(folder)
     return sealed is None or digest_bytes((folder / "manifest.json").read_bytes()) == sealed
+
+
+def changed(folder: Path, golden: Manifest, names: Sequence[str]) -> list[str]:
+    """What has changed in some files since the golden was sealed, one sentence each; a new note means a new reading."""
+    notes, device = notes_of(folder), os.stat(folder).st_dev
+    found = []
+    for name in names:
+        path, expected = folder / name, golden.files.get(name)
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
+            continue
+        if notes.get(name) == note(status, device):
+            continue
+        if not stat.S_ISREG(status.st_mode) or expected is None or digest_file(path) != expected.blake3:
+            found.append(f"{name} has changed: its digest differs from the recorded one")
+    return found
 
 
 def broken(folder: Path, golden: Manifest, progress: Callable[[int], None] = lambda done: None) -> list[str]:

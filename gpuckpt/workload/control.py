@@ -7,18 +7,23 @@ line of JSON each way, open files beside the request (SCM_RIGHTS, unix(7)). The 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
+import stat
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from msgspec import Struct
 
 from gpuckpt.errors import DaemonUnreachableError, GpuckptError
 
 _LINE = 1 << 20
-_LONGEST = 600.0  # seconds: the weights of a large model go through it
+# Seconds for each order: requests end before a sleep, the weights of a large model are written and read.
+_LIMITS = {"ranks": 30.0, "state": 30.0, "sleep": 120.0, "save": 1800.0, "wake": 600.0}
 
 
 class ControlRefused(GpuckptError):
@@ -43,7 +48,7 @@ class Woken(Struct, frozen=True):
 class Control:
     """One server's control socket. Methods raise DaemonUnreachableError or :class:`ControlRefused`."""
 
-    def __init__(self, path: Path, *, timeout: float = _LONGEST) -> None:
+    def __init__(self, path: Path, *, timeout: float = 1800.0) -> None:
         self._path = path
         self._timeout = timeout
 
@@ -54,10 +59,10 @@ class Control:
     def save(self, files: Sequence[int]) -> list[int]:
         """Have the weights written, as they lie on the devices, into open files, one a rank; returns their bytes."""
         answer = self._ask("save", files)
-        try:
-            return [int(count) for count in answer["bytes"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise _nonsense(answer) from error
+        counts = answer.get("bytes")
+        if not isinstance(counts, list) or len(counts) != len(files) or not all(map(_is_count, counts)):
+            raise _nonsense(answer)
+        return counts
 
     def sleep(self, *, caches: bool = False) -> int:
         """Have weights and key-value cache given back, their addresses kept; returns the bytes. Requests wait then.
@@ -74,12 +79,12 @@ class Control:
         """
         more = ({"carried": len(carried)} if carried else {}) | ({"caches": 1} if caches else {})
         answer = self._ask("wake", [*files, *carried], more)
-        try:
-            phases = {str(name): float(took) for name, took in answer["phases"].items()}
-            told = answer.get("told")
-            return Woken(int(answer["bytes"]), phases, None if told is None else str(told))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _nonsense(answer) from error
+        count, phases, told = answer.get("bytes"), answer.get("phases"), answer.get("told")
+        if not _is_count(count) or not isinstance(phases, dict) or not all(map(_is_seconds, phases.values())):
+            raise _nonsense(answer)
+        return Woken(
+            count, {_shown(name): float(took) for name, took in phases.items()}, _shown(told) if told else None
+        )
 
     def asleep(self) -> bool:
         """Whether it has given its memory back."""
@@ -87,45 +92,93 @@ class Control:
 
     def _number(self, answer: Mapping[str, Any], name: str) -> int:
         value = answer.get(name)
-        if not isinstance(value, int):
+        if not _is_count(value):
             raise _nonsense(answer)
-        return value
+        return int(value)
 
     def _ask(self, what: str, files: Sequence[int] = (), more: Mapping[str, int] | None = None) -> dict[str, Any]:
+        limit = min(self._timeout, _LIMITS[what])
+        line = json.dumps({"do": what, **(more or {})}).encode() + b"\n"
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                connection.settimeout(self._timeout)
-                connection.connect(str(self._path))
-                line = json.dumps({"do": what, **(more or {})}).encode() + b"\n"
-                if files:
-                    socket.send_fds(connection, [line], list(files))
-                else:
-                    connection.sendall(line)
-                with connection.makefile("rb") as stream:
-                    text = stream.readline(_LINE)
+            text = self._exchanged(line, files, time.monotonic() + limit)
         except OSError as error:
             late = isinstance(error, TimeoutError)
             kind = ControlAbsent if isinstance(error, FileNotFoundError) else DaemonUnreachableError
+            why = f"{self._path}: {error.strerror or error}"
             raise kind(
                 f"the server does not answer on its control socket ({what})",
-                cause=f"nothing came within {self._timeout:g} s"
-                if late
-                else f"{self._path}: {error.strerror or error}",
+                cause=f"nothing came within {limit:g} s" if late else why,
             ) from error
         if not text:
             raise DaemonUnreachableError(f"the server ended while it was told to {what}")
         try:
             answer = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _nonsense(text[:200]) from error
         if not isinstance(answer, dict):
             raise _nonsense(answer)
         if "error" in answer:
             told = answer["error"] if isinstance(answer["error"], dict) else {"message": answer["error"]}
             cause = told.get("cause")
-            raise ControlRefused(str(told.get("message")), cause=None if cause is None else str(cause))
+            raise ControlRefused(
+                _shown(told.get("message") or "it gives no reason"), cause=_shown(cause) if cause else None
+            )
         return answer
+
+    def _exchanged(self, line: bytes, files: Sequence[int], until: float) -> bytes:
+        """What the server answers until ``until``, a line; empty if it ends before."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            self._connect(connection, until)
+            connection.settimeout(_left(until))
+            if files:
+                socket.send_fds(connection, [line], list(files))
+            else:
+                connection.sendall(line)
+            text = b""
+            while not text.endswith(b"\n") and len(text) < _LINE:
+                connection.settimeout(_left(until))
+                data = connection.recv(_LINE - len(text))
+                if not data:
+                    break
+                text += data
+            return text
+
+    def _connect(self, connection: socket.socket, until: float) -> None:
+        # The server may put anything there, a link to another server's socket, say.
+        found = os.open(self._path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISSOCK(os.fstat(found).st_mode):
+                raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+            while True:
+                connection.settimeout(_left(until))
+                try:
+                    connection.connect(f"/proc/self/fd/{found}")
+                    return
+                except BlockingIOError:  # others wait for it already, as many as it lets
+                    time.sleep(0.01)
+        finally:
+            os.close(found)
+
+
+def _left(until: float) -> float:
+    left = until - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 60
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1e6  # which NaN is not
+
+
+def _shown(value: object) -> str:
+    """A stranger's words: without what would command a terminal."""
+    return "".join(letter if letter.isprintable() else "�" for letter in str(value)[:500])
 
 
 def _nonsense(answer: object) -> ControlRefused:
-    return ControlRefused("the server's answer on its control socket is not understood", cause=str(answer)[:200])
+    return ControlRefused("the server's answer on its control socket is not understood", cause=_shown(answer)[:200])

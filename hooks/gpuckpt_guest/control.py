@@ -129,6 +129,8 @@ class Control:
                     self._attend(connection)
                 except OSError as error:  # it has hung up, or reads nothing
                     _log.warning("a request to %s went unanswered: %s", self.path, error)
+                except Exception:  # a fault of ours: the next one is to be answered
+                    _log.exception("a request to %s went unanswered", self.path)
 
     def _attend(self, connection: socket.socket) -> None:
         line, files, fault = _receive(connection)
@@ -145,7 +147,7 @@ class Control:
     def _answer(self, line: bytes, files: Sequence[int]) -> dict[str, Any]:
         try:
             request = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return _error("the request is no JSON", str(error))
         if not isinstance(request, dict) or not isinstance(request.get("do"), str):
             return _error('a request is {"do": …}')

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -390,6 +392,22 @@ def test_one_call_that_hangs_keeps_nobody_else(served: Path, driver: FakeDriver)
     Remote(served).lock(12, 1.0)
     assert time.monotonic() - began < 0.4
     slow.join()
+
+
+def test_who_hangs_up_leaves_no_files_open(served: Path) -> None:
+    import array
+
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, open("/dev/null") as file:
+            client.connect(str(served))
+            client.sendall(b'{"call": "version", "arguments": []}\n')
+            rights = array.array("i", [file.fileno()])
+            client.sendmsg([b'{"ha'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    until = time.monotonic() + 5
+    while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < until:
+        time.sleep(0.02)
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_nonsense_is_answered(served: Path) -> None:

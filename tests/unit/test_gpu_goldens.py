@@ -475,7 +475,7 @@ class FakeControl:
 @pytest.fixture
 def server(world: World, monkeypatch: pytest.MonkeyPatch) -> FakeControl:
     found = FakeControl(world)
-    monkeypatch.setattr(weights, "control", lambda replica: found)
+    monkeypatch.setattr(weights, "control", lambda replica, **limits: found)
     return found
 
 
@@ -700,7 +700,7 @@ def listening(tmp_path: Path) -> Iterator[Callable[[bytes | None], tuple[Control
         sockets.append(listener)
 
         def serve() -> None:
-            with listener.accept()[0] as connection:
+            with contextlib.suppress(OSError), listener.accept()[0] as connection:
                 line, files, _, _ = socket.recv_fds(connection, 4096, 16)
                 asked.append((json.loads(line), [os.pread(handle, 100, 0) for handle in files]))
                 for handle in files:
@@ -734,6 +734,11 @@ def test_files_go_along_with_a_request(listening: Any, tmp_path: Path) -> None:
         (b"nonsense\n", ControlRefused, "not understood"),
         (b"[1]\n", ControlRefused, "not understood"),
         (b'{"ranks": "two"}\n', ControlRefused, "not understood"),
+        (b'{"ranks": Infinity}\n', ControlRefused, "not understood"),
+        (b'{"ranks": -1}\n', ControlRefused, "not understood"),
+        (b"[" * 100_000 + b"\n", ControlRefused, "not understood"),
+        (b'{"error": null}\n', ControlRefused, "gives no reason"),
+        (b'{"error": {"message": "\\u001b[31mred"}}\n', ControlRefused, "�\\[31mred"),
         (b"", DaemonUnreachableError, "ended while it was told to ranks"),
         (None, DaemonUnreachableError, "does not answer on its control socket"),
     ],
@@ -742,6 +747,73 @@ def test_what_a_server_may_answer(listening: Any, answer: bytes | None, kind: ty
     control, _ = listening(answer)
     with pytest.raises(kind, match=said):
         control.ranks()
+
+
+@pytest.mark.parametrize("phases", ["NaN", "Infinity", "-1", '"x"', "1e300"])
+def test_times_that_are_none(listening: Any, phases: str) -> None:
+    control, _ = listening(b'{"bytes": 1, "phases": {"map": %s}}\n' % phases.encode())
+    with pytest.raises(ControlRefused, match="not understood"):
+        control.wake([])
+
+
+@pytest.mark.parametrize("answer", ['{"bytes": [1, 2]}', '{"bytes": [-1]}', '{"bytes": [true]}', '{"bytes": 1}'])
+def test_counts_that_are_none(listening: Any, tmp_path: Path, answer: str) -> None:
+    control, _ = listening(answer.encode() + b"\n")
+    (tmp_path / "w").touch()
+    with (tmp_path / "w").open("rb") as file, pytest.raises(ControlRefused, match="not understood"):
+        control.save([file.fileno()])
+
+
+def test_a_link_to_another_server_s_socket_is_not_followed(listening: Any, tmp_path: Path) -> None:
+    listening(b'{"ranks": 1}\n')
+    (tmp_path / "link").symlink_to("control.sock")
+    with pytest.raises(DaemonUnreachableError, match="control socket"):
+        Control(tmp_path / "link").ranks()
+
+
+def test_a_server_that_says_what_it_has_not_written(world: World, server: FakeControl) -> None:
+    original = server.save
+    server.save = lambda files: [count + 1 for count in original(files)]  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="has written what it has not"):
+        made(world, weights="outside")
+
+
+def test_weights_that_have_changed_are_not_given_up_and_not_taken(
+    world: World, server: FakeControl, frozen: set[str]
+) -> None:
+    made(world, weights="outside")
+    restored(world)
+    (file,) = (world.layout.golden("gold") / "memory").iterdir()
+    content = file.read_bytes()
+    suspend(world)
+    for change in (wake, suspend):
+        file.chmod(0o600)
+        file.write_bytes(b"x" * len(content))
+        file.chmod(0o400)
+        before = list(steps(world))
+        with pytest.raises(VerificationError, match="damaged"):
+            change(world)
+        assert steps(world) == before
+        file.chmod(0o600)
+        file.write_bytes(content)
+        file.chmod(0o400)
+        if change is wake:
+            wake(world)
+
+
+def test_a_server_that_cannot_read_its_weights_is_a_standby_again(
+    world: World, server: FakeControl, frozen: set[str]
+) -> None:
+    made(world, weights="outside")
+    restored(world)
+    suspend(world)
+    world.driver.shares = False
+    world.journal.trouble["wake"] = ControlRefused("no")
+    with pytest.raises(RestoreError, match="could not read its weights"):
+        wake(world)
+    assert (world.driver.processes[4242].state, len(frozen)) == ("checkpointed", 1)
+    wake(world)
+    assert (world.driver.processes[4242].state, frozen, record(world).standby) == ("running", set(), None)
 
 
 def test_a_server_without_the_socket_is_told_of(tmp_path: Path) -> None:

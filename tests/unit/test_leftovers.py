@@ -15,7 +15,7 @@ from gpuckpt import proc
 from gpuckpt.containers.leftovers import end_restore
 
 # A shell that is called like conmon, below it one with the runtime's words, below that somebody who sleeps.
-MONITOR = """sh -c "sleep 600; :" runc "$6" & echo up; wait $!"""
+MONITOR = """sh -c "echo up; sleep 600; :" runc "$6" & wait $!"""
 
 
 @contextmanager
