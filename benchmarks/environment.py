@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -39,7 +40,7 @@ def machine(installed: Path | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         **packages(installed / "server", SERVER_PACKAGES),
         "gpuckpt": __version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -105,14 +106,25 @@ def _chosen(file: Path) -> str | None:
     return match[1] if match else None
 
 
-def _commit() -> str | None:
-    """The checkout's commit, with `-dirty` if its files differ from it; None outside of Git."""
+def commit(root: Path = ROOT) -> str | None:
+    """The checkout's commit, with `-dirty` if its files differ from it; a bundle's (docs/offline.md); else None."""
+    if not (root / ".git").exists():
+        return _bundled(root.parent / "bundle.json")
     try:
         # A checkout of another user is refused by git unless it is named as trusted; we only read.
-        git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
+        git = ["git", "-c", f"safe.directory={root}", "-C", str(root)]
         return proc.run([*git, "describe", "--always", "--dirty", "--exclude=*"], timeout=20).stdout.strip()
     except GpuckptError:
         return None
+
+
+def _bundled(file: Path) -> str | None:
+    """What a bundle was made of."""
+    try:
+        about = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return about.get("commit") or None
 
 
 def load() -> list[float]:

@@ -3,7 +3,10 @@
     python -m benchmarks.gpu_acceptance                   under eight minutes; build/bench/gpu.json, gpu.md and figures
     python -m benchmarks.gpu_acceptance --resume          goes on with what is left, in as much time again
     python -m benchmarks.gpu_acceptance --only probe      only some steps, and what they need
+    python -m benchmarks.gpu_acceptance --resume --only engine
+                                                          does these again, and keeps the results of all others
     python -m benchmarks.gpu_acceptance --dry-run         every step on stand-ins, anywhere; gpu-dry.json
+    python -m benchmarks.gpu_figures build/bench          draws anew, for instance where there is matplotlib
     python -m benchmarks.report --gpu                     build/bench → results/DATE-MACHINE-gpu/
 
 It needs root, NVIDIA's driver from 570 on, this checkout with gpuckpt's environment (GPU packages included), CRIU,
@@ -16,7 +19,10 @@ memory suspended and resumed by its size, servers from the golden and from stand
 process with a limit of its own, the JSON file is whole after each, and a step that cannot be done, failed or was not
 reached says so with its reason. What a step has started is ended with it.
 
-Exit codes: 0 all that could run has run; 1 something failed; 2 usage; 3 no GPU (and no --dry-run); 130 interrupted.
+Results are never replaced unasked: a folder that has some is refused without --resume.
+
+Exit codes: 0 all that could run has run; 1 something failed; 2 usage, or results that are there already; 3 no GPU (and
+no --dry-run); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,11 +30,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from msgspec import structs
@@ -48,6 +56,7 @@ from gpuckpt.errors import GpuckptError, InterruptedByUser
 BUDGET = 470.0
 # Seconds of the budget that are kept for putting everything back, the figures and the page.
 RESERVE = 20.0
+_DRY_LIMIT = 300.0  # seconds of a dry step, which takes less than one: only what hangs is to be cut off
 _CONTROL = Path("/dev/nvidiactl")  # every driver has it, also where /proc is not the kernel's own
 _IN_MEMORY = 24 << 30  # bytes that are free where temporary files are kept in memory
 
@@ -67,29 +76,32 @@ class Run:
         """Seconds that steps still have."""
         return self._budget.seconds - RESERVE - self._budget.elapsed
 
-    def steps(self, steps: Sequence[Step]) -> None:
-        """Do what is not done yet, as long as there is time."""
-        with contextlib.ExitStack() as stack:
-            self._steps(steps, stack)
-
-    def _steps(self, steps: Sequence[Step], stack: contextlib.ExitStack) -> None:
-        for step in gpu_steps.order(steps, self.record.status):
+    def steps(self, steps: Sequence[Step], again: Collection[str] = ()) -> None:
+        """Do what is not done yet, and those whose names are in ``again``, as long as there is time."""
+        for step in gpu_steps.order(steps, self.record.status, again):
             if missing := gpu_steps.missing(step, self.record.status):
                 self._pass(step, "skipped", f"it needs {' and '.join(missing)}, which did not go well")
-            elif self.left < step.least and not self._context.dry:
+            elif self._context.dry:
+                if self._budget.spent:
+                    self._pass(step, "left", f"the budget of {self._budget.seconds:g} s was spent")
+                else:
+                    self.step(step)
+            elif self.left < step.least:
                 self._pass(step, "left", f"{max(0.0, self.left):.0f} s were left, and it takes {step.least:g}")
             else:
                 self.step(step)
 
     def _pass(self, step: Step, status: Status, reason: str) -> None:
-        """A step that is not tried; what an earlier run has of it, though it did not go well, stays."""
-        if not self.record.data(step.name):
+        """A step that is not tried; what an earlier run has of it, even if it did not go well, stays."""
+        if self.record.data(step.name) or self.record.status(step.name) == "ok":
+            self._say(f"{step.name}: {reason}; its earlier result stays")
+        else:
             self._keep(step, status, 0.0, reason, {})
 
     def step(self, step: Step) -> None:
         """One step, in a process; whatever becomes of it, it is in the record, and nothing of it is left."""
         self._say(f"{step.name}: {step.about}")
-        limit = step.limit if self._context.dry else min(step.limit, self.left)
+        limit = _DRY_LIMIT if self._context.dry else min(step.limit, self.left)
         python = self.record.data("probe.python")
         file = self._work / f"{step.name}.json"
         answer = gpu_context.answer_file(file)
@@ -121,7 +133,7 @@ class Run:
         status, reason = found.get("status", "failed"), found.get("reason")
         if ended.code is None:
             # With less time than it may take it is the budget that was too short, and it is worth another try.
-            status = "left" if limit < step.limit else "failed"
+            status = "left" if limit < step.limit and not self._context.dry else "failed"
             reason = f"it was cut off after {limit:.0f} s"
         elif not found or status == "cut":
             status, reason = "failed", "; ".join([f"it ended with status {ended.code}", *ended.said[-4:]])
@@ -131,6 +143,9 @@ class Run:
         self._keep(step, status, ended.seconds, reason, found.get("data", {}))
 
     def _keep(self, step: Step, status: Status, seconds: float, reason: str | None, data: Document) -> None:
+        if status == "left" and self.record.status(step.name) == "ok":
+            self._say(f"  {step.name}: {reason}; its earlier result stays")
+            return
         self.record.keep(step.name, status, seconds=seconds, reason=reason, data=data)
         self._say(f"  {step.name}: {status}, {seconds:.1f} s" + (f": {reason}" if reason else ""))
 
@@ -160,7 +175,7 @@ def machine(prefix: Path, *, dry: bool) -> Document:
     """This host; of a dry run without asking its programs."""
     if dry:
         return {"cpu_model": environment.cpu_model(), "cores": os.cpu_count(), "kernel": os.uname().release,
-                "gpus": [], "commit": None}  # fmt: skip
+                "gpus": [], "commit": environment.commit()}  # fmt: skip
     found = environment.machine(prefix)
     return found | {"gpus": found["gpus"] or _gpus()}
 
@@ -184,14 +199,21 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--out", type=Path, default=harness.ROOT / "build" / "bench", help="folder of the results")
-    made.add_argument("--budget", type=float, default=BUDGET, help="seconds after which to stop (default: %(default)g)")
-    made.add_argument("--resume", action="store_true", help="go on with the results that are there")
+    made.add_argument(
+        "--budget",
+        type=float,
+        help=f"seconds after which to stop (default: {BUDGET:g}; a dry run's steps are all done, unless this is given)",
+    )
+    made.add_argument(
+        "--resume", action="store_true", help="go on with the results that are there: with what is not “ok” yet"
+    )
     made.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="STEPS",
-        help="steps, or probe, phases, server, engine; with commas",
+        help="steps, or probe, phases, server, engine; with commas. With --resume they are done again, also those"
+        " that went well, and their results are replaced; what they need is done only if it is not “ok” yet",
     )
     made.add_argument("--dry-run", action="store_true", help="every step on stand-ins: no number is a measurement")
     made.add_argument("--prefix", type=Path, default=environment.prefix(), help="where CRIU and the environments are")
@@ -202,8 +224,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
+    only = [word for words in options.only for word in words.split(",")]
     try:
-        steps = gpu_steps.chosen([word for words in options.only for word in words.split(",")])
+        steps = gpu_steps.chosen(only)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -218,24 +241,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     # gpuckpt's own commands read it.
     os.environ["GPUCKPT_PREFIX"] = str(options.prefix.absolute())
-    budget = Budget(options.budget)
+    seconds = options.budget
+    if seconds is None and not options.dry_run:
+        seconds = BUDGET
+    budget = Budget(math.inf if seconds is None else seconds)
     try:
         record = Record(
             options.out.absolute(),
             dry=options.dry_run,
             machine=machine(options.prefix, dry=options.dry_run),
-            options={"budget_s": options.budget, "only": options.only},
+            options={"budget_s": seconds, "only": options.only},
             resume=options.resume,
             summarise=gpu_summary.summarise,
         )
     except (Mismatch, ValueError, KeyError) as error:
         print(error, file=sys.stderr)
         return 2
-    return measure(record, steps, budget, options)
+    return measure(record, steps, budget, options, again=gpu_steps.named(only))
 
 
-def measure(record: Record, steps: Sequence[Step], budget: Budget, options: argparse.Namespace) -> int:
-    """Do the steps, draw, write the page; the exit status."""
+def measure(
+    record: Record, steps: Sequence[Step], budget: Budget, options: argparse.Namespace, again: Collection[str] = ()
+) -> int:
+    """Do the steps, those in ``again`` in any case, draw, write the page; the exit status."""
     status = "interrupted"
     try:
         with harness.interrupts():
@@ -245,7 +273,7 @@ def measure(record: Record, steps: Sequence[Step], budget: Budget, options: argp
                 context = Context(
                     "", "", options.dry_run, 0.0, options.prefix.absolute(), folder, space.folder, python=options.python
                 )
-                Run(record, context, budget, space.folder).steps(steps)
+                Run(record, context, budget, space.folder).steps(steps, again)
         left = any(record.status(step.name) == "left" for step in steps)
         status = "budget" if left else "complete"
     except InterruptedByUser as interrupted:
@@ -268,10 +296,11 @@ def show(record: Record, steps: Sequence[Step]) -> None:
 
         drawn = gpu_figures.draw(record.document | gpu_summary.summarise(record.document), record.file.parent)
     except ImportError:
-        say("no figures: matplotlib is not installed; python -m benchmarks.gpu_figures draws them elsewhere")
+        folder = shlex.quote(str(record.file.parent))
+        say("no figures: matplotlib is not installed. With a Python that has it and what gpuckpt requires, here or")
+        say(f"where the folder was copied to: python -m benchmarks.gpu_figures {folder}")
     document = json.loads(record.file.read_text())
-    page = record.file.with_suffix(".md")
-    page.write_text(gpu_pages.page(document, "Acceptance on a GPU", drawn))
+    gpu_pages.write(document, record.file, drawn)
     for line in gpu_pages.lines(document):
         say(line)
     words = ", ".join(f"{count} {word}" for word, count in document["counts"].items())

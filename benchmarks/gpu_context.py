@@ -92,13 +92,13 @@ class Context(Struct, frozen=True):
     @contextlib.contextmanager
     def driver(self) -> Iterator[Driver]:
         """The driver through gpuckpt's helper, a new one for this step; of a dry run one that has no device."""
-        socket = self.folder / f"{self.step}.sock"
         if self.dry:
             from benchmarks import gpu_dry
 
-            with gpu_dry.served(socket):
-                yield Remote(socket, timeout=_PATIENCE)
+            with gpu_dry.served(self.folder) as remote:
+                yield remote
             return
+        socket = self.folder / f"{self.step}.sock"
         # gpuckpt starts it with a clean environment; here the packages may be somewhere of their own.
         kept = [f"{name}={os.environ[name]}" for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]
         remote = Remote(
@@ -153,10 +153,12 @@ def read(file: Path) -> Context:
     return msgspec_json.decode(file.read_bytes(), type=Context, dec_hook=lambda kind, text: kind(text))
 
 
-def told(context: Context, text: str) -> None:
-    """A line of progress: which step, and what it does."""
-    mark = " (dry)" if context.dry else ""
-    say(f"    {context.step}{mark}: {text}")
+def told(context: Context, text: str, measured: str = "") -> None:
+    """A line of progress: which step, what it does, and what it has ``measured``, which a dry run has not."""
+    if context.dry:
+        say(f"    {context.step} (dry): {text}")
+    else:
+        say(f"    {context.step}: {text}" + (f", {measured}" if measured else ""))
 
 
 def seconds(values: Sequence[float]) -> Document | None:

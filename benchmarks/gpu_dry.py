@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import socket
+import tempfile
 import threading
 import time
 import zlib
@@ -22,12 +25,13 @@ from benchmarks.gpu_held import Held
 from benchmarks.gpu_record import Document
 from benchmarks.harness import CommandFailed, Outcome
 from gpuckpt.cuda.driver import DriverError, Gpu, State
-from gpuckpt.cuda.helper import Helper
+from gpuckpt.cuda.helper import Helper, Remote
 from gpuckpt.timing import now_ns
 
 GPU = Gpu("GPU-00000000-0000-0000-0000-000000000000", "no GPU: a dry run", 80 << 30, 80 << 30)
 _SPEED = 2e12  # bytes per second that it pretends to move: a dry run is to be over soon
 _LEAST = 0.001  # seconds of a step
+PATIENCE = 300.0  # seconds that a step may take on a machine that is busy with other things
 _CONTEXT = 500 << 20  # bytes beside what a process asked for
 
 
@@ -91,16 +95,32 @@ class Driver:
 
 
 @contextlib.contextmanager
-def served(socket: Path) -> Iterator[None]:
-    """gpuckpt's own helper, in a thread, with that driver."""
-    thread = threading.Thread(target=Helper(Driver(), socket).serve, name="helper", daemon=True)
+def served(folder: Path) -> Iterator[Remote]:
+    """gpuckpt's own helper, in a thread, with that driver.
+
+    Each has a folder of its own: one that ends removes the file of its socket, which could be the next one's by then.
+    """
+    own = Path(tempfile.mkdtemp(prefix="dry-", dir=folder))
+    path = own / "helper"
+    thread = threading.Thread(target=Helper(Driver(), path).serve, name="helper", daemon=True)
     thread.start()
-    while not socket.exists():
-        time.sleep(_LEAST)
     try:
-        yield
+        while not _answers(path):  # that its file is there is not enough, and a busy machine takes its time
+            if not thread.is_alive():
+                raise RuntimeError("the stand-in for the GPU helper has ended")
+            time.sleep(_LEAST)
+        yield Remote(path, argv=("/bin/false",), timeout=PATIENCE)  # and never the real helper
     finally:
-        socket.unlink(missing_ok=True)
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        try:
+            asking.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
 
 
 class Criu:
@@ -124,8 +144,8 @@ class Commands(Gpuckpt):
     """`gpuckpt create`, `restore`, `suspend` and the others, by their documents alone."""
 
     def run(self, *words: str) -> Outcome:
-        # As if it had been spawned a while ago: what is drawn of it is to be seen.
-        spawned = now_ns() - 200_000_000 - 100_000 * (zlib.crc32(repr(words).encode()) % 8000)
+        # As if it had been spawned a while ago: what is drawn of it is to be seen, and always the same.
+        spawned = now_ns() - 500_000_000
         time.sleep(_LEAST)
         command, name = words[0], next((word for word in words[1:] if not word.startswith("-")), "")
         made = getattr(self, f"_{command}")(name, words)

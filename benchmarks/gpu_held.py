@@ -21,6 +21,7 @@ from gpuckpt.errors import DeadlineError, GpuckptError
 
 _PROGRAM = harness.ROOT / "benchmarks" / "gpu_process.py"
 _LOOK = 0.002
+_PATIENCE = 60.0  # seconds that it may take to sum its bytes
 _SIGNAL = signal.SIGUSR1
 
 
@@ -49,17 +50,18 @@ class Held:
             from benchmarks import gpu_dry
 
             gpu_dry.claim(self.pid, count)
+        self._patience = context.left if context.dry else _PATIENCE
         try:
-            self.first = self._read("ready.json", min(context.left, 120.0))
+            self.first = self._read("ready.json", context.left if context.dry else min(context.left, 120.0))
         except BaseException:
             self.end()
             raise
 
-    def sum(self, timeout: float = 60.0) -> int:
+    def sum(self) -> int:
         """Of its bytes as they are now. Raises DeadlineError, or GpuckptError if it has ended."""
         self._asked += 1
         os.kill(self.pid, _SIGNAL)
-        return self._read(f"sum-{self._asked}.json", timeout)
+        return self._read(f"sum-{self._asked}.json", self._patience)
 
     def dumped(self) -> None:
         """CRIU has killed it: its id has to be free before it can come back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from benchmarks.gpu_record import Document
 from benchmarks.gpu_steps import STEPS
@@ -27,9 +28,16 @@ def page(document: Document, title: str, figures: Sequence[str]) -> str:
         [line for name in figures for line in ("", f"![{_caption(name)}]({name}.png)")],
         list(_steps(document)),
         list(_missing(document)),
-        ["Generated from the JSON beside it: `python -m benchmarks.report --gpu`."],
+        ["Generated from the JSON beside it" + ("." if document["dry"] else ": `python -m benchmarks.report --gpu`.")],
     ]
     return "\n\n".join("\n".join(lines).strip("\n") for lines in sections if lines) + "\n"
+
+
+def write(document: Document, file: Path, figures: Sequence[str]) -> Path:
+    """The page beside the document's file."""
+    made = file.with_suffix(".md")
+    made.write_text(page(document, "Acceptance on a GPU", figures))
+    return made
 
 
 def _caption(figure: str) -> str:

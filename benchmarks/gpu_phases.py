@@ -43,7 +43,7 @@ def by_bytes(context: Context, answer: Answer) -> None:
             else:
                 sizes[name] = _one(context, driver, name)
                 one = sizes[name]
-                told(context, f"{name} GB: checkpoint {one['checkpoint_s']['p50']:.3f} s,"
+                told(context, f"{name} GB, out and back", f"checkpoint {one['checkpoint_s']['p50']:.3f} s,"
                               f" restore {one['restore_s']['p50']:.3f} s, n = {one['restore_s']['n']}")  # fmt: skip
             answer.note("sizes", sizes)
             answer.note("left_out", left_out)
@@ -168,5 +168,6 @@ def through_criu(context: Context, answer: Answer) -> None:
             part = Answer(context.folder / f"{context.step}-{name}.part")
             suspended(context, part, count, context.library)
             made[name] = part.data
-            told(context, f"{name} GB: dump {part.data['dump_s']:.2f} s, restore {part.data['restore_s']:.2f} s")
+            took = f"dump {part.data['dump_s']:.2f} s, restore {part.data['restore_s']:.2f} s"
+            told(context, f"{name} GB, dumped and restored", took)
         answer.note("sizes", made)

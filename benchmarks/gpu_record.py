@@ -23,7 +23,7 @@ SAME = ("cpu_model", "cores", "kernel", "gpus")
 
 
 class Mismatch(Exception):
-    """The file that is there is of another machine, another version, or another kind of run."""
+    """The file that is there is not to be replaced, or of another machine, another version, or another kind of run."""
 
 
 class Record:
@@ -54,13 +54,20 @@ class Record:
             "elapsed_s": 0.0,
             "steps": {},
         }
-        if resume and self.file.exists():
-            self._go_on(json.loads(self.file.read_text()))
+        if self.file.exists():
+            earlier = _read(self.file)
+            if resume:
+                self._go_on(earlier)
+            elif earlier.get("steps"):
+                raise Mismatch(
+                    f"{self.file} has the results of {len(earlier['steps'])} steps already: go on with --resume, or"
+                    " begin anew with another --out"
+                )
         self.earlier_s = float(self.document["elapsed_s"])
 
     def _go_on(self, earlier: Document) -> None:
         if (earlier.get("version"), earlier.get("dry")) != (VERSION, self.document["dry"]):
-            raise Mismatch(f"{self.file} is of another version of this benchmark: move it away, or leave --resume out")
+            raise Mismatch(f"{self.file} is of another version of this benchmark: name another --out")
         mine, its = self.document["machine"], earlier["machine"]
         if differing := [key for key in SAME if mine.get(key) != its.get(key)]:
             raise Mismatch(f"{self.file} cannot be resumed: it was measured with another {', '.join(differing)}")
@@ -108,6 +115,16 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.file)
+
+
+def _read(file: Path) -> Document:
+    try:
+        found: Document = json.loads(file.read_text())
+        if found["benchmark"] != BENCHMARK:
+            raise ValueError(f"it is of the benchmark {found['benchmark']}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise Mismatch(f"{file} is no file of this benchmark ({error}): move it away, or name another --out") from error
+    return found
 
 
 def file_name(dry: bool) -> str:

@@ -99,7 +99,8 @@ def _restores(context: Context, answer: Answer, gpuckpt: Any, name: str) -> Outc
         answer.note("golden_ttft_s", seconds([sample["ttft_s"] for sample in samples]))
         spent = time.monotonic() - began
         if len(samples) == RESTORES or spent + spent / len(samples) > share:
-            told(context, f"from the golden {answer.data['golden_ttft_s']['p50']:.3f} s, n = {len(samples)}")
+            p50 = answer.data["golden_ttft_s"]["p50"]
+            told(context, "first tokens from the golden", f"{p50:.3f} s, n = {len(samples)}")
             return restored
         gpuckpt.stop_replica(restored)
 
@@ -133,7 +134,8 @@ def _cycles(
         answer.note("suspend_s", seconds([one["suspend_s"] for one in samples]))
         answer.note("answers_different", len(differences))
     answer.note("suspended_bytes_most", max(one["suspended"]["processes"] for one in samples))
-    told(context, f"from standby {answer.data['standby_ttft_s']['p50']:.3f} s, n = {len(samples)}")
+    p50 = answer.data["standby_ttft_s"]["p50"]
+    told(context, "first tokens from standby", f"{p50:.3f} s, n = {len(samples)}")
     if differences:
         raise VerificationError(f"{len(differences)} of {len(samples)} answers differ after a wake: {differences[0]}")
     if held := answer.data["suspended_bytes_most"]:

@@ -6,7 +6,7 @@ and the steps that must have gone well before: what cannot work is not tried, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from msgspec import Struct
 
@@ -91,18 +91,23 @@ def chosen(only: Sequence[str]) -> tuple[Step, ...]:
         return STEPS
     if unknown := [word for word in only if not any(_is(name, word) for name in NAMES)]:
         raise ValueError(f"no step is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    wanted = {step.name for step in STEPS if any(_is(step.name, word) for word in only)}
+    wanted = named(only)
     needed = {need for step in STEPS if step.name in wanted for need in step.needs}
     return tuple(step for step in STEPS if step.name in wanted | needed)
+
+
+def named(only: Sequence[str]) -> set[str]:
+    """Those whose names are, or begin with, one of ``only``; what they need is not among them."""
+    return {name for name in NAMES if any(_is(name, word) for word in only)}
 
 
 def _is(name: str, word: str) -> bool:
     return name == word or name.startswith(f"{word}.")
 
 
-def order(steps: Sequence[Step], status: Callable[[str], Status | None]) -> list[Step]:
-    """What is still to be done: what was never tried, then what could not be done or failed the last time."""
-    left = [step for step in steps if status(step.name) != "ok"]
+def order(steps: Sequence[Step], status: Callable[[str], Status | None], again: Collection[str] = ()) -> list[Step]:
+    """What is still to be done, and ``again``: what failed or could not be done the last time comes last."""
+    left = [step for step in steps if status(step.name) != "ok" or step.name in again]
     return sorted(left, key=lambda step: status(step.name) in ("failed", "skipped") and not _is(step.name, "probe"))
 
 

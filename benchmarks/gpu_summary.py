@@ -36,7 +36,7 @@ TARGETS = (
     Target("answers that differ after a wake", "answers_different", 0, (), at_most=True),
     Target("CRIU brings a suspended CUDA process back", "criu_cuda", 1, (), unit="bool"),
     Target(
-        "an activation's copy over 1.5 × bytes / bandwidth + 20 µs, the slowest size",
+        "an activation's copy, against 1.5 times its bytes at full speed and 20 µs, the slowest size",
         "activation.worst_over_bound", 1, ("activation.by_size",), at_most=True, unit="×",
     ),
     Target("sessions that were answered, of 50 in half of their memory", "oversubscribed.completed", 50, ()),

@@ -64,9 +64,21 @@ def verdict(target: Document) -> list[str]:
     met = {True: "met", False: "**missed**", None: "not measured"}[target["met"]]
     if target["met"] is not None and not target["enough"]:
         met += f" (n < {FEW})"
-    limit = f"{target['direction']} {target['limit']:g} {target['unit']}".strip()
-    value = "–" if target["value"] is None else f"{float(target['value']):.4g} {target['unit']}".strip()
-    return [target["name"], limit, value, "–" if target["n"] is None else str(target["n"]), met]
+    value, unit = target["value"], target["unit"]
+    if unit == "bool":
+        limit, found = "yes", "yes" if value else "no"
+    else:
+        limit = f"{target['direction']} {target['limit']:g} {unit}".strip()
+        found = "" if value is None else f"{float(value):.4g} {unit}".strip()
+        if unit == "B" and target["limit"] == 0:
+            limit, found = "none", size(value) if value else "none"
+    return [
+        target["name"],
+        limit,
+        "–" if value is None else found,
+        "–" if target["n"] is None else str(target["n"]),
+        met,
+    ]
 
 
 def _figure(name: str, figures: Sequence[str]) -> list[str]:

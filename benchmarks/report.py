@@ -77,9 +77,16 @@ def make_suite(name: str, source: Path, results: Path) -> Path:
 
     Raises ValueError for a dry run's, which is no result.
     """
-    document: Document = json.loads((source / f"{name}.json").read_text())
+    kept = source / f"{name}.json"
+    if not kept.exists():
+        if (dry := source / f"{name}-dry.json").exists():
+            raise ValueError(
+                f"{dry} is a dry run's: nothing in it was measured, so there is no page of results to make"
+            )
+        raise ValueError(f"there is no {kept.name} in {source}: nothing was measured there, or --out is another folder")
+    document: Document = json.loads(kept.read_text())
     if document.get("dry"):
-        raise ValueError(f"{source / f'{name}.json'} is a dry run's: nothing in it was measured")
+        raise ValueError(f"{kept} is a dry run's: nothing in it was measured")
     target = results / f"{folder_name(document)}-{name}"
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / f"{name}.json", target / f"{name}.json")

@@ -196,8 +196,13 @@ def _first_line(argv: list[Path | str]) -> str:
 def _version(checkout: Path) -> dict[str, str]:
     found = re.search(r'__version__ = "([^"]+)"', (checkout / "gpuckpt" / "__init__.py").read_text())
     assert found
-    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
-    return {"version": found[1], "commit": _first_line([*git]) if (checkout / ".git").exists() else ""}
+    # A checkout of another user is refused by git unless it is named as trusted; we only read.
+    git = ["git", "-c", f"safe.directory={checkout}", "-C", str(checkout)]
+    git += ["describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    commit = ""
+    if (checkout / ".git").exists() and shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {"version": found[1], "commit": commit}
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks import (
+    environment,
     gpu_acceptance,
     gpu_children,
     gpu_context,
@@ -24,6 +24,7 @@ from benchmarks import (
     gpu_step,
     gpu_steps,
     gpu_summary,
+    pages,
     report,
 )
 from benchmarks.gpu_acceptance import RESERVE, Run
@@ -59,12 +60,9 @@ class Tried(Run):
     """A run whose steps take so many seconds and go as they are told."""
 
     def __init__(self, record: Record, clock: Clock, budget: float, how: dict[str, Status], takes: float = 10) -> None:
-        context = Context("", "", False, 0.0, Path("/p"), Path("/f"), Path("/s"))
+        context = Context("", "", record.document["dry"], 0.0, Path("/p"), Path("/f"), Path("/s"))
         super().__init__(record, context, Budget(budget, clock), Path("/w"))
         self.clock, self.how, self.takes, self.begun = clock, how, takes, list[str]()
-
-    def _steps(self, steps: Sequence[Step], stack: contextlib.ExitStack) -> None:
-        super()._steps(steps, stack)
 
     def step(self, step: Step) -> None:
         self.begun.append(step.name)
@@ -136,6 +134,46 @@ def test_what_was_found_before_a_step_was_cut_off_stays_where_there_is_no_time_t
     Tried(kept, Clock(), RESERVE, {}).steps(STEPS)
     assert kept.document["steps"]["phases.large"]["data"] == {"sizes": {}}
     assert kept.document["steps"]["phases.large"]["reason"] == "it was cut off after 9 s"
+
+
+def test_a_chosen_step_is_done_again_and_the_others_results_stay(tmp_path: Path) -> None:
+    Tried(record(tmp_path), Clock(), 10_000, {}).steps(STEPS)
+    kept = record(tmp_path, resume=True)
+    again = Tried(kept, Clock(), 10_000, {"engine.paging": "failed"})
+    again.steps(gpu_steps.chosen(["engine"]), gpu_steps.named(["engine"]))
+    assert again.begun == [name for name in NAMES if name.startswith("engine.")]
+    assert kept.status("engine.paging") == "failed" and kept.status("phases.small") == "ok"
+
+
+def test_a_result_is_not_lost_to_a_budget_that_was_too_short(tmp_path: Path) -> None:
+    Tried(record(tmp_path), Clock(), 10_000, {}).steps(STEPS)
+    kept = record(tmp_path, resume=True)
+    tried = Tried(kept, Clock(), RESERVE, {})
+    tried.steps(STEPS, NAMES)
+    assert tried.begun == [] and all(kept.status(name) == "ok" for name in NAMES)
+
+
+def test_a_dry_runs_steps_are_all_done_unless_a_budget_is_given(tmp_path: Path) -> None:
+    first = Tried(record(tmp_path, dry=True), Clock(), math.inf, {}, takes=1000)
+    first.steps(STEPS)
+    assert first.begun == list(NAMES)
+    kept = record(tmp_path / "other", dry=True)
+    second = Tried(kept, Clock(), 15, {})
+    second.steps(STEPS)
+    assert second.begun == list(NAMES[:2])
+    assert kept.document["steps"][NAMES[2]]["reason"] == "the budget of 15 s was spent"
+
+
+def test_results_are_not_replaced_unasked(tmp_path: Path) -> None:
+    record(tmp_path).keep("probe.driver", "ok", seconds=1.0)
+    before = (tmp_path / "gpu.json").read_text()
+    with pytest.raises(Mismatch, match=r"results of 1 steps already: go on with --resume"):
+        record(tmp_path)
+    assert (tmp_path / "gpu.json").read_text() == before
+    (tmp_path / "gpu.json").write_text("[]")
+    for resume in (False, True):
+        with pytest.raises(Mismatch, match="no file of this benchmark"):
+            record(tmp_path, resume=resume)
 
 
 def test_a_run_does_not_go_on_with_another_machines_or_a_dry_one(tmp_path: Path) -> None:
@@ -259,7 +297,7 @@ def steps(dry: bool) -> Document:
         "golden_samples": [{"phases": [{"name": "checks", "seconds": 0.25}, {"name": "first token", "seconds": 0.5}]}],
         "golden_ttft_s": TIMES | {"p50": 1.2345, "p95": 1.3456},
         "standby_ttft_s": TIMES,
-        "cycles": [{"running": {"processes": 5}, "suspended": {"processes": 0}}],
+        "cycles": [{"running": {"processes": 5}, "suspended": {"processes": 0}, "awake": {"processes": 5}}],
         "answers_different": 0,
     }
     return {"server.guest-8b-eager": {"status": "ok", "seconds": 12.5, "reason": None, "dry": dry, "data": server}}
@@ -296,6 +334,83 @@ def test_a_dry_run_becomes_no_result(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dry run"):
         report.make_suite("gpu", tmp_path, tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_a_page_of_a_dry_run_says_that_it_is_one(tmp_path: Path) -> None:
+    (tmp_path / "gpu-dry.json").write_text(json.dumps(document(True)))
+    with pytest.raises(ValueError, match=r"gpu-dry.json is a dry run's"):
+        report.make_suite("gpu", tmp_path, tmp_path / "results")
+    with pytest.raises(ValueError, match=r"there is no gpu.json in"):
+        report.make_suite("gpu", tmp_path / "none", tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("unit", "limit", "value", "words"),
+    [
+        ("bool", 1, 1, ["yes", "yes"]),
+        ("bool", 1, 0, ["yes", "no"]),
+        ("bool", 1, None, ["yes", "–"]),
+        ("B", 0, 0, ["none", "none"]),
+        ("B", 0, 3_000_000, ["none", "3 MB"]),
+        ("s", 1.4, 1.2345, ["at most 1.4 s", "1.234 s"]),
+        ("", 50, 50, ["at most 50", "50"]),
+    ],
+)
+def test_a_targets_row_is_in_words(unit: str, limit: float, value: float | None, words: list[str]) -> None:
+    target = {"name": "a", "unit": unit, "limit": limit, "value": value, "n": 10, "direction": "at most",
+              "met": True, "enough": True}  # fmt: skip
+    assert pages.verdict(target) == ["a", *words, "10", "met"]
+
+
+def test_a_bundles_commit_is_the_one_that_it_was_made_of(tmp_path: Path) -> None:
+    checkout = tmp_path / "bundle" / "src"
+    checkout.mkdir(parents=True)
+    assert environment.commit(checkout) is None
+    (checkout.parent / "bundle.json").write_text('{"commit": "abc123"}')
+    assert environment.commit(checkout) == "abc123"
+
+
+# ---------------------------------------------------------------------- figures
+
+
+@pytest.fixture
+def figures() -> Any:
+    pytest.importorskip("matplotlib")
+    from benchmarks import gpu_figures
+
+    return gpu_figures
+
+
+def test_figures_are_drawn_again_from_a_folder_and_its_page_with_them(
+    tmp_path: Path, figures: Any, capsys: Any
+) -> None:
+    (tmp_path / "gpu.json").write_text(json.dumps(document(False)))
+    assert figures.main([str(tmp_path)]) == 0
+    assert (tmp_path / "gpu_servers.png").stat().st_size > 10_000
+    assert "gpu_servers.png" in (tmp_path / "gpu.md").read_text()
+    assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "gpu.md")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "there is neither gpu.json nor gpu-dry.json"),
+        ("[]", "no document of the acceptance"),
+        ("{", "acceptance"),
+    ],
+)
+def test_what_is_no_result_is_told(tmp_path: Path, figures: Any, capsys: Any, content: str | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "gpu.json").write_text(content)
+    assert figures.main([str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.md"))
+
+
+def test_every_length_in_a_dry_figure_is_the_same(figures: Any) -> None:
+    level = figures._levelled(document(True))["steps"]["server.guest-8b-eager"]["data"]
+    assert level["golden_ttft_s"] == level["standby_ttft_s"]
+    assert level["cycles"][0]["running"]["processes"] == 1e9 and level["cycles"][0]["suspended"]["processes"] == 0
 
 
 def test_a_process_that_nvml_does_not_name_proves_nothing() -> None:
