@@ -74,7 +74,7 @@ def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: A
     """
     from gpuckpt.cli.progress import progress
     from gpuckpt.golden.doctor import require
-    from gpuckpt.golden.restore import RestoreRequest, restore, restore_all
+    from gpuckpt.golden.restore import RestoreRequest, restore
     from gpuckpt.golden.sweep import sweep
     from gpuckpt.golden.tools import open_store, tools
     from gpuckpt.timing import PhaseTable, now_ns, process_started_ns
@@ -126,6 +126,8 @@ def command(ctx: click.Context, /, name: str | None, as_json: bool, **options: A
         if len(requests) == 1:
             ready = [restore(requests[0], work, phases)]
         else:
+            from gpuckpt.golden.several import restore_all
+
             ready, failed = restore_all(requests, work, phases)
     if as_json and len(requests) == 1:
         print_json(_document(ready[0]))

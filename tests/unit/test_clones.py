@@ -19,7 +19,8 @@ from gpuckpt.golden import catalogue, prepare
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.assembly import hostname
 from gpuckpt.golden.prepare import Options
-from gpuckpt.golden.restore import Restored, RestoreRequest, restore, restore_all
+from gpuckpt.golden.restore import Restored, RestoreRequest, restore
+from gpuckpt.golden.several import restore_all
 from gpuckpt.golden.sweep import sweep
 from gpuckpt.host import entropy
 from gpuckpt.manifest import Address, Port, Volume

@@ -192,7 +192,7 @@ def test_a_layer_with_other_marks_is_not_restored(world: World, damage: str) -> 
 
 
 def test_not_enough_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuckpt.golden.restore.available_memory", lambda: 8191)
+    monkeypatch.setattr("gpuckpt.golden.fitness.available_memory", lambda: 8191)
     refused(world, OutOfSpaceError, 11)
 
 
