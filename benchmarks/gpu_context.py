@@ -24,8 +24,8 @@ from benchmarks.suite import Unavailable, say
 from benchmarks.workspace import Workspace
 from gpuckpt.cuda.choice import find_program
 from gpuckpt.cuda.driver import Driver
-from gpuckpt.cuda.helper import Remote
 from gpuckpt.cuda.program import Program
+from gpuckpt.cuda.remote import Remote
 from gpuckpt.errors import PreflightError
 
 _PATIENCE = 120.0  # seconds that one answer of the driver may take

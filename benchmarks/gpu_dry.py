@@ -25,7 +25,8 @@ from benchmarks.gpu_held import Held
 from benchmarks.gpu_record import Document
 from benchmarks.harness import CommandFailed, Outcome
 from gpuckpt.cuda.driver import DriverError, Gpu, State
-from gpuckpt.cuda.helper import Helper, Remote
+from gpuckpt.cuda.helper import Helper
+from gpuckpt.cuda.remote import Remote
 from gpuckpt.timing import now_ns
 
 GPU = Gpu("GPU-00000000-0000-0000-0000-000000000000", "no GPU: a dry run", 80 << 30, 80 << 30)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from gpuckpt import __version__, proc
 from gpuckpt.cuda.driver import Driver
-from gpuckpt.cuda.helper import Remote
 from gpuckpt.cuda.program import Program
+from gpuckpt.cuda.remote import Remote
 
 _PROGRAM = "cuda-checkpoint"
 

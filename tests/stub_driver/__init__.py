@@ -26,7 +26,7 @@ from pathlib import Path
 
 import gpuckpt
 from gpuckpt.cuda.driver import Gpu
-from gpuckpt.cuda.helper import Remote
+from gpuckpt.cuda.remote import Remote
 
 HERE = Path(__file__).parent
 _FLAGS = ("-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unused-parameter")

@@ -18,8 +18,9 @@ from msgspec import structs
 
 from gpuckpt.cuda.devices import pairing
 from gpuckpt.cuda.driver import DriverError
-from gpuckpt.cuda.helper import Helper, Remote
+from gpuckpt.cuda.helper import Helper
 from gpuckpt.cuda.holders import holders
+from gpuckpt.cuda.remote import Remote
 from gpuckpt.cuda.room import Room, place
 from gpuckpt.cuda.suspend import Limits, resume, suspend
 from gpuckpt.errors import (

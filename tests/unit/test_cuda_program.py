@@ -11,8 +11,8 @@ from gpuckpt.config import Settings
 from gpuckpt.cuda import checks, choice
 from gpuckpt.cuda.devices import Devices
 from gpuckpt.cuda.driver import DriverError, Gpu, host_memory
-from gpuckpt.cuda.helper import Remote
 from gpuckpt.cuda.program import Program
+from gpuckpt.cuda.remote import Remote
 
 MIB = 1 << 20
 UUID = "GPU-eea0d83f-ebcd-ac27-6b3e-bec2a19724e6"
