@@ -45,7 +45,7 @@ def said(argv: list[str | Path], *, env: dict[str, str] | None = None, timeout: 
 @contextlib.contextmanager
 def folder(parent: str) -> Iterator[Path]:
     Path(parent).mkdir(parents=True, exist_ok=True)
-    path = Path(tempfile.mkdtemp(prefix="gpuckpt-self-test-", dir=parent))
+    path = Path(tempfile.mkdtemp(prefix="self-test-", dir=parent))
     try:
         yield path
     finally:
@@ -154,7 +154,7 @@ def freezer(prefix: Path) -> str:
 def golden(prefix: Path) -> str:
     """Make a golden of a small server with a store of its own, restore it, ask it, and remove all of it."""
     state = os.environ.get("GPUCKPT_PATHS__STATE", "/var/lib/gpuckpt")
-    name = f"self-test-{os.getpid()}"
+    name = f"test-{os.getpid()}"  # short: a socket's path has few bytes
     program = prefix / "bin" / "gpuckpt"
     with folder(state) as kept, folder("/run") as run:
         env = {

@@ -149,8 +149,10 @@ class FakeContainers:
             # What its processes see of the golden's memory.
             seen = self.folder.parent / "root" / MEMORY_FOLDER.lstrip("/")
             seen.parent.mkdir(parents=True, exist_ok=True)
-            seen.unlink(missing_ok=True)
-            seen.symlink_to(next(source for source, inside, _ in spec.binds if inside == MEMORY_FOLDER))
+            source = next(source for source, inside, _ in spec.binds if inside == MEMORY_FOLDER)
+            new = seen.with_name(spec.name)
+            new.symlink_to(source)
+            new.replace(seen)  # in one step: several are made side by side
         return spec.name
 
     def start(self, container: str) -> None:

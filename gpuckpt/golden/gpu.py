@@ -41,13 +41,16 @@ class Holders:
 
 def preflight(tools: Tools, gpus: Sequence[str]) -> None:
     """Ask the driver before a server is started for minutes. Raises PreflightError, and CheckpointError for MIG."""
-    if driver_version() is None:
+    try:
+        here = tools.devices.gpus()
+    except PreflightError as error:
+        if driver_version() is not None:  # which a sandbox may hide, so that the driver itself is asked first
+            raise
         raise PreflightError(
             "there is no GPU to give",
             cause="NVIDIA's driver is not loaded on this machine",
             remedy="install it (570 or later), then make setup; or leave --gpu out",
-        )
-    here = tools.devices.gpus()
+        ) from error
     mine = [gpu for gpu in here if "all" in gpus or gpu.uuid in gpus] or list(here)
     if mine and all(gpu.mig for gpu in mine):
         tools.devices.refuse([Held(gpu.uuid, gpu.name, 0) for gpu in mine])

@@ -20,7 +20,7 @@ from gpuckpt.manifest import Port
 from gpuckpt.paths import LONGEST_SOCKET
 from gpuckpt.store import locks
 from gpuckpt.store.layout import check_name
-from gpuckpt.workload.base import CONTROL_NAME, SOCKET_NAME
+from gpuckpt.workload.base import SOCKET_NAME
 from gpuckpt.workload.endpoint import Endpoint
 
 SETTLED = ("ready", "prepared")  # states that outlive the transaction that made them
@@ -212,7 +212,7 @@ def making(tools: Tools, name: str, golden: str, *, key: str = "", keeper: str =
     """
     with locks.exclusive(tools.layout.replica_locks, "replica", check_name(name)):
         folder = tools.layout.replicas / name
-        _check_socket(Replica(name, golden, folder).sockets / max(SOCKET_NAME, CONTROL_NAME, key=len))
+        _check_socket(Replica(name, golden, folder).sockets / SOCKET_NAME)
         if folder.exists():
             earlier = load(folder) or Replica(name, golden, folder)
             if earlier.state == "ready" and earlier.standby is not None and alive(tools, earlier):

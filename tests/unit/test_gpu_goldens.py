@@ -257,6 +257,25 @@ def test_a_replica_that_sees_one_gpu_only_comes_back_there(world: World) -> None
         restored(world)
 
 
+@pytest.mark.parametrize(("loaded", "said"), [(None, "there is no GPU to give"), ("570.1", "does not answer")])
+def test_without_a_gpu_nothing_is_started(
+    world: World, monkeypatch: pytest.MonkeyPatch, loaded: str | None, said: str
+) -> None:
+    def absent() -> Any:
+        raise PreflightError("NVIDIA's driver does not answer")
+
+    monkeypatch.setattr(world.driver, "gpus", absent)
+    monkeypatch.setattr("gpuckpt.golden.gpu.driver_version", lambda: loaded)
+    with pytest.raises(PreflightError, match=said):
+        made(world)
+    assert "create container" not in world.journal.events
+
+
+def test_a_driver_that_a_sandbox_hides_is_asked_all_the_same(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpuckpt.golden.gpu.driver_version", lambda: None)
+    assert made(world).manifest.gpu is not None
+
+
 @pytest.mark.parametrize("device", [gpu(0, name="NVIDIA L4"), gpu(0, mig=True), gpu(0, memory=1000)])
 def test_a_golden_that_can_never_fit_is_refused(world: World, device: Any) -> None:
     made(world)
@@ -769,6 +788,14 @@ def test_a_link_to_another_server_s_socket_is_not_followed(listening: Any, tmp_p
     (tmp_path / "link").symlink_to("control.sock")
     with pytest.raises(DaemonUnreachableError, match="control socket"):
         Control(tmp_path / "link").ranks()
+
+
+def test_its_path_may_be_longer_than_a_sockets_address(listening: Any, tmp_path: Path) -> None:
+    listening(b'{"ranks": 1}\n')
+    far = tmp_path / ("x" * 150)
+    far.mkdir()
+    (tmp_path / "control.sock").rename(far / "control.sock")
+    assert Control(far / "control.sock").ranks() == 1
 
 
 def test_a_server_that_says_what_it_has_not_written(world: World, server: FakeControl) -> None:
