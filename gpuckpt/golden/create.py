@@ -88,6 +88,8 @@ def _create(request: CreateRequest, tools: Tools, phases: PhaseTable) -> Created
         if request.gpus:
             gpu.preflight(tools, request.gpus)
         launch = launch_of(request, tools, request.accelerator)
+        if request.gpus:
+            gpu.refuse_shared(launch)
         refuse_own_folders(launch, tools)
         staging = stack.enter_context(_staging(layout, layout.staging / name))
         replica = stack.enter_context(making(tools, name, name))

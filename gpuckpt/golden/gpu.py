@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from msgspec import structs
 
@@ -16,11 +17,12 @@ from gpuckpt.cuda.checks import driver_version
 from gpuckpt.cuda.suspend import Step
 from gpuckpt.errors import CheckpointError, GpuckptError, PreflightError, RestoreError
 from gpuckpt.golden.tools import Tools
-from gpuckpt.manifest import DeviceState, Held
+from gpuckpt.manifest import DeviceState, Held, Launch
 from gpuckpt.timing import PhaseTable
 
 # Seconds for which a server that has just left a GPU waits for room to come back: somebody else was faster.
 _PATIENCE = 60.0
+_PIPES = "/tmp/nvidia-mps"  # where MPS's daemon is looked for by itself
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,24 @@ def preflight(tools: Tools, gpus: Sequence[str]) -> None:
     mine = [gpu for gpu in here if "all" in gpus or gpu.uuid in gpus] or list(here)
     if mine and all(gpu.mig for gpu in mine):
         tools.devices.refuse([Held(gpu.uuid, gpu.name, 0) for gpu in mine])
+
+
+def refuse_shared(launch: Launch) -> None:
+    """Raise CheckpointError if the container is shown NVIDIA's Multi-Process Service: its clients share one context.
+
+    A program is its client wherever it finds the daemon's pipes (CUDA_MPS_PIPE_DIRECTORY in NVIDIA's MPS guide). Those
+    of the host are none in a container, even on the host's own root file system, unless they are mounted.
+    """
+    pipes = Path(launch.env.get("CUDA_MPS_PIPE_DIRECTORY", _PIPES))
+    for mount in launch.mounts:
+        if pipes.is_relative_to(mount.destination):
+            seen = Path(mount.source) / pipes.relative_to(mount.destination)
+            if (seen / "control").exists():
+                raise CheckpointError(
+                    "the server would share its GPU through NVIDIA's MPS, and its state could not be frozen",
+                    cause=f"{mount.source} is mounted at {mount.destination}, with the pipes of an MPS daemon in it",
+                    remedy="leave that mount out: the server then has a context of its own",
+                )
 
 
 def find(tools: Tools, first: int, gpus: tuple[str, ...]) -> Holders | None:

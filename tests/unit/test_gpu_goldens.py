@@ -44,7 +44,7 @@ from gpuckpt.golden.create import Created, create
 from gpuckpt.golden.mapping import Outcome
 from gpuckpt.golden.restore import Restored, RestoreRequest, restore
 from gpuckpt.golden.standby import Changed
-from gpuckpt.manifest import Memory, Process
+from gpuckpt.manifest import Memory, Mount, Process
 from gpuckpt.timing import PhaseTable
 from gpuckpt.workload.control import Control, ControlAbsent, ControlRefused, Woken
 from tests.cuda_fake import MIB, gpu
@@ -218,6 +218,20 @@ def test_a_divided_gpu_is_refused_before_anything_is_tried(world: World) -> None
     with pytest.raises(CheckpointError, match="part of a GPU"):
         made(world)
     assert steps(world) == []
+
+
+@pytest.mark.parametrize("env", [{}, {"CUDA_MPS_PIPE_DIRECTORY": "/run/mps/pipes"}])
+def test_a_gpu_that_is_shared_through_mps_is_refused(world: World, tmp_path: Path, env: dict[str, str]) -> None:
+    where = "/run/mps" if env else "/tmp"
+    pipes = tmp_path / "host" / ("pipes" if env else "nvidia-mps")
+    pipes.mkdir(parents=True)
+    mount = Mount(source=str(tmp_path / "host"), destination=where)
+    made(world, mounts=(mount,), env=env, name="before")  # no daemon
+    (pipes / "control").touch()
+    with pytest.raises(CheckpointError, match="MPS") as caught:
+        made(world, mounts=(mount,), env=env)
+    assert f"is mounted at {where}" in str(caught.value.cause)
+    assert world.layout.names() == ["before"]
 
 
 def test_memory_that_stays_on_the_device_is_found(world: World) -> None:
