@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from benchmarks.gpu_context import Context
 from benchmarks.gpu_steps import NAMES, STEPS
 from benchmarks.harness import ROOT
 from benchmarks.workspace import Workspace, workspace
+from gpuckpt.cuda.driver import Gpu
+from tests import stub_driver
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +30,15 @@ def space() -> Iterator[Workspace]:
         yield made
 
 
-def step(name: str, space: Workspace) -> dict[str, Any]:
-    """One step's answer, by the process that does it in a run."""
+def step(
+    name: str, space: Workspace, arguments: Sequence[str] | None = None, *, program: Path | None = None
+) -> dict[str, Any]:
+    """One step's answer, by the process that does it in a run; ``program``: a prefix with NVIDIA's program."""
     found = next(one for one in STEPS if one.name == name)
     file = space.folder / f"{name}.json"
     until = time.monotonic() + found.limit
-    context = Context(name, found.work, False, until, prefix(), space.disk, space.folder, arguments=found.arguments)
+    words = found.arguments if arguments is None else tuple(arguments)
+    context = Context(name, found.work, False, until, program or prefix(), space.disk, space.folder, arguments=words)
     gpu_context.write(context, file)
     argv = [sys.executable, "-m", "benchmarks.gpu_step", str(file)]
     done = subprocess.run(argv, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=found.limit, check=False)
@@ -72,3 +77,63 @@ def test_a_probe_of_what_is_not_here_says_so(space: Workspace) -> None:
     answer = step("probe.driver", space)
     if not Path("/proc/driver/nvidia/version").exists():
         assert answer["status"] == "failed" and answer["reason"]
+
+
+# ---------------------------------------------------------------------- on a stand-in for the driver
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> stub_driver.World:
+    """NVIDIA's libraries as every process of a run finds them, with a device of 80 GB."""
+    built = tmp_path / "libraries"
+    built.mkdir()
+    world = stub_driver.World(tmp_path / "world", stub_driver.build(built))
+    world.device(Gpu("GPU-00000000-0000-0000-0000-000000000001", "NVIDIA H100 80GB HBM3", 80 << 30, 80 << 30))
+    (built / "world").write_text(str(world.folder))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(built))
+    return world
+
+
+@pytest.mark.stubs
+def test_a_process_that_holds_device_memory_goes_round(space: Workspace, stand_in: stub_driver.World) -> None:
+    answer = step("probe.driver", space)
+    assert (answer["status"], answer["reason"]) == ("ok", None)
+    found = answer["data"]
+    assert found["through"] == "helper" and found["cuda"] == "13.0" and found["driver"] == "570.86.15"
+    assert found["device_bytes"] == 128 << 20 and found["suspended_device_bytes"] == 0
+    assert list(found["steps_s"]) == ["lock", "checkpoint", "restore", "unlock"]
+
+
+@pytest.mark.stubs
+def test_what_is_suspended_is_dumped_and_restored(space: Workspace, stand_in: stub_driver.World) -> None:
+    answer = step("probe.criu-cuda", space)
+    assert (answer["status"], answer["reason"]) == ("ok", None)
+    # Its device memory is in the image, and came back with it: the process itself has summed it.
+    assert answer["data"]["image_bytes"] > answer["data"]["bytes"]
+    assert [call.split()[0] for call in stand_in.calls()] == ["lock", "checkpoint", "restore", "unlock"]
+
+
+@pytest.mark.stubs
+def test_phases_are_measured_by_size(space: Workspace, stand_in: stub_driver.World) -> None:
+    answer = step("phases.small", space, ["0.02", "0.05", "100"])
+    assert (answer["status"], answer["reason"]) == ("ok", None)
+    sizes = answer["data"]["sizes"]
+    assert list(sizes) == ["0.02", "0.05"] and "GB of the device are free" in answer["data"]["left_out"]["100"]
+    for name, one in sizes.items():
+        assert set(one["device_bytes"]["suspended"]) == {0}
+        assert all(held >= float(name) * 1e9 for held in one["device_bytes"]["before"] + one["device_bytes"]["after"])
+        assert one["checkpoint_gbps"]["n"] == one["restore_s"]["n"] == 3
+
+
+@pytest.mark.stubs
+def test_the_helper_and_the_program_do_the_same(space: Workspace, stand_in: stub_driver.World) -> None:
+    answer = step("phases.program", space, program=stand_in.folder)
+    assert (answer["status"], answer["reason"]) == ("ok", None)
+    assert answer["data"]["helper"]["cycle_s"]["n"] == answer["data"]["program"]["cycle_s"]["n"] == 5
+
+
+@pytest.mark.stubs
+def test_a_driver_that_refuses_is_told_with_its_words(space: Workspace, stand_in: stub_driver.World) -> None:
+    stand_in.refuse("init", code=999)
+    answer = step("probe.driver", space)
+    assert answer["status"] == "failed" and "CUDA_ERROR_UNKNOWN" in answer["reason"]

@@ -13,6 +13,8 @@ folder:
     refuse/STEP-PID   a code of the driver with which the call ends; without a process: init, nvml, processes; and used:
                       what processes hold is not told
     hang/STEP-PID     the call waits until it is gone
+
+A process may also hold memory by its own calls of libcuda; then it is in the world by itself until it ends.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-/* libcuda.so.1 without a GPU: the driver's checkpoints of processes, as the CUDA Driver API 13 documents them, and what
- * cuda-bindings needs to find them. */
+/* libcuda.so.1 without a GPU: the driver's checkpoints of processes, as the CUDA Driver API 13 documents them, what
+ * cuda-bindings needs to find them, and as much of a device's memory as a program needs that only holds some. */
 
 #include "state.h"
-#include <dlfcn.h>
 #include <stdint.h>
 
 enum {
@@ -242,4 +241,82 @@ int cuCheckpointProcessRestore(int pid, RestoreArguments *given) {
     }
     unlocked(lock);
     return code;
+}
+
+/* A device's memory: pages of the process that asked for it. All of it is on the first device. */
+
+static int _held_by; /* the process that is in the world by its own calls */
+
+static int own(Process *process) {
+    return read_process(getpid(), process) && !strcmp(process->state, "running");
+}
+
+/* Calls of a process that is locked or suspended wait. */
+static void wait_until_running(void) {
+    Process process;
+    while (_held_by == getpid() && !own(&process)) usleep(500);
+}
+
+__attribute__((destructor)) static void leave(void) {
+    char path[512];
+    if (_held_by != getpid()) return;
+    snprintf(path, sizeof path, "%s/processes/%d", folder_of_world(), _held_by);
+    unlink(path);
+}
+
+int cuDeviceGetCount(int *count) {
+    Device found[MOST];
+    *count = devices(found);
+    return _ready ? SUCCESS : NOT_INITIALIZED;
+}
+
+int cuDeviceGet(int *device, int ordinal) {
+    Device found[MOST];
+    if (!_ready) return NOT_INITIALIZED;
+    *device = ordinal;
+    return ordinal >= 0 && ordinal < devices(found) ? SUCCESS : NO_DEVICE;
+}
+
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    Device found[MOST];
+    Process process = {.state = "running", .count = 1};
+    if (!_ready) return NOT_INITIALIZED;
+    if (device || !devices(found)) return NO_DEVICE;
+    if (_held_by != getpid()) {
+        FILE *lock = locked(), *pids = open_in_folder("a", "pids");
+        if (pids) fprintf(pids, "%d\n", getpid()), fclose(pids);
+        strcpy(process.uuid[0], found[0].uuid);
+        process.bytes[0] = 64 << 20; /* what a context takes */
+        write_process(_held_by = getpid(), &process);
+        unlocked(lock);
+    }
+    *context = &_held_by;
+    return SUCCESS;
+}
+
+int cuCtxSetCurrent(void *context) {
+    return context == &_held_by ? SUCCESS : INVALID_CONTEXT;
+}
+
+int cuMemAlloc_v2(uint64_t *address, size_t size) {
+    Process process;
+    wait_until_running();
+    FILE *lock = locked();
+    void *made = own(&process) ? malloc(size) : NULL;
+    if (made) process.bytes[0] += size, write_process(getpid(), &process);
+    unlocked(lock);
+    *address = (uint64_t)(uintptr_t)made;
+    return made ? SUCCESS : OUT_OF_MEMORY;
+}
+
+int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t size) {
+    wait_until_running();
+    memcpy((void *)(uintptr_t)to, from, size);
+    return SUCCESS;
+}
+
+int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t size) {
+    wait_until_running();
+    memcpy(to, (const void *)(uintptr_t)from, size);
+    return SUCCESS;
 }

@@ -1,7 +1,8 @@
-/* What the stand-ins for NVIDIA's driver share: a folder named by GPUCKPT_STUB_DRIVER, described in __init__.py.
- * Every change is made under a lock on it, so that all processes see the same. */
+/* What the stand-ins for NVIDIA's driver share: a folder named by GPUCKPT_STUB_DRIVER, or by the file `world` beside the
+ * library, described in __init__.py. Every change is made under a lock on it, so that all processes see the same. */
 
 #define _GNU_SOURCE /* before any header */
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -26,14 +27,28 @@ typedef struct {
     long long bytes[MOST];
 } Process;
 
+static const char *folder_of_world(void) {
+    static char found[384];
+    const char *named = getenv("GPUCKPT_STUB_DRIVER");
+    char beside[512];
+    Dl_info info;
+    if (named || *found) return named ? named : found;
+    if (!dladdr((void *)folder_of_world, &info)) return ".";
+    const char *end = strrchr(info.dli_fname, '/');
+    snprintf(beside, sizeof beside, "%.*s/world", end ? (int)(end - info.dli_fname) : 1, end ? info.dli_fname : ".");
+    FILE *file = fopen(beside, "r");
+    if (!file || fscanf(file, "%383s", found) != 1) strcpy(found, ".");
+    if (file) fclose(file);
+    return found;
+}
+
 static FILE *open_in_folder(const char *mode, const char *format, ...) {
     char name[128], path[512];
-    const char *folder = getenv("GPUCKPT_STUB_DRIVER");
     va_list rest;
     va_start(rest, format);
     vsnprintf(name, sizeof name, format, rest);
     va_end(rest);
-    snprintf(path, sizeof path, "%s/%s", folder ? folder : ".", name);
+    snprintf(path, sizeof path, "%s/%s", folder_of_world(), name);
     return fopen(path, mode);
 }
 
