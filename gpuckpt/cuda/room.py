@@ -37,10 +37,15 @@ def place(held: Sequence[Held], gpus: Sequence[Gpu], reserved: Mapping[str, int]
         alike = [gpu for gpu in gpus if gpu.name == one.name and not gpu.mig and gpu.uuid not in chosen.values()]
         large = [gpu for gpu in alike if gpu.memory >= one.bytes + _CONTEXT]
         if not large:
-            there = ", ".join(dict.fromkeys(f"{gpu.name}{' (MIG)' if gpu.mig else ''}" for gpu in gpus)) or "none"
+            there = ", ".join(f"{gpu.name} ({'MIG' if gpu.mig else f'{gpu.memory >> 20} MiB'})" for gpu in gpus)
+            why = ""
+            if alike:
+                why = f"; it needs {(one.bytes + _CONTEXT) >> 20} MiB, with what the driver takes"
+            elif any(gpu.name == one.name and not gpu.mig for gpu in gpus):
+                why = f"; it ran on {len(held)}, and needs as many"
             raise IncompatibleError(
                 f"there is no GPU for it: it ran on a {one.name}, with {one.bytes >> 20} MiB",
-                cause=f"GPUs here: {there}" + (f", of which {len(alike)} of that type are free of it" if alike else ""),
+                cause=f"GPUs here: {there or 'none'}{why}",
                 remedy="restore it where there is one, or create the golden anew here",
             )
         fitting = [gpu for gpu in large if left[gpu.uuid] >= one.bytes + _CONTEXT]
