@@ -6,6 +6,9 @@ any: who was suspended must be kept by whoever asked for it.
 
 from __future__ import annotations
 
+import copy
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -16,7 +19,7 @@ from gpuckpt.cuda.driver import Driver, Gpu
 from gpuckpt.cuda.holders import device_files, has_devices, holders
 from gpuckpt.cuda.room import Room, place
 from gpuckpt.cuda.suspend import LIMITS, Limits, Step, resume, suspend, unlock
-from gpuckpt.errors import CheckpointError, GpuckptError, RestoreError
+from gpuckpt.errors import CheckpointError, GpuckptError, InterruptedByUser, RestoreError
 from gpuckpt.manifest import Held
 
 
@@ -38,6 +41,18 @@ class Devices:
         self._below = below
         self._files = files
         self._limits = limits
+        self._sleep: Callable[[float], None] = time.sleep
+
+    def stopped_by(self, stop: threading.Event) -> Devices:
+        """The same, for a thread of many: who waits for room is interrupted (InterruptedByUser) once ``stop`` is set."""
+
+        def sleep(seconds: float) -> None:
+            if stop.wait(seconds):
+                raise InterruptedByUser("interrupted while it waited for room on the GPUs")
+
+        found = copy.copy(self)
+        found._sleep = sleep
+        return found
 
     @cached_property
     def driver(self) -> Driver:
@@ -87,15 +102,20 @@ class Devices:
         steps = suspend(self.driver, pids, self._limits)
         try:
             left = self.held(pids)
+        except GpuckptError as error:
+            raise CheckpointError(
+                "the server was suspended, and nobody can tell whether it still holds GPU memory",
+                cause=str(error),
+                remedy=f"{self._undone(pids)}; gpuckpt doctor",
+            ) from error
         except BaseException:
             self._undone(pids)
             raise
         if left:
-            undone = self._undone(pids)
             raise CheckpointError(
                 "the server was suspended and still holds GPU memory",
                 cause=", ".join(f"{one.bytes >> 20} MiB on {one.uuid}" for one in left),
-                remedy=f"{undone}; the driver's version may not move all kinds of memory: gpuckpt doctor",
+                remedy=f"{self._undone(pids)}; the driver may not move all kinds of memory: gpuckpt doctor",
             )
         return steps
 
@@ -131,7 +151,7 @@ class Devices:
         only those that were used before are taken.
         """
         allowed = None if "all" in visible else {one.uuid for one in held}
-        return Room(self._folder, self.driver).reserve(held, timeout=timeout, allowed=allowed)
+        return Room(self._folder, self.driver, sleep=self._sleep).reserve(held, timeout=timeout, allowed=allowed)
 
     def _usable(self, held: Sequence[Held], visible: Sequence[str]) -> list[Gpu]:
         mine = {one.uuid for one in held}

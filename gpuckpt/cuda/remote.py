@@ -21,6 +21,7 @@ from gpuckpt.errors import DaemonUnreachableError, PreflightError
 
 _START = 60.0  # seconds that initialising CUDA may take
 _LONGEST = 300.0  # seconds that one answer may take: the memory of a large process is copied meanwhile
+_SLOWEST = 50e6  # bytes per second of a file that is carried, from a slow disk
 
 
 class Remote:
@@ -96,14 +97,16 @@ class Remote:
 
     def _answer(self, name: str, arguments: tuple[Any, ...], files: list[int]) -> tuple[bytes, list[int]] | None:
         """A line and open files; None if the helper has ended."""
+        limit = self._timeout + sum(os.fstat(file).st_size for file in files) / _SLOWEST
         with self._connected() as connection:
             try:
+                connection.settimeout(limit)
                 line = json.dumps({"call": name, "arguments": arguments}).encode() + b"\n"
                 send(connection, line, files)
                 return received(connection)
             except TimeoutError as error:
                 raise DaemonUnreachableError(
-                    f"the GPU helper did not answer “{name}” within {self._timeout:g} s",
+                    f"the GPU helper did not answer “{name}” within {limit:g} s",
                     cause="the driver may hang",
                     remedy="see the kernel's log (dmesg) for NVRM lines; stop the replica",
                 ) from error

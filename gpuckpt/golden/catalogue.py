@@ -111,7 +111,7 @@ def using(tools: Tools, name: str, tiers: Collection[Tier]) -> list[Replica]:
     """The replicas that need the golden ``name`` in ``tiers``: all of its replicas, or of one tier those it serves."""
     every = set(tools.layout.tiers(name)) <= set(tiers)
     made = replicas.all_of(tools.layout.replicas)
-    return [one for one in made if one.golden == name and (every or one.tier in tiers)]
+    return [one for one in made if one.golden == name and (every or one.needs(tiers))]
 
 
 def prune(settings: Settings, tools: Callable[[], Tools], *, dry_run: bool) -> list[str]:

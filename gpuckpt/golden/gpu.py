@@ -65,15 +65,16 @@ def refuse_shared(launch: Launch) -> None:
     of the host are none in a container, even on the host's own root file system, unless they are mounted.
     """
     pipes = Path(launch.env.get("CUDA_MPS_PIPE_DIRECTORY", _PIPES))
-    for mount in launch.mounts:
-        if pipes.is_relative_to(mount.destination):
-            seen = Path(mount.source) / pipes.relative_to(mount.destination)
-            if (seen / "control").exists():
-                raise CheckpointError(
-                    "the server would share its GPU through NVIDIA's MPS, and its state could not be frozen",
-                    cause=f"{mount.source} is mounted at {mount.destination}, with the pipes of an MPS daemon in it",
-                    remedy="leave that mount out: the server then has a context of its own",
-                )
+    above = [mount for mount in launch.mounts if pipes.is_relative_to(mount.destination)]
+    if not above:
+        return
+    mount = max(above, key=lambda one: len(Path(one.destination).parts))  # which hides the others
+    if (Path(mount.source) / pipes.relative_to(mount.destination) / "control").exists():
+        raise CheckpointError(
+            "the server would share its GPU through NVIDIA's MPS, and its state could not be frozen",
+            cause=f"{mount.source} is mounted at {mount.destination}, with the pipes of an MPS daemon in it",
+            remedy="leave that mount out: the server then has a context of its own",
+        )
 
 
 def find(tools: Tools, first: int, gpus: tuple[str, ...]) -> Holders | None:

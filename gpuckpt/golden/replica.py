@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ SETTLED = ("ready", "prepared")  # states that outlive the transaction that made
 class Standby:
     """What a standby has given up, by which it is woken: its processes with device state (ids in the container), the
     devices as (UUID, type, bytes), all that the host had then, and whether it has given memory back that it is to take
-    again."""
+    again; ``tier`` is that of the golden's files with its weights, if these are outside."""
 
     processes: tuple[int, ...] = ()
     devices: tuple[tuple[str, str, int], ...] = ()
     visible: tuple[str, ...] = ()
     given: bool = False
+    tier: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Replica:
     @property
     def container(self) -> str:
         return container_name(self.name)
+
+    def needs(self, tiers: Collection[str]) -> bool:
+        """Whether it uses files of its golden in one of these tiers: to run, or to be woken."""
+        return self.tier in tiers or (self.standby is not None and self.standby.tier in tiers)
 
     @property
     def operation(self) -> Operation:
@@ -114,7 +119,8 @@ def load(folder: Path) -> Replica | None:
 def _standby(record: dict[str, Any]) -> Standby:
     devices = tuple((str(uuid), str(name), int(count)) for uuid, name, count in record["devices"])
     visible = tuple(map(str, record["visible"]))
-    return Standby(tuple(map(int, record["processes"])), devices, visible, bool(record["given"]))
+    processes = tuple(map(int, record["processes"]))
+    return Standby(processes, devices, visible, bool(record["given"]), str(record.get("tier", "")))
 
 
 def all_of(parent: Path) -> list[Replica]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
@@ -27,7 +28,8 @@ def restore_all(
     first, count = requests[0], len(requests)
     with opened(first, tools, phases, count) as source, ThreadPoolExecutor(count) as pool:
         tools.report.stage(f"restore {count}")
-        quiet = structs.replace(tools, report=_NotesOnly(tools.report))
+        stop_waiting = threading.Event()
+        quiet = structs.replace(tools, report=_NotesOnly(tools.report), devices=tools.devices.stopped_by(stop_waiting))
         # Noted by the threads themselves: an interrupt can come before we know of one that we have started.
         made: list[Restored] = []
 
@@ -42,6 +44,7 @@ def restore_all(
             for done, _ in enumerate(as_completed(running), start=1):
                 tools.report.stage(f"restore {count}: {done} done")
         except BaseException:
+            stop_waiting.set()
             pool.shutdown(cancel_futures=True)
             _take_back(tools, made)
             raise

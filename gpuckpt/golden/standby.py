@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container
-from gpuckpt.errors import BusyError, DeadlineError, GpuckptError, NothingToDo, RestoreError
+from gpuckpt.errors import BusyError, GpuckptError, NothingToDo, RestoreError
 from gpuckpt.golden import gpu, weights
 from gpuckpt.golden.carried import carried
-from gpuckpt.golden.replica import Replica, Standby, by_name
+from gpuckpt.golden.replica import Replica, Standby, alive, by_name
 from gpuckpt.golden.tools import Tools, phase
 from gpuckpt.manifest import DeviceState, Held, Manifest
 from gpuckpt.store import locks
@@ -50,9 +50,11 @@ def suspend(
         if replica.standby is not None and freezer.frozen(container.pid, container.id):
             raise NothingToDo(f"replica {name} is a standby already", remedy=f"gpuckpt wake {name}")
         if replica.standby is not None:  # one that was killed on its way: up again, and down once more
-            _up(tools, replica, container, golden, phases, timeout=_QUIET)
+            with _kept(tools, golden):
+                _up(tools, replica, container, golden, phases, timeout=_QUIET)
             replica = by_name(tools.layout.replicas, name)
-        return _down(tools, replica, container, golden, phases)
+        with _kept(tools, golden):
+            return _down(tools, replica, container, golden, phases)
 
 
 def wake(
@@ -72,7 +74,8 @@ def wake(
     with _held(tools, name, container) as (replica, container):
         if replica.standby is None and not freezer.frozen(container.pid, container.id):
             raise NothingToDo(f"replica {name} is awake already", cause=f"it answers on {replica.endpoint}")
-        return _up(tools, replica, container, golden, phases, timeout=timeout)
+        with _kept(tools, golden):
+            return _up(tools, replica, container, golden, phases, timeout=timeout)
 
 
 @contextlib.contextmanager
@@ -92,14 +95,22 @@ def _held(tools: Tools, name: str, known: Container | None) -> Iterator[tuple[Re
         yield replica, container
 
 
+def _kept(tools: Tools, golden: Manifest | None) -> contextlib.AbstractContextManager[None]:
+    """Keep others from removing the weights that are given up or taken meanwhile. Raises BusyError."""
+    if golden is None or not golden.weights:
+        return contextlib.nullcontext()
+    return locks.shared(tools.layout.golden_locks, "golden", golden.name)
+
+
 def _down(tools: Tools, replica: Replica, container: Container, golden: Manifest | None, phases: PhaseTable) -> Changed:
     holders = gpu.find(tools, container.pid, _gpus(golden))
-    given = _given(tools, replica, golden) if golden and (golden.weights or golden.caches) else weights.NOTHING
+    given = _giving(tools, replica, golden, container.pid)
     if golden is not None and (holders is not None or given):
         with phase(tools, phases, "quiesce"):
             adapter(golden.workload).quiesce(replica.endpoint, timeout=_QUIET)
     state = holders.state if holders else _NONE
-    going = Standby(state.processes, _devices(state), state.visible, bool(given))
+    tier = tools.layout.tier_of(given.files[0].parents[1]) if given.files else ""
+    going = Standby(state.processes, _devices(state), state.visible, bool(given), tier)
     try:
         replace(replica, standby=going).save()
         if given:
@@ -110,13 +121,13 @@ def _down(tools: Tools, replica: Replica, container: Container, golden: Manifest
             replace(replica, standby=going).save()
             freezer.freeze(container.pid, container.id)
     except BaseException:
-        _undo(tools, replica, container, going, golden)
+        _undo(tools, replica, container, going, given)
         raise
     phases.stop()
     return Changed(replace(replica, standby=going), phases, state.bytes)
 
 
-def _undo(tools: Tools, replica: Replica, container: Container, going: Standby, golden: Manifest | None) -> None:
+def _undo(tools: Tools, replica: Replica, container: Container, going: Standby, given: weights.Given) -> None:
     """Let a server that could not be suspended answer as before; what cannot be undone the next wake tries again."""
     try:
         freezer.thaw(container.pid, container.id)
@@ -124,7 +135,7 @@ def _undo(tools: Tools, replica: Replica, container: Container, going: Standby, 
         if tools.devices.off(pids):
             raise RestoreError("its GPU state is still in host memory")
         tools.devices.settle(pids, {}, going.visible)
-        if golden is not None and (given := weights.given_by(golden, tools.layout.golden(golden.name))):
+        if given:
             weights.wake(tools, PhaseTable(), replica, given, first=container.pid, timeout=_UNDOING)
         replica.save()
     except (OSError, GpuckptError) as trouble:
@@ -141,7 +152,7 @@ def _up(
     timeout: float,
 ) -> Changed:
     was = replica.standby or Standby()
-    given = _given(tools, replica, golden) if was.given else weights.NOTHING
+    given = _given(tools, replica, golden, container.pid) if was.given else weights.NOTHING
     held = tuple(Held(uuid, name, count) for uuid, name, count in was.devices)
     gpus = _gpus(golden)
     if not freezer.frozen(container.pid, container.id):  # it was killed on its way, and may hold some of it still
@@ -159,14 +170,14 @@ def _up(
             gpu.note(phases, tools.devices.settle(pids, chosen, was.visible))
         except BaseException:
             # Either none of its state is on a device, and it can be tried again, or it is lost: nobody can ask it.
-            with contextlib.suppress(DeadlineError, OSError):
+            with contextlib.suppress(GpuckptError, OSError):
                 freezer.freeze(container.pid, container.id)
             raise
         if given:
             try:
                 weights.wake(tools, phases, replica, given, ahead, container.pid)
             except BaseException:
-                _down_again(tools, container, pids)
+                _down_again(tools, replica, container, pids)
                 raise
     awake = replace(replica, standby=None)
     awake.save()
@@ -174,9 +185,11 @@ def _up(
     return Changed(awake, phases, sum(count for _, _, count in was.devices))
 
 
-def _down_again(tools: Tools, container: Container, pids: list[int]) -> None:
+def _down_again(tools: Tools, replica: Replica, container: Container, pids: list[int]) -> None:
     """One that is on the device without its weights is no use there: as a standby it can be tried again."""
     try:
+        if not alive(tools, replica):
+            return
         if pids:
             tools.devices.suspend(container.pid, pids)
         freezer.freeze(container.pid, container.id)
@@ -199,16 +212,30 @@ def _devices(state: DeviceState) -> tuple[tuple[str, str, int], ...]:
     return tuple((one.uuid, one.name, one.bytes) for one in state.devices)
 
 
-def _given(tools: Tools, replica: Replica, golden: Manifest | None) -> weights.Given:
-    if golden is None:
+def _giving(tools: Tools, replica: Replica, golden: Manifest | None, first: int) -> weights.Given:
+    """What a running server is to give back: nothing that it could not have again."""
+    if golden is None or not (golden.weights or golden.caches):
+        return weights.NOTHING
+    found = weights.shown(tools, golden, first)
+    if found is None:
+        tools.report.note(f"{replica.name} keeps its weights: it was not restored from where {golden.name} is now")
+        return weights.NOTHING
+    weights.require_intact(golden, found)
+    return found
+
+
+def _given(tools: Tools, replica: Replica, golden: Manifest | None, first: int) -> weights.Given:
+    """What a standby has given back."""
+    found = weights.shown(tools, golden, first) if golden is not None else None
+    if golden is None or found is None:
+        why = "which was removed" if golden is None else "of which its container shows no file"
         raise RestoreError(
             f"what {replica.name} has given back is gone",
-            cause=f"it is a part of golden {replica.golden}, which was removed",
-            remedy=f"gpuckpt stop {replica.name}",
+            cause=f"it is a part of golden {replica.golden}, {why}",
+            remedy=f"gpuckpt stop {replica.name}, and restore {replica.golden} again",
         )
-    folder = tools.layout.golden(golden.name)
-    weights.require_intact(golden, folder)
-    return weights.given_by(golden, folder)
+    weights.require_intact(golden, found)
+    return found
 
 
 _NONE = DeviceState(devices=(), processes=())

@@ -122,7 +122,7 @@ def _other(tier: Tier) -> Tier:
 
 
 def _running(tools: Tools, name: str, tier: Tier) -> list[str]:
-    used = [one for one in catalogue.using(tools, name, (tier,)) if one.tier == tier]
+    used = [one for one in catalogue.using(tools, name, (tier,)) if one.needs((tier,))]
     return [one.name for one in used if replicas.alive(tools, one)]
 
 

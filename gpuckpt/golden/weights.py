@@ -105,10 +105,12 @@ def release(
     return Given(files)
 
 
+_OUTSIDE = "the server cannot keep its weights outside its image", "keep them in the image: --weights image"
+
+
 @contextlib.contextmanager
-def _told(tools: Tools, replica: Replica) -> Iterator[None]:
-    """What a server refuses as an error of the creation."""
-    what, remedy = "the server cannot keep its weights outside its image", "keep them in the image: --weights image"
+def _told(tools: Tools, replica: Replica, what: str = _OUTSIDE[0], remedy: str = _OUTSIDE[1]) -> Iterator[None]:
+    """What a server refuses, or fails at, as an error of the creation."""
     try:
         yield
     except ControlAbsent as error:
@@ -119,7 +121,8 @@ def _told(tools: Tools, replica: Replica) -> Iterator[None]:
         ) from error
     except DaemonUnreachableError as error:
         failure = failures.server_failure(tools, replica, f"{what}: it failed", kind=CheckpointError, ending=True)
-        failure.cause = "; ".join(text for text in (error.message, failure.cause) if text)
+        failure.cause = "; ".join(text for text in (error.message, error.cause, failure.cause) if text)
+        failure.remedy = remedy
         raise failure from error
     except ControlRefused as error:
         if "No space left" in f"{error.message} {error.cause}":
@@ -150,27 +153,31 @@ def release_caches(
 ) -> Given:
     """Have a server whose weights stay in its image give its caches back, and leave it asleep.
 
-    One that cannot is told of: its image carries them. Raises VerificationError if it answers the canary differently
-    with caches that were taken again.
+    One that says that it cannot is told of: its image carries them. Raises CheckpointError if it gives them back and
+    cannot take them again, VerificationError if it answers the canary differently then, and what asking that raises.
     """
     server = control(replica)
-    try:
-        with phase(tools, phases, "caches: release"):
-            server.sleep(caches=True)
+    trouble = "the server cannot give its caches back and take them again", "report it with the server's version"
+    with phase(tools, phases, "caches: release"):
+        with _told(tools, replica, *trouble):
+            try:
+                server.sleep(caches=True)
+            except (ControlRefused, ControlAbsent) as error:  # it is as it was
+                why = f"{error.message}: {error.cause}" if error.cause else error.message
+                tools.report.note(f"the server's caches are in its image: {why}")
+                return NOTHING
+        with _told(tools, replica, *trouble):
             server.wake((), caches=True)
-            differences = adapter.replay(replica.endpoint, canary).differences if canary is not None else ()
-            adapter.quiesce(replica.endpoint, timeout=_QUIET)
-            if differences:
-                raise VerificationError(
-                    "the server answers differently when it has given its caches back and taken them again",
-                    cause="; ".join(differences),
-                    remedy="report it with the server's version",
-                )
+        differences = adapter.replay(replica.endpoint, canary).differences if canary is not None else ()
+        adapter.quiesce(replica.endpoint, timeout=_QUIET)
+        if differences:
+            raise VerificationError(
+                "the server answers differently when it has given its caches back and taken them again",
+                cause="; ".join(differences),
+                remedy=trouble[1],
+            )
+        with _told(tools, replica, *trouble):
             server.sleep(caches=True)
-    except (ControlRefused, DaemonUnreachableError) as error:
-        why = f"{error.message}: {error.cause}" if error.cause else error.message
-        tools.report.note(f"the server's caches are in its image: {why}")
-        return NOTHING
     return Given(caches=True)
 
 
@@ -286,9 +293,10 @@ def sleep(tools: Tools, phases: PhaseTable, replica: Replica, given: Given) -> N
             ) from error
 
 
-def require_intact(golden: Manifest, folder: Path) -> None:
+def require_intact(golden: Manifest, given: Given) -> None:
     """Raise VerificationError if the golden's files with weights are not as they were sealed."""
-    if golden.weights and (found := seal.changed(folder, golden, [f"memory/{name}" for name in golden.weights])):
+    names = [f"memory/{file.name}" for file in given.files]
+    if names and (found := seal.changed(given.files[0].parents[1], golden, names)):
         raise VerificationError(
             f"the weights of golden {golden.name} are damaged",
             cause="; ".join(found),
@@ -299,6 +307,27 @@ def require_intact(golden: Manifest, folder: Path) -> None:
 def given_by(golden: Manifest, folder: Path) -> Given:
     """What the golden's server had given back when it was frozen."""
     return Given(tuple(folder / "memory" / name for name in golden.weights), golden.caches)
+
+
+def shown(tools: Tools, golden: Manifest, first: int) -> Given | None:
+    """What the server of the process ``first`` can give back and have again: its container shows the weights' files.
+
+    A golden may lie in two tiers; a container shows those of the one from which it was restored. None if it shows none
+    of the golden's: its server was started cold, or the golden has left that tier.
+    """
+    for folder in tools.layout.tiers(golden.name).values():
+        given = given_by(golden, folder)
+        if all(map(_is_same, given.files, _seen(tools, given.files, first))):
+            return given
+    return None
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        mine, found = one.lstat(), other.lstat()
+    except OSError:
+        return False
+    return (mine.st_dev, mine.st_ino) == (found.st_dev, found.st_ino)
 
 
 def _split(phases: PhaseTable, what: str, begin: int, end: int, parts: dict[str, float]) -> None:

@@ -144,9 +144,13 @@ def fits(folder: Path) -> bool:
 
 
 def changed(folder: Path, golden: Manifest, names: Sequence[str]) -> list[str]:
-    """What has changed in some files since the golden was sealed, one sentence each; a new note means a new reading."""
-    notes, device = notes_of(folder), os.stat(folder).st_dev
+    """What has changed in some files since the golden was sealed, one sentence each.
+
+    Those whose notes differ are read and compared with their digests; if these are right their notes are renewed.
+    """
+    (notes, sealed), device = _read(folder), os.stat(folder).st_dev
     found = []
+    fresh: dict[str, Note] = {}
     for name in names:
         path, expected = folder / name, golden.files.get(name)
         try:
@@ -158,6 +162,13 @@ def changed(folder: Path, golden: Manifest, names: Sequence[str]) -> list[str]:
             continue
         if not stat.S_ISREG(status.st_mode) or expected is None or digest_file(path) != expected.blake3:
             found.append(f"{name} has changed: its digest differs from the recorded one")
+        else:
+            fresh[name] = note(status, device)
+    if fresh and sealed is not None:
+        with suppress(OSError), _held(folder) as handle:  # without room for a seal they are read again
+            notes, sealed = _parse(_text_in(handle), _file_system(handle))
+            if sealed is not None:
+                _save(handle, notes | fresh, sealed)
     return found
 
 

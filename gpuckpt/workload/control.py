@@ -24,6 +24,7 @@ from gpuckpt.errors import DaemonUnreachableError, GpuckptError
 _LINE = 1 << 20
 # Seconds for each order: requests end before a sleep, the weights of a large model are written and read.
 _LIMITS = {"ranks": 30.0, "state": 30.0, "sleep": 120.0, "save": 1800.0, "wake": 600.0}
+_SLOWEST = 50e6  # bytes per second of what is read, from a slow disk
 
 
 class ControlRefused(GpuckptError):
@@ -97,7 +98,7 @@ class Control:
         return int(value)
 
     def _ask(self, what: str, files: Sequence[int] = (), more: Mapping[str, int] | None = None) -> dict[str, Any]:
-        limit = min(self._timeout, _LIMITS[what])
+        limit = min(self._timeout, _LIMITS[what] + sum(os.fstat(file).st_size for file in files) / _SLOWEST)
         line = json.dumps({"do": what, **(more or {})}).encode() + b"\n"
         try:
             text = self._exchanged(line, files, time.monotonic() + limit)
@@ -135,13 +136,13 @@ class Control:
             else:
                 connection.sendall(line)
             text = b""
-            while not text.endswith(b"\n") and len(text) < _LINE:
+            while b"\n" not in text and len(text) < _LINE:
                 connection.settimeout(_left(until))
                 data = connection.recv(_LINE - len(text))
                 if not data:
                     break
                 text += data
-            return text
+            return text.partition(b"\n")[0]
 
     def _connect(self, connection: socket.socket, until: float) -> None:
         # The server may put anything there, a link to another server's socket, say.

@@ -1,14 +1,10 @@
-"""Device state and weights of goldens: what happens in which order, and what is left when any of it goes wrong."""
+"""Device state of goldens: what happens in which order, and what is left when any of it goes wrong."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import socket
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,102 +14,48 @@ from msgspec import structs
 
 from gpuckpt import manifest as manifests
 from gpuckpt.containers import freezer
-from gpuckpt.criu import images as criu_images
 from gpuckpt.cuda import nodes
-from gpuckpt.cuda.driver import DriverError
 from gpuckpt.errors import (
-    BusyError,
     CheckpointError,
-    DaemonUnreachableError,
-    DeadlineError,
     GpuckptError,
     GpuFullError,
     IncompatibleError,
     InterruptedByUser,
     NotFoundError,
-    NothingToDo,
     OutOfSpaceError,
     PreflightError,
     RestoreError,
     UsageError,
-    VerificationError,
 )
 from gpuckpt.golden import replica as replicas
-from gpuckpt.golden import standby, weights
-from gpuckpt.golden.create import Created, create
+from gpuckpt.golden import weights
 from gpuckpt.golden.mapping import Outcome
-from gpuckpt.golden.restore import Restored, RestoreRequest, restore
-from gpuckpt.golden.standby import Changed
-from gpuckpt.manifest import Memory, Mount, Process
+from gpuckpt.golden.restore import RestoreRequest
+from gpuckpt.golden.several import restore_all
+from gpuckpt.golden.tools import Silent
+from gpuckpt.manifest import Memory, Mount
 from gpuckpt.timing import PhaseTable
-from gpuckpt.workload.control import Control, ControlAbsent, ControlRefused, Woken
 from tests.cuda_fake import MIB, gpu
-from tests.fakes import World, tools_for
+from tests.fakes import World
+from tests.gpu_world import (
+    REFUSED,
+    FakeControl,
+    free,
+    frozen,
+    made,
+    record,
+    restored,
+    running,
+    server,
+    steps,
+    suspend,
+    wake,
+    world,
+)
 
-REFUSED = DriverError("CUDA_ERROR_NOT_SUPPORTED", "")
+__all__ = ["frozen", "running", "server", "world"]  # fixtures
 
-
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """A machine of fakes with one server, whose first process holds a gigabyte on the only GPU."""
-    monkeypatch.setattr(criu_images, "regular_files", lambda folder: {"/lib/libc.so"})
-    process = Process(pid=1, parent=0, name="serve", threads=2, pages_bytes=8192)
-    monkeypatch.setattr(criu_images, "processes", lambda folder: (process,))
-    monkeypatch.setattr(criu_images, "capabilities", lambda folder: ("CAP_CHOWN",))
-    monkeypatch.setattr(criu_images, "sockets", lambda folder: ())
-    monkeypatch.setattr(criu_images, "shared_memory_bytes", lambda folder: (4096, 0))
-    monkeypatch.setattr("gpuckpt.golden.identity.driver_version", lambda: "570.86.15")
-    monkeypatch.setattr("gpuckpt.golden.gpu.driver_version", lambda: "570.86.15")
-    found = tools_for(tmp_path)
-    monkeypatch.setattr("gpuckpt.golden.restore.adapter_of", lambda workload: found.adapter)
-    monkeypatch.setattr(nodes, "specifications", lambda folders=None: [Path("/etc/cdi/nvidia.yaml")])
-    monkeypatch.setattr(standby, "adapter", lambda workload: found.adapter)
-    found.on_gpu(p4242=1024)
-    return found
-
-
-@pytest.fixture
-def frozen(world: World, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Ids of containers that are frozen; freezing and thawing are in the journal."""
-    found: set[str] = set()
-
-    def freeze(pid: int, container: str) -> None:
-        with world.journal.step("freeze"):
-            found.add(container)
-
-    def thaw(pid: int, container: str) -> None:
-        with world.journal.step("thaw"):
-            found.discard(container)
-
-    monkeypatch.setattr(freezer, "freeze", freeze)
-    monkeypatch.setattr(freezer, "thaw", thaw)
-    monkeypatch.setattr(freezer, "frozen", lambda pid, container: container in found)
-    return found
-
-
-def made(world: World, **changes: Any) -> Created:
-    return create(world.request(**({"gpus": ("all",), "mode": "copy"} | changes)), world.tools, PhaseTable())
-
-
-def restored(world: World, **changes: Any) -> Restored:
-    """Restore the golden; the dumped process is gone, and CRIU brings one back whose state is in host memory."""
-    if "p" not in changes:
-        world.driver.processes[4242].state = "checkpointed"
-    changes.pop("p", None)
-    return restore(RestoreRequest("gold", **changes), world.tools, PhaseTable())
-
-
-def steps(world: World) -> list[str]:
-    """What the driver, CRIU, the freezer and the server did, in order."""
-    words = ("lock", "checkpoint", "restore", "unlock", "dump", "freeze", "thaw", "save", "sleep", "wake", "replay")
-    return [event for event in world.journal.events if event.startswith(words)]
-
-
-def free(world: World) -> int:
-    return sum(one.free for one in world.driver.devices.values()) // MIB
-
-
-# --- goldens with device state --------------------------------------------------------------------------------
+# --- goldens with device state -------------------------------------------------------------------------------------
 
 
 def test_device_state_leaves_before_the_dump_and_the_golden_says_what_it_was(world: World) -> None:
@@ -242,7 +184,21 @@ def test_memory_that_stays_on_the_device_is_found(world: World) -> None:
     assert world.driver.processes[4242].state == "running"
 
 
-# --- restores -------------------------------------------------------------------------------------------------
+def test_options_that_contradict_each_other() -> None:
+    from tests.unit.test_cli_create import parsed
+
+    for options, said in (
+        ({"weights": "outside", "no_canary": True}, "needs a canary"),
+        ({"cuda_graphs": True}, "servers on a GPU"),
+        ({"gpus": ("all", "0")}, "names every GPU"),
+        ({"gpus": ("a b",)}, "names no GPU"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            parsed("serve", **options)
+    assert parsed("serve", gpus=("0", "0", "1")).gpus == ("0", "1")
+
+
+# --- restores ------------------------------------------------------------------------------------------------------
 
 
 def test_device_state_comes_back_before_the_first_answer(world: World) -> None:
@@ -345,538 +301,7 @@ def test_a_process_that_did_not_come_back_is_named(world: World) -> None:
     assert world.left_over() == []
 
 
-# --- standbys -------------------------------------------------------------------------------------------------
-
-
-def ready(world: World) -> None:
-    """A replica that answers."""
-    made(world)
-    restored(world)
-    world.journal.events.clear()
-
-
-def suspend(world: World, name: str = "gold") -> Changed:
-    return standby.suspend(world.tools, name, manifests.read(world.layout.golden("gold")), PhaseTable())
-
-
-def wake(world: World, name: str = "gold", timeout: float = 0.0) -> Changed:
-    golden = manifests.read(world.layout.golden("gold"))
-    return standby.wake(world.tools, name, golden, PhaseTable(), timeout=timeout)
-
-
-def record(world: World) -> replicas.Replica:
-    return replicas.by_name(world.layout.replicas, "gold")
-
-
-@pytest.fixture
-def running(world: World) -> World:
-    """The same with a replica that answers."""
-    ready(world)
-    return world
-
-
-def test_a_standby_holds_no_gpu_memory_and_wakes_to_it(running: World, frozen: set[str]) -> None:
-    down = suspend(running)
-    assert steps(running) == ["lock 4242", "checkpoint 4242", "freeze"]
-    assert (down.gpu_bytes, free(running), len(frozen)) == (1 << 30, 80_000, 1)
-    kept = record(running).standby
-    assert kept is not None and kept.processes == (4242,) and kept.devices[0][2] == 1 << 30
-    running.journal.events.clear()
-    up = wake(running)
-    assert steps(running) == ["thaw", "restore 4242", "unlock 4242"]
-    assert (up.gpu_bytes, free(running), frozen) == (1 << 30, 80_000 - 1024, set())
-    assert record(running).standby is None
-    rows = {row.name for row in up.phases.rows()}
-    assert {"thaw", "GPU: room", "GPU: restore", "GPU: unlock"} <= rows
-
-
-def test_what_is_a_standby_or_awake_already_is_said(running: World, frozen: set[str]) -> None:
-    with pytest.raises(NothingToDo, match="is awake already"):
-        wake(running)
-    suspend(running)
-    with pytest.raises(NothingToDo, match="is a standby"):
-        suspend(running)
-
-
-def test_a_replica_that_does_not_run_can_be_neither(running: World, frozen: set[str]) -> None:
-    next(iter(running.containers.containers.values())).status = "exited"
-    for change in (suspend, wake):
-        with pytest.raises(BusyError, match="does not run"):
-            change(running)
-
-
-def test_requests_end_before_the_driver_is_asked(running: World, frozen: set[str]) -> None:
-    running.journal.trouble["quiesce"] = DeadlineError("busy")
-    with pytest.raises(DeadlineError):
-        suspend(running)
-    assert steps(running) == []
-    assert record(running).standby is None
-
-
-@pytest.mark.parametrize(
-    ("step", "error"),
-    [*((step, REFUSED) for step in ("lock 4242", "checkpoint 4242", "freeze")), ("freeze", InterruptedByUser("stop"))],
-)
-def test_a_suspend_that_fails_leaves_it_running(
-    running: World, frozen: set[str], step: str, error: BaseException
-) -> None:
-    running.journal.trouble[step] = error
-    with pytest.raises((CheckpointError, DriverError, InterruptedByUser)):
-        suspend(running)
-    assert running.driver.processes[4242].state == "running"
-    assert (record(running).standby, frozen) == (None, set())
-    assert free(running) == 80_000 - 1024
-
-
-def test_without_room_it_stays_a_standby(running: World, frozen: set[str]) -> None:
-    suspend(running)
-    running.driver.devices[gpu(0).uuid] = gpu(0, free=10)
-    with pytest.raises(GpuFullError):
-        wake(running)
-    assert len(frozen) == 1 and record(running).standby is not None
-    running.driver.devices[gpu(0).uuid] = gpu(0)
-    wake(running)
-    assert running.driver.processes[4242].state == "running"
-
-
-def test_a_wake_that_the_driver_refuses_can_be_tried_again(running: World, frozen: set[str]) -> None:
-    suspend(running)
-    running.driver.refuse["restore", 4242] = REFUSED
-    with pytest.raises(RestoreError):
-        wake(running)
-    assert len(frozen) == 1 and record(running).standby is not None
-    running.driver.refuse.clear()
-    wake(running)
-    assert running.driver.processes[4242].state == "running"
-
-
-@pytest.mark.parametrize("state", ["running", "locked", "checkpointed"])
-def test_one_that_was_killed_on_its_way_down_can_be_woken_or_suspended(
-    running: World, frozen: set[str], state: Any
-) -> None:
-    kept = replicas.Standby((4242,), ((gpu(0).uuid, gpu(0).name, 1 << 30),))
-    for change, after in ((wake, "running"), (suspend, "checkpointed")):
-        replace(record(running), standby=kept).save()
-        running.driver.processes[4242].state = state
-        change(running)
-        assert running.driver.processes[4242].state == after
-        assert (record(running).standby is None) == (after == "running")
-
-
-def test_a_standby_comes_back_on_another_gpu(running: World, frozen: set[str]) -> None:
-    suspend(running)
-    running.driver.devices = {one.uuid: one for one in (gpu(0, free=100), gpu(1), gpu(2, free=20_000))}
-    wake(running)
-    assert running.driver.processes[4242].bytes == {gpu(1).uuid: 1 << 30}
-
-
-# --- weights outside the image --------------------------------------------------------------------------------
-
-
-class FakeControl:
-    """A server that writes and reads its weights as it is told to."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.content = b"w" * 5000
-        self.number = 1
-        self.read: list[bytes] = []
-        self.carried: list[bytes] = []
-        self.told: str | None = None
-        self.sleeping = False
-
-    def ranks(self) -> int:
-        return self.number
-
-    def save(self, files: Sequence[int]) -> list[int]:
-        with self.world.journal.step("save"):
-            return [os.pwrite(handle, self.content, 0) for handle in files]
-
-    def sleep(self, *, caches: bool = False) -> int:
-        with self.world.journal.step("sleep caches" if caches else "sleep"):
-            self.sleeping = True
-        return len(self.content)
-
-    def wake(self, files: Sequence[int], carried: Sequence[int] = (), *, caches: bool = False) -> Woken:
-        with self.world.journal.step("wake caches" if caches else "wake"):
-            self.read = [os.pread(handle, 1 << 20, 0) for handle in files]
-            self.carried = [os.pread(handle, 1 << 20, 0) for handle in carried]
-            self.sleeping = False
-        return Woken(len(self.content), {"map": 0.0, "copy" if carried else "stream": 0.0}, self.told)
-
-
-@pytest.fixture
-def server(world: World, monkeypatch: pytest.MonkeyPatch) -> FakeControl:
-    found = FakeControl(world)
-    monkeypatch.setattr(weights, "control", lambda replica, **limits: found)
-    return found
-
-
-def test_weights_are_written_tried_and_left_out(world: World, server: FakeControl) -> None:
-    golden = made(world, weights="outside").manifest
-    order = ["save", "sleep", "wake", "replay canary", "sleep", "lock 4242", "checkpoint 4242", "dump"]
-    assert steps(world) == order
-    assert server.read == [server.content]
-    (name,) = golden.weights
-    file = world.layout.golden("gold") / "memory" / name
-    assert file.read_bytes() == server.content
-    assert file.stat().st_mode & 0o777 == 0o400
-    assert golden.sizes.weights == 5000 and golden.sizes.mapped_pages == 0
-    assert golden.files[f"memory/{name}"].blake3.startswith(name.removesuffix(".extent"))
-    assert not (world.layout.golden("gold") / "weights").exists()
-    assert world.left_over() == []
-
-
-def test_goldens_of_one_model_share_its_weights(world: World, server: FakeControl) -> None:
-    made(world, weights="outside")
-    world.driver.processes[4242].state = "running"
-    made(world, name="other", weights="outside")
-    one, other = (next((world.layout.golden(name) / "memory").iterdir()) for name in ("gold", "other"))
-    assert one.stat().st_ino == other.stat().st_ino
-
-
-def test_each_process_has_a_file_of_its_own(world: World, server: FakeControl) -> None:
-    server.number = 3
-    golden = made(world, weights="outside").manifest
-    assert len(golden.weights) == 3 and len(set(golden.weights)) == 1  # of one content
-    assert golden.sizes.weights == 5000
-
-
-def test_left_running_the_server_reads_them_again(world: World, server: FakeControl) -> None:
-    made(world, weights="outside", leave_running=True)
-    assert steps(world)[-3:] == ["restore 4242", "unlock 4242", "wake"]
-    assert not server.sleeping
-
-
-def test_weights_come_back_after_the_device_state(world: World, server: FakeControl) -> None:
-    made(world, weights="outside")
-    world.journal.events.clear()
-    done = restored(world)
-    assert steps(world) == ["restore", "restore 4242", "unlock 4242", "wake", "replay canary"]
-    assert server.read == [server.content]
-    assert {"weights: map", "weights: wait", "weights: copy"} <= {row.name for row in done.phases.rows()}
-
-
-def test_weights_are_on_their_way_before_the_processes_are(world: World, server: FakeControl) -> None:
-    made(world, weights="outside")
-    world.journal.events.clear()
-    before = set(os.listdir("/proc/self/fd"))
-    restored(world)
-    events = world.journal.events
-    assert events.index("carry 0") < events.index("unlock 4242")
-    assert server.carried == [server.content]
-    assert set(os.listdir("/proc/self/fd")) <= before
-
-
-@pytest.mark.parametrize("why", ["no room", "no way", "refused", "not usable", "two ranks"])
-def test_weights_that_cannot_be_carried_are_read(world: World, server: FakeControl, why: str) -> None:
-    if why == "two ranks":
-        server.number = 2
-    made(world, weights="outside")
-    if why == "no room":
-        world.driver.devices[gpu(0).uuid] = gpu(0, free=1024 + 256)
-    if why == "no way":
-        world.driver.shares = False
-    if why == "refused":
-        world.driver.refuse["carry", 0] = REFUSED
-    if why == "not usable":
-        server.told = "another device"
-    done = restored(world)
-    assert done.canary_match is True
-    assert bool(server.carried) is (why == "not usable")
-    notes = {"refused": "were not carried ahead", "not usable": "could not be used: another device"}
-    assert [notes[why] in note for note in world.report.notes] == ([True] if why in notes else [])
-
-
-def test_a_server_without_room_for_both_reads_once_the_carried_memory_is_free(
-    world: World, server: FakeControl, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made(world, weights="outside")
-    original, seen = server.wake, list[tuple[int, int]]()
-
-    def wake(files: Sequence[int], carried: Sequence[int] = (), *, caches: bool = False) -> Woken:
-        opened = sum("device memory" in target for target in _open_files())
-        seen.append((len(carried), opened))
-        if carried:
-            raise ControlRefused("there is no room", cause="8 GB are free")
-        return original(files)
-
-    monkeypatch.setattr(server, "wake", wake)
-    assert restored(world).canary_match is True
-    assert seen == [(1, 1), (0, 0)]
-    assert "there is no room: 8 GB are free" in world.report.notes[0]
-
-
-def _open_files() -> list[str]:
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one by which they are listed
-            found.append(os.readlink(f"/proc/self/fd/{name}"))
-    return found
-
-
-def test_a_restore_that_fails_lets_go_of_what_was_carried(world: World, server: FakeControl) -> None:
-    made(world, weights="outside")
-    before = set(os.listdir("/proc/self/fd"))
-    world.driver.refuse["restore", 4242] = REFUSED
-    with pytest.raises(RestoreError):
-        restored(world)
-    time.sleep(0.05)
-    assert set(os.listdir("/proc/self/fd")) <= before
-    assert not list((world.folder / "run" / "room").glob("*.json"))
-
-
-def test_a_standby_gives_them_back_and_reads_them_again(world: World, server: FakeControl, frozen: set[str]) -> None:
-    made(world, weights="outside")
-    restored(world)
-    world.journal.events.clear()
-    suspend(world)
-    wake(world)
-    order = ["sleep", "lock 4242", "checkpoint 4242", "freeze", "thaw", "restore 4242", "unlock 4242", "wake"]
-    assert steps(world) == order
-
-
-@pytest.mark.parametrize("step", ["sleep", "lock 4242", "checkpoint 4242", "freeze"])
-def test_a_suspend_that_fails_leaves_a_server_with_its_weights(
-    world: World, server: FakeControl, frozen: set[str], step: str
-) -> None:
-    made(world, weights="outside")
-    restored(world)
-    world.journal.trouble[step] = ControlRefused("no") if step == "sleep" else REFUSED
-    with pytest.raises(GpuckptError):
-        suspend(world)
-    assert not server.sleeping
-    assert (world.driver.processes[4242].state, frozen, record(world).standby) == ("running", set(), None)
-
-
-@pytest.mark.parametrize("event", ["save", "sleep", "wake"])
-def test_a_server_that_cannot_has_them_in_its_image(world: World, server: FakeControl, event: str) -> None:
-    """By itself it starts once more; asked for them outside, the creation fails."""
-    world.journal.trouble[event] = ControlRefused("it cannot", cause="not now")
-    with pytest.raises(CheckpointError, match="cannot keep its weights outside its image: it cannot"):
-        made(world, weights="outside")
-    assert (world.left_over(), world.layout.names()) == ([], [])
-    world.driver.processes[4242].state = "running"
-    world.journal.trouble[event] = ControlRefused("it cannot", cause="not now")
-    able = structs.replace(world.adapter.record, kind="guest")
-    world.adapter._record = able
-    golden = made(world).manifest
-    assert golden.weights == ()
-    assert world.report.notes == [
-        "starting once more, with the weights in the image:"
-        " the server cannot keep its weights outside its image: it cannot: not now"
-    ]
-    assert world.journal.events.count("start container") == 3
-
-
-def test_a_server_without_a_control_socket_has_them_in_its_image(world: World, server: FakeControl) -> None:
-    world.adapter._record = structs.replace(world.adapter.record, kind="guest")
-    world.journal.trouble["save"] = ControlAbsent("nobody", cause="no such file")
-    assert made(world).manifest.weights == ()
-    assert "it has no control socket: no such file" in world.report.notes[0]
-
-
-def test_a_server_that_ends_when_it_is_told_to_sleep_is_shown(world: World, server: FakeControl) -> None:
-    world.containers.log = "Traceback\nOSError: out of luck\n"
-    world.journal.trouble["sleep"] = DaemonUnreachableError("the server ended while it was told to sleep")
-    with pytest.raises(CheckpointError, match="it failed") as caught:
-        made(world, weights="outside")
-    assert "told to sleep" in str(caught.value.cause)
-    assert caught.value.log[-1] == "OSError: out of luck" and caught.value.log_path
-
-
-def test_weights_that_do_not_answer_alike_stay_in_the_image(world: World, server: FakeControl) -> None:
-    world.adapter.answers = ["forty-two", "forty-three", "forty-two"]
-    with pytest.raises(VerificationError, match="weights that were read again"):
-        made(world, weights="outside")
-    world.driver.processes[4242].state = "running"
-    world.adapter._record = structs.replace(world.adapter.record, kind="guest")
-    world.adapter.answers = ["forty-two", "forty-three", "forty-two"]
-    assert made(world).manifest.weights == ()
-
-
-def test_a_full_store_is_no_reason_to_put_them_into_the_image(world: World, server: FakeControl) -> None:
-    world.adapter._record = structs.replace(world.adapter.record, kind="guest")
-    world.journal.trouble["save"] = ControlRefused("it could not be written", cause="No space left on device")
-    with pytest.raises(OutOfSpaceError, match="no room in the store for the model's weights"):
-        made(world)
-
-
-def test_by_themselves_weights_are_outside_on_a_gpu_only(world: World, server: FakeControl) -> None:
-    assert made(world).manifest.weights == ()  # an http server
-    world.adapter._record = structs.replace(world.adapter.record, kind="guest")
-    for changes, outside in (
-        ({"gpus": ()}, False),
-        ({"canary": False}, False),
-        ({"weights": "image"}, False),
-        ({}, True),
-    ):
-        world.driver.processes[4242].state = "running"
-        golden = made(world, name=f"g{len(world.layout.names())}", **changes).manifest
-        assert bool(golden.weights) == outside
-
-
-# --- the control socket ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def listening(tmp_path: Path) -> Iterator[Callable[[bytes | None], tuple[Control, list[Any]]]]:
-    """A server on a Unix socket that answers every request with the same bytes; what it was asked, and its files."""
-    asked: list[Any] = []
-    sockets: list[socket.socket] = []
-
-    def start(answer: bytes | None) -> tuple[Control, list[Any]]:
-        path = tmp_path / "control.sock"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
-        listener.listen()
-        sockets.append(listener)
-
-        def serve() -> None:
-            with contextlib.suppress(OSError), listener.accept()[0] as connection:
-                line, files, _, _ = socket.recv_fds(connection, 4096, 16)
-                asked.append((json.loads(line), [os.pread(handle, 100, 0) for handle in files]))
-                for handle in files:
-                    os.close(handle)
-                if answer is not None:
-                    connection.sendall(answer)
-                else:
-                    connection.recv(1)
-
-        threading.Thread(target=serve, daemon=True).start()
-        return Control(path, timeout=0.3), asked
-
-    yield start
-    for one in sockets:
-        one.close()
-
-
-def test_files_go_along_with_a_request(listening: Any, tmp_path: Path) -> None:
-    control, asked = listening(b'{"bytes": 7, "phases": {"map": 0.5}}\n')
-    (tmp_path / "w").write_bytes(b"weights")
-    with (tmp_path / "w").open("rb") as file:
-        assert control.wake([file.fileno()]) == Woken(7, {"map": 0.5})
-    assert asked == [({"do": "wake"}, [b"weights"])]
-
-
-@pytest.mark.parametrize(
-    ("answer", "kind", "said"),
-    [
-        (b'{"error": {"message": "no", "cause": "why"}}\n', ControlRefused, "no"),
-        (b'{"error": "no"}\n', ControlRefused, "no"),
-        (b"nonsense\n", ControlRefused, "not understood"),
-        (b"[1]\n", ControlRefused, "not understood"),
-        (b'{"ranks": "two"}\n', ControlRefused, "not understood"),
-        (b'{"ranks": Infinity}\n', ControlRefused, "not understood"),
-        (b'{"ranks": -1}\n', ControlRefused, "not understood"),
-        (b"[" * 100_000 + b"\n", ControlRefused, "not understood"),
-        (b'{"error": null}\n', ControlRefused, "gives no reason"),
-        (b'{"error": {"message": "\\u001b[31mred"}}\n', ControlRefused, "�\\[31mred"),
-        (b"", DaemonUnreachableError, "ended while it was told to ranks"),
-        (None, DaemonUnreachableError, "does not answer on its control socket"),
-    ],
-)
-def test_what_a_server_may_answer(listening: Any, answer: bytes | None, kind: type[GpuckptError], said: str) -> None:
-    control, _ = listening(answer)
-    with pytest.raises(kind, match=said):
-        control.ranks()
-
-
-@pytest.mark.parametrize("phases", ["NaN", "Infinity", "-1", '"x"', "1e300"])
-def test_times_that_are_none(listening: Any, phases: str) -> None:
-    control, _ = listening(b'{"bytes": 1, "phases": {"map": %s}}\n' % phases.encode())
-    with pytest.raises(ControlRefused, match="not understood"):
-        control.wake([])
-
-
-@pytest.mark.parametrize("answer", ['{"bytes": [1, 2]}', '{"bytes": [-1]}', '{"bytes": [true]}', '{"bytes": 1}'])
-def test_counts_that_are_none(listening: Any, tmp_path: Path, answer: str) -> None:
-    control, _ = listening(answer.encode() + b"\n")
-    (tmp_path / "w").touch()
-    with (tmp_path / "w").open("rb") as file, pytest.raises(ControlRefused, match="not understood"):
-        control.save([file.fileno()])
-
-
-def test_a_link_to_another_server_s_socket_is_not_followed(listening: Any, tmp_path: Path) -> None:
-    listening(b'{"ranks": 1}\n')
-    (tmp_path / "link").symlink_to("control.sock")
-    with pytest.raises(DaemonUnreachableError, match="control socket"):
-        Control(tmp_path / "link").ranks()
-
-
-def test_its_path_may_be_longer_than_a_sockets_address(listening: Any, tmp_path: Path) -> None:
-    listening(b'{"ranks": 1}\n')
-    far = tmp_path / ("x" * 150)
-    far.mkdir()
-    (tmp_path / "control.sock").rename(far / "control.sock")
-    assert Control(far / "control.sock").ranks() == 1
-
-
-def test_a_server_that_says_what_it_has_not_written(world: World, server: FakeControl) -> None:
-    original = server.save
-    server.save = lambda files: [count + 1 for count in original(files)]  # type: ignore[method-assign]
-    with pytest.raises(CheckpointError, match="has written what it has not"):
-        made(world, weights="outside")
-
-
-def test_weights_that_have_changed_are_not_given_up_and_not_taken(
-    world: World, server: FakeControl, frozen: set[str]
-) -> None:
-    made(world, weights="outside")
-    restored(world)
-    (file,) = (world.layout.golden("gold") / "memory").iterdir()
-    content = file.read_bytes()
-    suspend(world)
-    for change in (wake, suspend):
-        file.chmod(0o600)
-        file.write_bytes(b"x" * len(content))
-        file.chmod(0o400)
-        before = list(steps(world))
-        with pytest.raises(VerificationError, match="damaged"):
-            change(world)
-        assert steps(world) == before
-        file.chmod(0o600)
-        file.write_bytes(content)
-        file.chmod(0o400)
-        if change is wake:
-            wake(world)
-
-
-def test_a_server_that_cannot_read_its_weights_is_a_standby_again(
-    world: World, server: FakeControl, frozen: set[str]
-) -> None:
-    made(world, weights="outside")
-    restored(world)
-    suspend(world)
-    world.driver.shares = False
-    world.journal.trouble["wake"] = ControlRefused("no")
-    with pytest.raises(RestoreError, match="could not read its weights"):
-        wake(world)
-    assert (world.driver.processes[4242].state, len(frozen)) == ("checkpointed", 1)
-    wake(world)
-    assert (world.driver.processes[4242].state, frozen, record(world).standby) == ("running", set(), None)
-
-
-def test_a_server_without_the_socket_is_told_of(tmp_path: Path) -> None:
-    with pytest.raises(DaemonUnreachableError, match="control socket"):
-        Control(tmp_path / "none").sleep()
-
-
-def test_options_that_contradict_each_other() -> None:
-    from tests.unit.test_cli_create import parsed
-
-    for options, said in (
-        ({"weights": "outside", "no_canary": True}, "needs a canary"),
-        ({"cuda_graphs": True}, "servers on a GPU"),
-        ({"gpus": ("all", "0")}, "names every GPU"),
-        ({"gpus": ("a b",)}, "names no GPU"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            parsed("serve", **options)
-    assert parsed("serve", gpus=("0", "0", "1")).gpus == ("0", "1")
-
-
-# --- how a container is given GPUs ----------------------------------------------------------------------------
+# --- how a container is given GPUs ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -939,7 +364,7 @@ def test_a_machine_without_a_driver_has_no_gpus_to_give(tmp_path: Path) -> None:
         nodes.devices(("all",), image=False, dev=tmp_path, driver=tmp_path, cdi=())
 
 
-# --- mapped, or copied after all ------------------------------------------------------------------------------
+# --- mapped, or copied after all -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -978,53 +403,7 @@ def test_a_golden_that_is_only_wrong_mapped_is_copied(mapped: World) -> None:
         made(mapped, name="other", mode="mapped")
 
 
-# --- caches, where weights stay in the image ------------------------------------------------------------------
-
-
-@pytest.fixture
-def vllm(world: World, server: FakeControl) -> FakeControl:
-    """The server is vLLM's."""
-    world.adapter._record = structs.replace(world.adapter.record, kind="vllm")
-    return server
-
-
-def test_caches_are_given_back_where_weights_stay(world: World, vllm: FakeControl, frozen: set[str]) -> None:
-    golden = made(world, weights="image").manifest
-    given = ["sleep caches", "wake caches", "replay canary", "sleep caches"]
-    assert steps(world) == [*given, "lock 4242", "checkpoint 4242", "dump"]
-    assert golden.caches and golden.weights == ()
-    world.journal.events.clear()
-    done = restored(world)
-    assert steps(world) == ["restore", "restore 4242", "unlock 4242", "wake caches", "replay canary"]
-    assert "caches: map" in {row.name for row in done.phases.rows()}
-    world.journal.events.clear()
-    suspend(world)
-    wake(world)
-    down = ["sleep caches", "lock 4242", "checkpoint 4242", "freeze"]
-    assert steps(world) == [*down, "thaw", "restore 4242", "unlock 4242", "wake caches"]
-
-
-def test_caches_that_cannot_be_given_back_are_carried_and_told_of(world: World, vllm: FakeControl) -> None:
-    world.journal.trouble["sleep caches"] = ControlRefused("no sleep mode", cause="it was switched off")
-    golden = made(world, weights="image").manifest
-    assert not golden.caches
-    assert world.report.notes == ["the server's caches are in its image: no sleep mode: it was switched off"]
-
-
-def test_caches_that_change_an_answer_end_the_creation(world: World, vllm: FakeControl) -> None:
-    world.adapter.answers = ["forty-two", "forty-three"]
-    with pytest.raises(VerificationError, match="given its caches back"):
-        made(world, weights="image")
-    assert (world.left_over(), world.layout.names()) == ([], [])
-
-
-def test_weights_that_cannot_be_outside_leave_the_caches_to_give_back(world: World, vllm: FakeControl) -> None:
-    world.journal.trouble["save"] = ControlRefused("it cannot")
-    golden = made(world).manifest
-    assert golden.caches and golden.weights == ()
-
-
-# --- bad luck -------------------------------------------------------------------------------------------------
+# --- bad luck ------------------------------------------------------------------------------------------------------
 
 
 def test_one_that_was_killed_before_it_gave_up_most_of_the_gpu_is_woken(running: World, frozen: set[str]) -> None:
@@ -1161,3 +540,35 @@ def test_a_gpu_that_stays_full_is_no_reason_to_start_cold(world: World) -> None:
     world.driver.devices[gpu(0).uuid] = gpu(0, free=10)
     with pytest.raises(GpuFullError):
         restored(world, gpu_wait=0.1, fallback="cold")
+
+
+def test_an_interrupt_ends_the_wait_for_room_of_several(world: World) -> None:
+    made(world)
+    world.driver.processes[4242].state = "checkpointed"
+    world.driver.devices[gpu(0).uuid] = gpu(0, free=100)
+    requests = [RestoreRequest("gold", replica=name, gpu_wait=60.0) for name in ("one", "two")]
+
+    class Interrupting(Silent):
+        def stage(self, text: str) -> None:
+            threading.Timer(0.3, signal.pthread_kill, [threading.get_ident(), signal.SIGUSR1]).start()
+
+    def interrupt(*_: object) -> None:
+        raise InterruptedByUser("interrupted")
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    began = time.monotonic()
+    try:
+        with pytest.raises(InterruptedByUser, match=r"^interrupted$"):
+            restore_all(requests, structs.replace(world.tools, report=Interrupting()), PhaseTable())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - began < 10
+    assert replicas.all_of(world.layout.replicas) == []
+
+
+def test_pipes_that_another_mount_hides_are_none(world: World, tmp_path: Path) -> None:
+    for name in ("host/nvidia-mps", "empty"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "host/nvidia-mps/control").touch()
+    host = Mount(source=str(tmp_path / "host"), destination="/tmp")
+    made(world, mounts=(host, Mount(source=str(tmp_path / "empty"), destination="/tmp/nvidia-mps")))
