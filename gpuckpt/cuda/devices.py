@@ -44,7 +44,7 @@ class Devices:
         self._sleep: Callable[[float], None] = time.sleep
 
     def stopped_by(self, stop: threading.Event) -> Devices:
-        """The same, for a thread of many: who waits for room is interrupted (InterruptedByUser) once ``stop`` is set."""
+        """The same for one thread of many: its waits for room end with InterruptedByUser once ``stop`` is set."""
 
         def sleep(seconds: float) -> None:
             if stop.wait(seconds):
