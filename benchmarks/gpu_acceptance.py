@@ -21,8 +21,8 @@ reached says so with its reason. What a step has started is ended with it.
 
 Results are never replaced unasked: a folder that has some is refused without --resume.
 
-Exit codes: 0 all that could run has run; 1 something failed; 2 usage, or results that are there already; 3 no GPU (and
-no --dry-run); 130 interrupted.
+Exit codes: 0 nothing failed, also where the budget was spent before all had run (--resume goes on); 1 something failed;
+2 usage, or results that are there already; 3 no GPU (and no --dry-run); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ class Run:
         """Do what is not done yet, and those whose names are in ``again``, as long as there is time."""
         for step in gpu_steps.order(steps, self.record.status, again):
             if missing := gpu_steps.missing(step, self.record.status):
-                self._pass(step, "skipped", f"it needs {' and '.join(missing)}, which did not go well")
+                if all(self.record.status(need) == "left" for need in missing):
+                    self._pass(step, "left", f"it needs {' and '.join(missing)}, which was not reached")
+                else:
+                    self._pass(step, "skipped", f"it needs {' and '.join(missing)}, which did not go well")
             elif self._context.dry:
                 if self._budget.spent:
                     self._pass(step, "left", f"the budget of {self._budget.seconds:g} s was spent")
@@ -305,6 +308,8 @@ def show(record: Record, steps: Sequence[Step]) -> None:
         say(line)
     words = ", ".join(f"{count} {word}" for word, count in document["counts"].items())
     say(f"{record.file}: {words}; figures: {', '.join(drawn) or 'none'}")
+    if document["counts"].get("left"):
+        say("the budget was spent before all was done: --resume goes on")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 They are drawn beside the document, and its page (gpu.md, gpu-dry.md) is written anew with them.
 
 A dry run's figures have names of their own and bear in large letters that nothing in them was measured. They have no
-numbers at their axes, and every length in them is the same: only that every part can be drawn is to be seen.
+numbers at their axes, and what their parts measure is made up: only that every part can be drawn is to be seen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ try:
     import matplotlib
 except ImportError:
     if __name__ == "__main__":
-        sys.exit(f"matplotlib is not installed for {sys.executable}: {sys.executable} -m pip install matplotlib")
+        sys.exit(
+            f"matplotlib is not installed for {sys.executable}. Where there is no network: copy the folder of"
+            " the results to a checkout whose Python has it (pip install matplotlib), and draw there"
+        )
     raise
 
 matplotlib.use("Agg")  # no display needed
@@ -190,7 +193,7 @@ def _memory(document: Document, found: Document) -> Figure | None:
             colour = (COLOURS[0], REST, COLOURS[2])[place]
             panel.barh(where, [value / 1e9 for value in values], 0.25, color=colour, label=tier)
             for y, value in zip(where, values, strict=True):
-                if not value or not document["dry"]:  # nothing has no bar
+                if not document["dry"]:
                     panel.text(value / 1e9, y, f" {size(value) if value else '0'}", va="center", fontsize=7)
         names = [f"{model['server']} {model['shape'].upper()}\n{model['how']}" for model, _ in servers]
         panel.set_yticks(range(len(servers)), names, fontsize=8)

@@ -90,7 +90,9 @@ def chosen(only: Sequence[str]) -> tuple[Step, ...]:
     if not only:
         return STEPS
     if unknown := [word for word in only if not any(_is(name, word) for name in NAMES)]:
-        raise ValueError(f"no step is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        raise ValueError(
+            f"no step is called {', '.join(unknown)}; there are {', '.join(NAMES)}; or probe, phases, server, engine"
+        )
     wanted = named(only)
     needed = {need for step in STEPS if step.name in wanted for need in step.needs}
     return tuple(step for step in STEPS if step.name in wanted | needed)

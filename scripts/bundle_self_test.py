@@ -44,12 +44,16 @@ def said(argv: list[str | Path], *, env: dict[str, str] | None = None, timeout: 
 
 @contextlib.contextmanager
 def folder(parent: str) -> Iterator[Path]:
+    new = not Path(parent).exists()
     Path(parent).mkdir(parents=True, exist_ok=True)
     path = Path(tempfile.mkdtemp(prefix="self-test-", dir=parent))
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                Path(parent).rmdir()
 
 
 def podman(prefix: Path) -> str:

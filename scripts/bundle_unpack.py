@@ -2,7 +2,8 @@
 """Unpack the gpuckpt bundle that this file lies in, and try what works on this machine.
 
 Checks every piece, unpacks beside the prefix, and puts the result in place with one rename: what was there is replaced
-as a whole or stays. Needs no network; nothing outside of the prefix is written but the folders for podman's storage.
+as a whole or stays. Needs no network; nothing outside of the prefix is written but the folders for podman's storage,
+and what the self-test makes and removes.
 """
 
 # Alone on a machine: Python's own modules only, in words that older Pythons understand, too, to be told that they are.
@@ -276,24 +277,36 @@ def server(prefix: str, wanted: str | None, versions: list[str], wheels: str) ->
     target = os.path.join(prefix, "server")
     if os.path.lexists(target):
         return None
+    found = choose_server(wanted, versions)
+    if found is None:
+        return None
+    path, version, places = found
+    making = target + ".making"
+    shutil.rmtree(making, ignore_errors=True)
+    run([path, "-m", "venv", "--without-pip", "--symlinks", "--system-site-packages", making])
+    # Of an environment, too, which --system-site-packages does not look into.
+    write(os.path.join(site_packages(making, version), "machine.pth"), "\n".join(places))
+    add(making, wheels, "guest.txt")
+    os.rename(making, target)
+    return path
+
+
+def choose_server(wanted: str | None, versions: list[str]) -> tuple[str, str, list[str]] | None:
+    """A Python of this machine with torch and transformers: its path, version, and where it looks for packages."""
     names = [wanted] if wanted else ["python3", *(f"python{each}" for each in versions), sys.executable]
     for path in filter(None, map(shutil.which, names)):
         done = subprocess.run([path, "-Ic", _SERVER_PROBE], capture_output=True, check=False)
-        if done.returncode != 0:
-            continue
         version, *places = done.stdout.decode().split("\n")
-        if version not in versions:
-            continue
-        making = target + ".making"
-        shutil.rmtree(making, ignore_errors=True)
-        run([path, "-m", "venv", "--without-pip", "--symlinks", "--system-site-packages", making])
-        # Of an environment, too, which --system-site-packages does not look into.
-        write(os.path.join(site_packages(making, version), "machine.pth"), "\n".join(places))
-        add(making, wheels, "guest.txt")
-        os.rename(making, target)
-        return path
+        if done.returncode == 0 and version in versions:
+            return path, version, places
+        if wanted and done.returncode == 0:
+            raise Trouble(
+                "{} is Python {}; this bundle has wheels for {}".format(wanted, version, " and ".join(versions))
+            )
+    if wanted and shutil.which(wanted) is None:
+        raise Trouble(f"there is no program {wanted}")
     if wanted:
-        raise Trouble("{} has no torch and transformers, or is not Python {}".format(wanted, " or ".join(versions)))
+        raise Trouble(f"{wanted} has no torch and transformers: name a Python that has, or leave --server out")
     return None
 
 
@@ -359,6 +372,8 @@ def unpack(given: argparse.Namespace) -> str:
             about = json.load(file)
     python, version = choose_python(given.python, about["pythons"])
     say("  gpuckpt {}, for Python {} ({})".format(about["version"], version, python))
+    if given.server:
+        choose_server(given.server, about["pythons"])  # Trouble, while nothing is in place
     clear(prefix + ".replaced", prefix)
     new = os.path.join(parent, f".{os.path.basename(prefix)}.unpacking")
     shutil.rmtree(new, ignore_errors=True)  # of one that was interrupted
@@ -389,6 +404,8 @@ def unpack(given: argparse.Namespace) -> str:
                 found = server(prefix, given.server, about["pythons"], kept)
                 if found:
                     say(f"  servers run with {found} ({prefix}/server)")
+                elif not os.path.lexists(os.path.join(prefix, "server")):
+                    say("  no Python here has torch and transformers: --workload guest wants one (--server PROGRAM)")
             except Trouble as trouble:
                 if given.server:
                     raise

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from gpuckpt.manifest import Port
     from gpuckpt.timing import PhaseTable
 
+_HOW = {"mapped": "mapped", "copy": "copied"}
+
 
 @click.command()
 @click.argument("name", required=False, shell_complete=golden_names)
@@ -253,7 +255,7 @@ def _show(restored: Restored) -> None:
     if restored.fallback_reason:
         say(f"started cold, because: {restored.fallback_reason.message}")
     ttft = f", first token after {restored.ttft_s:.3f} s" if restored.ttft_s is not None else ""
-    how = "started cold" if restored.replica.tier == "cold" else f"memory by {restored.replica.memory}"
+    how = "started cold" if restored.replica.tier == "cold" else f"memory {_HOW[restored.replica.memory]}"
     canary = {True: ", canary equal", None: ""}[restored.canary_match or None]
     click.echo(f"replica {restored.replica.name} is ready ({how}{ttft}{canary})")
     endpoint = restored.replica.endpoint

@@ -156,7 +156,8 @@ def info(settings: Settings) -> Check:
 
 def network(settings: Settings) -> Check:
     """Is netavark there? Only published ports need it."""
-    places = [folder / "netavark" for folder in _HELPERS]
+    # In a bundle's prefix podman is told to take the helpers that lie there.
+    places = [folder / "netavark" for folder in (settings.paths.prefix / "bin", *_HELPERS)]
     path = next((place for place in places if place.exists()), None) or _which("netavark")
     why = "--publish needs podman's bridge network; without it replicas serve on Unix sockets only"
     if path is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -43,7 +44,7 @@ class Bindings:
             raise PreflightError(
                 "GPU state cannot be handled: a Python package is missing",
                 cause=str(error),
-                remedy="install gpuckpt with its GPU packages: pip install 'gpuckpt[cuda]'",
+                remedy=f"{sys.executable} -m pip install cuda-bindings nvidia-ml-py",
             ) from error
         version = tuple(int(part) for part in re.findall(r"\d+", __version__)[:3])
         lacking = [name for name in _NEEDED if not hasattr(driver, f"cuCheckpointProcess{name}")]
@@ -51,7 +52,7 @@ class Bindings:
             raise PreflightError(
                 f"GPU state cannot be handled with the package cuda-bindings {__version__}",
                 cause=f"it lacks cuCheckpointProcess{lacking[0]}" if lacking else "12.9.1 is the oldest that can do it",
-                remedy="pip install -U 'gpuckpt[cuda]'",
+                remedy=f"{sys.executable} -m pip install -U cuda-bindings",
             )
         self._nvml: Any = pynvml
         self._cuda: Any = driver

@@ -65,7 +65,7 @@ def api(version: str) -> Check:
         return Check("cuda.api", "CUDA checkpoints", "warn", f"driver {version} is older than {_API}", why)
     if not bindings_installed():
         text = "the driver has the checkpoint API; gpuckpt's GPU packages are not installed"
-        mend = f"{sys.executable} -m pip install 'gpuckpt[cuda]'"
+        mend = f"{sys.executable} -m pip install cuda-bindings nvidia-ml-py"
         return Check("cuda.api", "CUDA checkpoints", "warn", text, why, mend)
     return Check("cuda.api", "CUDA checkpoints", "ok", "the driver has the checkpoint API", why)
 

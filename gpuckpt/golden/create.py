@@ -210,7 +210,8 @@ def _require_space(tools: Tools, needed: int) -> None:
         raise OutOfSpaceError(
             f"the golden needs about {needed >> 20} MiB, the store has {free >> 20} MiB free",
             cause=f"{tools.layout.store} is full, or its limit is too small",
-            remedy="remove goldens (gpuckpt df, gpuckpt rm), or enlarge store.size",
+            remedy="remove goldens (gpuckpt df, gpuckpt rm), enlarge store.size, or have the server hold less (of"
+            " vLLM on a CPU most is its KV cache: --env VLLM_CPU_KVCACHE_SPACE=1)",
             lacking=needed - free,
         )
     if needed > available:

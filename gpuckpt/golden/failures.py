@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gpuckpt.proc import tail
 
 _KEPT = 40  # log files of failed operations; older ones go
 _LARGEST = 4 << 20  # bytes kept of one log: its end, where the reason stands
+_ERROR = re.compile(r"\b((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): \S.*)$")  # as Python's tracebacks end
 _ENDING_SECONDS = 2.0  # the most that it may take from a broken connection to the end of the container
 
 
@@ -53,6 +55,7 @@ def server_failure(
     path = keep_log(tools, f"{replica.name}-server", text) if text else None
     state, remedy = "", "the server's last lines say why; correct its arguments and try again"
     shown = tail(text, 20)
+    first = _first_error(text)
     if not shown:
         remedy = "the server printed nothing; run it by hand with the same arguments to see why"
     try:
@@ -65,6 +68,8 @@ def server_failure(
         state = "the container is gone"
     except GpuckptError as error:
         state = error.message
+    if first and not any(first in line for line in shown):
+        state = "; ".join(filter(None, [state, f"its first error: {first}"]))
     return kind(
         message,
         cause=state or None,
@@ -72,6 +77,14 @@ def server_failure(
         log=shown,
         log_path=str(path) if path else None,
     )
+
+
+def _first_error(text: str) -> str | None:
+    """The first exception that a server printed: of several processes it is the cause, the last ones tell the end."""
+    for line in tail(text, 2000):
+        if found := _ERROR.search(line):
+            return found[1]
+    return None
 
 
 def dump_failure(tools: Tools, replica: Replica, bundle: Path, error: GpuckptError) -> GpuckptError:

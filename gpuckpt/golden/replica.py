@@ -137,7 +137,7 @@ def by_name(parent: Path, name: str) -> Replica:
     found = load(parent / check_name(name))
     if found is None:
         known = ", ".join(entry.name for entry in all_of(parent)) or "none"
-        raise NotFoundError(f"no replica named {name}", cause=f"there are: {known}", remedy="gpuckpt ls")
+        raise NotFoundError(f"no replica named {name}", cause=f"there are {known}", remedy="gpuckpt ls")
     return found
 
 

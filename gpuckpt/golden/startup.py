@@ -52,6 +52,8 @@ def ready(
 ) -> Ready:
     """Start and exercise the server; once more with its weights in the image, if it cannot have them outside."""
     started = _started(request, tools, phases, launch, replica, staging)
+    if request.weights == "outside":
+        weights.require_able(tools, started.replica)
     canary, first_token_ns = _exercise(request, tools, started.replica, phases)
     holders = _holders(request, tools, started)
     if not request.accelerator.outside or canary is None:

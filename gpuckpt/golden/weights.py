@@ -130,6 +130,12 @@ def _told(tools: Tools, replica: Replica, what: str = _OUTSIDE[0], remedy: str =
         raise CheckpointError(f"{what}: {error.message}", cause=error.cause, remedy=remedy) from error
 
 
+def require_able(tools: Tools, replica: Replica) -> None:
+    """Raise CheckpointError if the server takes no orders about its weights: known before it is warmed up."""
+    with _told(tools, replica):
+        control(replica).ranks()
+
+
 def _require_room(tools: Tools, adapter: Adapter) -> None:
     """Refuse before a tmpfs takes the last memory of the machine. A model's weights are about as large as its files."""
     model = Path(adapter.record.model or "")

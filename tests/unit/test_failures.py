@@ -86,3 +86,14 @@ def test_labels_are_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     monkeypatch.setattr(world.containers, "list", lambda owner: found)
     assert catalogue.states(world.tools) == {"one": "running"}
+
+
+def test_the_first_of_several_errors_is_told_where_only_the_last_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = "(EngineCore pid=7) ERROR core.py:9 ValueError: Available memory is less than desired"
+    log = [first, *(f"  File {number}" for number in range(30)), "RuntimeError: initialization failed. See above"]
+    error = failure(tmp_path, monkeypatch, Ended("\n".join(log), 1))
+    assert str(error.cause).endswith("its first error: ValueError: Available memory is less than desired")
+    told = failure(tmp_path / "other", monkeypatch, Ended("\n".join([first, "bye"]), 1))
+    assert "first error" not in str(told.cause)  # it is shown

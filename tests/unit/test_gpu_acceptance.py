@@ -164,6 +164,13 @@ def test_a_dry_runs_steps_are_all_done_unless_a_budget_is_given(tmp_path: Path) 
     assert kept.document["steps"][NAMES[2]]["reason"] == "the budget of 15 s was spent"
 
 
+def test_what_needs_what_was_not_reached_was_not_reached_either(tmp_path: Path) -> None:
+    kept = record(tmp_path, dry=True)
+    Tried(kept, Clock(), 0, {}).steps(STEPS)
+    assert {one["status"] for one in kept.document["steps"].values()} == {"left"}
+    assert "probe.driver, which was not reached" in kept.document["steps"]["phases.small"]["reason"]
+
+
 def test_results_are_not_replaced_unasked(tmp_path: Path) -> None:
     record(tmp_path).keep("probe.driver", "ok", seconds=1.0)
     before = (tmp_path / "gpu.json").read_text()

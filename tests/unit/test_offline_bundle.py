@@ -212,3 +212,18 @@ def test_digests_are_those_that_sha256sum_knows(tmp_path: Path) -> None:
     files = bundle.pack(stage(tmp_path / "stage"), tmp_path / "out", 7000)
     lines = (tmp_path / "out" / "SHA256SUMS").read_text().splitlines()
     assert lines == [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in files]
+
+
+def test_a_python_for_servers_is_looked_at_before_anything_is_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = "{}.{}".format(*sys.version_info[:2])
+    monkeypatch.setattr(bundle_unpack, "_SERVER_PROBE", f"print({version!r}); print('/packages')")
+    found = bundle_unpack.choose_server(sys.executable, [version])
+    assert found is not None and found[:2] == (sys.executable, version) and "/packages" in found[2]
+    with pytest.raises(bundle_unpack.Trouble, match=rf"is Python {version}; this bundle has wheels for 3\.9"):
+        bundle_unpack.choose_server(sys.executable, ["3.9"])
+    with pytest.raises(bundle_unpack.Trouble, match="there is no program /none"):
+        bundle_unpack.choose_server("/none", [version])
+    monkeypatch.setattr(bundle_unpack, "_SERVER_PROBE", "raise ImportError")
+    with pytest.raises(bundle_unpack.Trouble, match="has no torch and transformers"):
+        bundle_unpack.choose_server(sys.executable, [version])
+    assert bundle_unpack.choose_server(None, []) is None

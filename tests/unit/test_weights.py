@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from msgspec import structs
@@ -21,6 +22,7 @@ from gpuckpt.errors import (
 )
 from gpuckpt.golden import tiers
 from gpuckpt.store import seal
+from gpuckpt.store.digests import digest_file
 from gpuckpt.workload.base import MEMORY_FOLDER
 from gpuckpt.workload.control import ControlAbsent, ControlRefused, Woken
 from tests.cuda_fake import gpu
@@ -364,7 +366,7 @@ def test_a_server_that_was_started_cold_keeps_its_weights(world: World, server: 
     suspend(world)
     assert not server.sleeping
     assert any("keeps its weights" in note for note in world.report.notes)
-    assert world.driver.processes[4242].state == "checkpointed"
+    assert steps(world)[-3:] == ["lock 4242", "checkpoint 4242", "freeze"]
     wake(world)
     assert record(world).standby is None
 
@@ -393,9 +395,13 @@ def test_weights_that_were_distrusted_are_read_once(
     made(world, weights="outside")
     restored(world)
     seal.distrust(world.layout.golden("gold"))
-    read: list[object] = []
-    original = seal.digest_file
-    monkeypatch.setattr(seal, "digest_file", lambda path: read.append(path) or original(path))
+    read: list[Path] = []
+
+    def reading(path: Path) -> str:
+        read.append(path)
+        return digest_file(path)
+
+    monkeypatch.setattr(seal, "digest_file", reading)
     for _ in range(3):
         suspend(world)
         wake(world)
