@@ -550,7 +550,8 @@ def test_an_interrupt_ends_the_wait_for_room_of_several(world: World) -> None:
 
     class Interrupting(Silent):
         def stage(self, text: str) -> None:
-            threading.Timer(0.3, signal.pthread_kill, [threading.get_ident(), signal.SIGUSR1]).start()
+            if text == "restore 2":  # both are about to begin
+                threading.Timer(0.3, signal.pthread_kill, [threading.get_ident(), signal.SIGUSR1]).start()
 
     def interrupt(*_: object) -> None:
         raise InterruptedByUser("interrupted")
