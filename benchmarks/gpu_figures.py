@@ -37,7 +37,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from benchmarks import gpu_pages
-from benchmarks.gpu_record import BENCHMARK, Document, file_name
+from benchmarks.gpu_record import Document, file_name, read
 from benchmarks.gpu_summary import TARGETS, numbers
 from benchmarks.style import COLOURS, INK, QUIET, REST, STYLE, short, size
 
@@ -253,17 +253,6 @@ def find(given: Path) -> Path:
         f"there is neither {file_name(False)} nor {file_name(True)} in {given}: python -m benchmarks.gpu_acceptance"
         f" --out {given} makes them"
     )
-
-
-def read(file: Path) -> Document:
-    """The document. Raises ValueError if it is none of this benchmark."""
-    try:
-        document: Document = json.loads(file.read_text())
-        if document["benchmark"] != BENCHMARK:
-            raise ValueError(f"it is of the benchmark {document['benchmark']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no document of the acceptance on a GPU ({error})") from error
-    return document
 
 
 def main(argv: Sequence[str] | None = None) -> int:

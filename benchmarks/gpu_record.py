@@ -55,7 +55,10 @@ class Record:
             "steps": {},
         }
         if self.file.exists():
-            earlier = _read(self.file)
+            try:
+                earlier = read(self.file)
+            except ValueError as error:
+                raise Mismatch(f"{error}: move it away, or name another --out") from error
             if resume:
                 self._go_on(earlier)
             elif earlier.get("steps"):
@@ -117,13 +120,14 @@ class Record:
         temporary.replace(self.file)
 
 
-def _read(file: Path) -> Document:
+def read(file: Path) -> Document:
+    """The document in a file. Raises ValueError if it is none of this benchmark, OSError."""
     try:
         found: Document = json.loads(file.read_text())
         if found["benchmark"] != BENCHMARK:
             raise ValueError(f"it is of the benchmark {found['benchmark']}")
     except (ValueError, KeyError, TypeError) as error:
-        raise Mismatch(f"{file} is no file of this benchmark ({error}): move it away, or name another --out") from error
+        raise ValueError(f"{file} is no document of the acceptance on a GPU ({error})") from error
     return found
 
 

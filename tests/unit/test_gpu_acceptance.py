@@ -179,7 +179,7 @@ def test_results_are_not_replaced_unasked(tmp_path: Path) -> None:
     assert (tmp_path / "gpu.json").read_text() == before
     (tmp_path / "gpu.json").write_text("[]")
     for resume in (False, True):
-        with pytest.raises(Mismatch, match="no file of this benchmark"):
+        with pytest.raises(Mismatch, match="no document of the acceptance"):
             record(tmp_path, resume=resume)
 
 
