@@ -23,7 +23,7 @@ def restore_all(
     ``requests`` name the same golden, and each a replica. Returns those that are ready, in the order of the requests,
     and those that failed with their errors. Each has a phase table of its own, from the common start. Raises what
     concerns all of them: NotFoundError, IncompatibleError, VerificationError of the golden. An interrupt lets those
-    finish that are under way and removes what this call made.
+    finish that are under way, but for those that wait for room on a GPU, and removes what this call made.
     """
     first, count = requests[0], len(requests)
     with opened(first, tools, phases, count) as source, ThreadPoolExecutor(count) as pool:
