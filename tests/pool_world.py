@@ -7,9 +7,11 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from gpuckpt.cuda.driver import Gpu
 from gpuckpt.errors import GpuckptError, NotFoundError
+from gpuckpt.manifest import Held as OnGpu
 from gpuckpt.pool.book import Event, Held
-from gpuckpt.pool.hands import Found, Made, Source
+from gpuckpt.pool.hands import Found, Made, Source, Weight
 from gpuckpt.pool.owner import Owner
 from gpuckpt.pool.state import Golden, Phase, Rules
 
@@ -23,6 +25,7 @@ class FakeHands:
 
     ``gate`` holds everything up while it is there and not set, ``gates`` what begins with such a word. ``pids`` of
     replicas-to-be; ``ill`` do not answer, ``doomed_ones`` were killed; ``differences`` are what canaries find.
+    ``devices`` are the GPUs, ``on`` what replicas hold on them once they run.
     """
 
     def __init__(self, **models: Found) -> None:
@@ -38,6 +41,8 @@ class FakeHands:
         self.doomed_ones: set[str] = set()
         self.differences: dict[str, tuple[str, ...]] = {}
         self.memories: dict[str, int] = {}
+        self.devices: tuple[Gpu, ...] | None = None
+        self.on: dict[str, tuple[OnGpu, ...]] = {}
         self.looks: list[str] = []
         self.sources: dict[str, Source] | None = None
         self.opened = self.closed = self.interrupted = False
@@ -77,7 +82,8 @@ class FakeHands:
 
     async def restore(self, model: str, replica: str) -> Made:
         await self._do("restore", replica)
-        return Made(replica, f"at {replica}", memory=self.memories.get(replica, 1), pid=self.pids.get(replica))
+        memory, gpus = self.memories.get(replica, 1), self.on.get(replica, ())
+        return Made(replica, f"at {replica}", memory=memory, gpus=gpus, pid=self.pids.get(replica))
 
     async def make(self, model: str, *, replace: bool) -> None:
         await self._do("make anew" if replace else "make", model)
@@ -89,11 +95,13 @@ class FakeHands:
         self._fail("prepare")
         self.prepared.append(replica)
 
-    async def wake(self, model: str, replica: str) -> None:
+    async def wake(self, model: str, replica: str) -> tuple[OnGpu, ...]:
         await self._do("wake", replica)
+        return self.on.get(replica, ())
 
-    async def freeze(self, model: str, replica: str) -> None:
+    async def freeze(self, model: str, replica: str) -> tuple[OnGpu, ...]:
         await self._do("freeze", replica)
+        return self.on.get(replica, ())
 
     async def stop(self, model: str, replica: str) -> None:
         await self._do("stop", replica)
@@ -126,11 +134,11 @@ class FakeHands:
         self._fail("canary")
         return found
 
-    async def memory(self, model: str, replica: str) -> int:
+    async def weigh(self, model: str, replica: str) -> Weight:
         self.looks.append(f"memory {replica}")
         await asyncio.sleep(0.001)
         self._fail("memory")
-        return self.memories.get(replica, 1)
+        return Weight(self.memories.get(replica, 1), self.on.get(replica, ()))
 
     # ------------------------------------------------------------------ as the service sees them
 
@@ -143,8 +151,10 @@ class FakeHands:
         before = self.sources or {}
         self.sources = {name: before[name] for name in leaving if name in before} | dict(sources)
 
-    def gpu_size(self) -> int | None:
-        return None
+    async def gpus(self) -> tuple[Gpu, ...] | None:
+        self.looks.append("gpus")
+        self._fail("gpus")
+        return self.devices
 
     def store_size(self) -> int:
         return 1 << 30

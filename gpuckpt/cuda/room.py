@@ -21,7 +21,8 @@ from gpuckpt.manifest import Held
 _MOMENT = 0.1  # seconds between two looks at what is free
 # What NVML counts for a process has its context in it; beside that the driver keeps some for itself. Too much is a
 # restore that waits, too little one that can never be repeated.
-_CONTEXT = 256 << 20
+CONTEXT = 256 << 20
+"""Bytes that must be free on a device beside what a process is to hold there."""
 
 
 def place(held: Sequence[Held], gpus: Sequence[Gpu], reserved: Mapping[str, int]) -> dict[str, str] | None:
@@ -35,12 +36,12 @@ def place(held: Sequence[Held], gpus: Sequence[Gpu], reserved: Mapping[str, int]
     full = False
     for one in sorted(held, key=lambda one: -one.bytes):
         alike = [gpu for gpu in gpus if gpu.name == one.name and not gpu.mig and gpu.uuid not in chosen.values()]
-        large = [gpu for gpu in alike if gpu.memory >= one.bytes + _CONTEXT]
+        large = [gpu for gpu in alike if gpu.memory >= one.bytes + CONTEXT]
         if not large:
             there = ", ".join(f"{gpu.name} ({'MIG' if gpu.mig else f'{gpu.memory >> 20} MiB'})" for gpu in gpus)
             why = ""
             if alike:
-                why = f"; it needs {(one.bytes + _CONTEXT) >> 20} MiB, with what the driver takes"
+                why = f"; it needs {(one.bytes + CONTEXT) >> 20} MiB, with what the driver takes"
             elif any(gpu.name == one.name and not gpu.mig for gpu in gpus):
                 why = f"; it ran on {len(held)}, and needs as many"
             raise IncompatibleError(
@@ -48,12 +49,17 @@ def place(held: Sequence[Held], gpus: Sequence[Gpu], reserved: Mapping[str, int]
                 cause=f"GPUs here: {there or 'none'}{why}",
                 remedy="restore it where there is one, or create the golden anew here",
             )
-        fitting = [gpu for gpu in large if left[gpu.uuid] >= one.bytes + _CONTEXT]
+        fitting = [gpu for gpu in large if left[gpu.uuid] >= one.bytes + CONTEXT]
         full = full or not fitting
         if fitting:
             same = next((gpu for gpu in fitting if gpu.uuid == one.uuid), None)
             chosen[one.uuid] = (same or max(fitting, key=lambda gpu: left[gpu.uuid])).uuid
     return None if full else chosen
+
+
+def moved(held: Sequence[Held], chosen: Mapping[str, str]) -> tuple[Held, ...]:
+    """The same on the devices that were chosen, by UUID, old to new."""
+    return tuple(Held(chosen.get(one.uuid, one.uuid), one.name, one.bytes) for one in held)
 
 
 class Room:
@@ -123,7 +129,7 @@ class Room:
             os.close(lock)
 
     def _write(self, held: Sequence[Held], chosen: Mapping[str, str]) -> Path:
-        needs = {chosen[one.uuid]: one.bytes + _CONTEXT for one in held}
+        needs = {chosen[one.uuid]: one.bytes + CONTEXT for one in held}
         file = self._folder / f"{os.getpid()}-{time.monotonic_ns()}.json"
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps({"pid": os.getpid(), "started": _started(os.getpid()), "bytes": needs}))

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from gpuckpt.cuda.room import moved
 from gpuckpt.errors import (
     BusyError,
     DaemonUnreachableError,
@@ -29,7 +30,7 @@ from gpuckpt.golden.replica import Replica, alive, commit, empty_again, making
 from gpuckpt.golden.restoring import restoring
 from gpuckpt.golden.serving import container_trouble, wait_healthy
 from gpuckpt.golden.tools import Tools, phase
-from gpuckpt.manifest import Manifest
+from gpuckpt.manifest import Held, Manifest
 from gpuckpt.timing import PhaseTable, now_ns
 from gpuckpt.workload import adapter as adapter_of
 from gpuckpt.workload.base import Replay
@@ -66,7 +67,8 @@ class Restored:
     """A replica that answers, how it came to be, and where the time went.
 
     ``first_token_ns``: when the first streamed token (or first answer) came, CLOCK_MONOTONIC; None without canary.
-    ``canary_match`` is None when no canary was replayed. ``fallback_reason`` is set when it was started cold.
+    ``canary_match`` is None when no canary was replayed. ``fallback_reason`` is set when it was started cold, else
+    ``gpus`` is what it holds on GPUs.
     """
 
     replica: Replica
@@ -74,6 +76,7 @@ class Restored:
     first_token_ns: int | None
     canary_match: bool | None
     fallback_reason: GpuckptError | None = None
+    gpus: tuple[Held, ...] = ()
 
     @property
     def ttft_s(self) -> float | None:
@@ -191,7 +194,9 @@ def _brought_back(
     if request.keep:
         _keep_work_files(bundle, replica)
     tier = tools.layout.tier_of(source.folder)
-    return Restored(commit(replica, tier=tier, memory=golden.memory.mode), phases, first_token_ns, match)
+    gpus = moved(golden.gpu.devices, chosen) if golden.gpu else ()
+    made = commit(replica, tier=tier, memory=golden.memory.mode)
+    return Restored(made, phases, first_token_ns, match, gpus=gpus)
 
 
 def _bind(tools: Tools, golden: Manifest, first: int) -> None:

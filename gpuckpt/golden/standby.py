@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container
+from gpuckpt.cuda.room import moved
 from gpuckpt.errors import BusyError, GpuckptError, NothingToDo, RestoreError
 from gpuckpt.golden import gpu, weights
 from gpuckpt.golden.carried import carried
@@ -29,11 +30,16 @@ _QUIET = 30.0  # seconds in which the requests of a server on a GPU must have en
 
 @dataclass(frozen=True)
 class Changed:
-    """A replica that was suspended or woken, where the time went, and its bytes of GPU memory: that it gave or took."""
+    """A replica that was suspended or woken, where the time went, and the GPU memory that it gave or took."""
 
     replica: Replica
     phases: PhaseTable
-    gpu_bytes: int
+    gpus: tuple[Held, ...]
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Of all GPUs together."""
+        return sum(one.bytes for one in self.gpus)
 
 
 def suspend(
@@ -124,7 +130,7 @@ def _down(tools: Tools, replica: Replica, container: Container, golden: Manifest
         _undo(tools, replica, container, going, given)
         raise
     phases.stop()
-    return Changed(replace(replica, standby=going), phases, state.bytes)
+    return Changed(replace(replica, standby=going), phases, state.devices)
 
 
 def _undo(tools: Tools, replica: Replica, container: Container, going: Standby, given: weights.Given) -> None:
@@ -182,7 +188,8 @@ def _up(
     awake = replace(replica, standby=None)
     awake.save()
     phases.stop()
-    return Changed(awake, phases, sum(count for _, _, count in was.devices))
+    whole = tuple(Held(uuid, name, count) for uuid, name, count in was.devices)
+    return Changed(awake, phases, moved(whole, chosen))
 
 
 def _down_again(tools: Tools, replica: Replica, container: Container, pids: list[int]) -> None:

@@ -8,7 +8,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpuckpt.pool.hands import Found, Made
+from gpuckpt import manifest
+from gpuckpt.pool.hands import Found, Made, Weight
 from gpuckpt.pool.state import Golden, Model, Phase, Replica, Rules
 
 _LONGEST_PREFIX = 34  # so that a number still fits into a replica's name
@@ -53,7 +54,7 @@ class Held:
 
     ``heard``: when its server last sent something, or was sent a request; ``served`` counts its requests; ``checks``
     counts those who look at its health right now; ``proved``: when its canary last held. ``golden``: which of its
-    model's goldens it is of (see :attr:`Of.goldens`).
+    model's goldens it is of (see :attr:`Of.goldens`). ``gpus``, ``carried``: see :class:`gpuckpt.pool.state.Replica`.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Held:
     served: int = 0
     golden: int = 0
     memory: int = 0
-    gpu: int = 0
+    gpus: tuple[manifest.Held, ...] = ()
     carried: int = 0
     heard: float = 0.0
     checks: int = 0
@@ -75,15 +76,30 @@ class Held:
     def made(self, made: Made) -> None:
         """It answers."""
         self.endpoint, self.pid, self.memory = made.endpoint, made.pid, made.memory
-        self.gpu, self.carried = made.gpu, made.carried
+        self.gpus, self.carried = made.gpus, made.carried
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of host memory that it holds now: of a frozen one also what it had on GPUs and does not give up."""
+        return self.memory + (self.carried if self.phase is Phase.STANDBY else 0)
+
+    @property
+    def on_gpus(self) -> int:
+        """Bytes that it holds on GPUs now."""
+        return 0 if self.phase is Phase.STANDBY else sum(one.bytes for one in self.gpus)
 
     def seen(self) -> Replica:
         """As the policy sees it."""
-        # What it had on the GPU and does not give up is the host's to hold while it is frozen.
-        frozen = self.phase is Phase.STANDBY
-        memory, gpu = (self.memory + self.carried, 0) if frozen else (self.memory, self.gpu)
-        checking = self.checks > 0
-        return Replica(self.name, self.phase, self.since, self.requests, memory, gpu, self.carried, checking)
+        return Replica(
+            self.name,
+            self.phase,
+            self.since,
+            self.requests,
+            self.on_host,
+            self.gpus,
+            self.carried,
+            checking=self.checks > 0,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +121,8 @@ class Of:
     served: str | None = None
     estimate: int = 0
     most: int = 0
-    gpu: int = 0
+    gpus: tuple[manifest.Held, ...] = ()
+    fixed: bool = False
     replicas: dict[str, Held] = field(default_factory=dict)
     prepared: set[str] = field(default_factory=set)
     preparing: str | None = None
@@ -129,12 +146,16 @@ class Of:
     def found(self, seen: Found) -> None:
         """Its golden is as it was just seen."""
         self.golden, self.golden_bytes, self.served = seen.golden, seen.golden_bytes, seen.served
-        self.estimate, self.gpu = seen.memory or self.estimate, seen.gpu or self.gpu
+        self.estimate = seen.memory or self.estimate
+        if seen.gpus:
+            self.gpus, self.fixed = seen.gpus, seen.fixed
 
-    def weighs(self, held: Held, memory: int) -> None:
-        """A replica of it holds so many bytes."""
-        held.memory = memory
-        self.most = max(self.most, memory)
+    def weighs(self, held: Held, weight: Weight) -> None:
+        """A replica of it holds so much."""
+        held.memory = weight.memory
+        held.gpus = weight.gpus or held.gpus
+        self.gpus = self.gpus or weight.gpus
+        self.most = max(self.most, weight.memory)
 
     def next_name(self) -> str:
         """A name for another replica: one that is prepared, if there is any."""
@@ -184,7 +205,8 @@ class Of:
             golden=self.golden,
             golden_bytes=self.golden_bytes,
             memory=self.expected,
-            gpu=self.gpu,
+            gpus=self.gpus,
+            fixed=self.fixed,
             cold=max(self.estimate, self.most),
             cramped=self.cramped,
             replicas=tuple(one.seen() for one in self.replicas.values()),

@@ -16,7 +16,7 @@ from msgspec import Struct
 from gpuckpt import config, config_load
 from gpuckpt.errors import UsageError
 from gpuckpt.paths import LONGEST_SOCKET
-from gpuckpt.pool.state import Budget, Pin, Rules
+from gpuckpt.pool.state import Pin, Rules
 
 MEMORY_SHARE = 0.6  # of the machine's memory: what replicas may hold where nothing else is said
 DEFAULT_FILE = Path("/etc/gpuckpt/pool.toml")
@@ -150,7 +150,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     """What everything may hold together."""
 
     memory: Annotated[int | None, config.parse_bytes, "host memory of all replicas; default: 60 % of the memory"] = None
-    gpu: Annotated[int | None, config.parse_bytes, "GPU memory of all replicas; default: all that there is"] = None
+    gpu: Annotated[int | None, config.parse_bytes, "memory of each GPU that replicas may hold; default: all"] = None
     store: Annotated[int | None, config.parse_bytes, "goldens in the tmpfs; default: what it has room for"] = None
 
 
@@ -214,10 +214,6 @@ class Pool(Struct, frozen=True, kw_only=True):
     budget: Limits = Limits()
     health: Health = Health()
     models: dict[str, Model] = {}
-
-    def room(self) -> Budget:
-        """The budget as far as the file says one."""
-        return Budget(self.budget.memory, self.budget.gpu, self.budget.store)
 
 
 class Key(NamedTuple):

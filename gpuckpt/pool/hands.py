@@ -6,21 +6,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from gpuckpt.cuda.driver import Gpu
+from gpuckpt.manifest import Held
 from gpuckpt.pool.state import Golden, Phase
 
 
 @dataclass(frozen=True)
-class Made:
-    """A replica that answers: its name, where it listens, what it holds in bytes, and where the time went (seconds).
+class Weight:
+    """What a replica holds: bytes of host memory, and on GPUs, of which nothing is told where nobody can tell."""
 
-    ``carried``: bytes on the GPU that are in host memory while it is frozen. ``pid`` is its first process: it is gone
-    when that is.
+    memory: int = 0
+    gpus: tuple[Held, ...] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A replica that answers: its name, where it listens, what it holds, and where the time went (seconds).
+
+    ``memory`` in bytes; ``gpus``: on GPUs, ``carried``: bytes of that which are in host memory while it is frozen.
+    ``pid`` is its first process: it is gone when that is.
     """
 
     name: str
     endpoint: Any
     memory: int = 0
-    gpu: int = 0
+    gpus: tuple[Held, ...] = ()
     carried: int = 0
     pid: int | None = None
     phases: dict[str, float] = field(default_factory=dict)
@@ -32,7 +42,7 @@ class Found:
     ``prepared`` those that wait for their restore.
 
     ``prefix`` is what its replicas' names begin with, ``served`` what its own server calls it, ``memory`` what a
-    replica will hold at most after its restore, ``gpu`` the same on GPUs.
+    replica will hold at most after its restore, ``gpus`` what on GPUs, ``fixed`` whether only on these.
     """
 
     prefix: str
@@ -42,7 +52,8 @@ class Found:
     served: str | None = None
     replicas: tuple[tuple[Made, Phase], ...] = ()
     prepared: tuple[str, ...] = ()
-    gpu: int = 0
+    gpus: tuple[Held, ...] = ()
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,14 @@ class Hands(Protocol):
         """Make the replica's container, so that its restore takes less."""
         ...
 
-    async def wake(self, model: str, replica: str) -> None: ...
-    async def freeze(self, model: str, replica: str) -> None: ...
+    async def wake(self, model: str, replica: str) -> tuple[Held, ...]:
+        """Thaw it: what it holds on GPUs now, nothing if nobody can tell."""
+        ...
+
+    async def freeze(self, model: str, replica: str) -> tuple[Held, ...]:
+        """Make a standby of it: what it held on GPUs, nothing if nobody can tell."""
+        ...
+
     async def stop(self, model: str, replica: str) -> None: ...
     async def move(self, model: str, to: Golden) -> None: ...
 
@@ -98,8 +115,8 @@ class Hands(Protocol):
         """Replay its golden's canary: the differences from the recorded answer, or none. Raises if it fails."""
         ...
 
-    async def memory(self, model: str, replica: str) -> int:
-        """Bytes that are its own now."""
+    async def weigh(self, model: str, replica: str) -> Weight:
+        """What is its own now."""
         ...
 
 
@@ -118,8 +135,8 @@ class Workplace(Hands, Protocol):
         """Bytes that the store has room for."""
         ...
 
-    def gpu_size(self) -> int | None:
-        """Bytes of memory of the GPUs that replicas may be on; None where there are none, or nobody can tell."""
+    async def gpus(self) -> tuple[Gpu, ...] | None:
+        """The GPUs that replicas may be on, and what is free there now; None if there are none, or nobody can tell."""
         ...
 
     def interrupt(self) -> None:

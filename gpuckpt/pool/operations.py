@@ -14,9 +14,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from gpuckpt.errors import BusyError, GpuckptError, GpuFullError, NotFoundError, OutOfSpaceError, VerificationError
+from gpuckpt.manifest import Held as OnGpu
 from gpuckpt.pool import policy
 from gpuckpt.pool.book import Event, Held, Of, RefusedError
-from gpuckpt.pool.hands import Hands, Made
+from gpuckpt.pool.hands import Hands, Made, Weight
 from gpuckpt.pool.state import Action, Freeze, Golden, Move, Phase, Prepare, Restore, Start, Stop, Wake
 
 _Result = TypeVar("_Result")
@@ -70,18 +71,18 @@ class Operations:
     def begin(self, model: Of, action: Action) -> None:
         """Begin what was decided for the model."""
         match action:
-            case Restore(_, standby):
+            case Restore(_, standby, gpus):
                 tier = str(model.golden)
-                held = self._new(model, Phase.RESTORING)
+                held = self._new(model, Phase.RESTORING, gpus)
                 work = self._hands.restore(model.name, held.name)
                 self._run(self._bring_up(model, held, work, "restored", tier, standby=standby))
-            case Start():
+            case Start(_, gpus):
                 bad = model.golden is Golden.QUARANTINED
-                held = self._new(model, Phase.STARTING)
+                held = self._new(model, Phase.STARTING, gpus)
                 self._run(self._start(model, held, replace=bad))
-            case Wake(_, name):
+            case Wake(_, name, gpus):
                 held = model.replicas[name]
-                held.phase = Phase.WAKING
+                held.phase, held.gpus = Phase.WAKING, gpus or held.gpus
                 self._run(self._change(model, held, self._hands.wake, Phase.HOT, "woken"))
             case Freeze(_, name):
                 held = model.replicas[name]
@@ -96,10 +97,11 @@ class Operations:
                 before, model.golden = model.golden, Golden.MOVING
                 self._run(self._move(model, before, to, reason))
 
-    def _new(self, model: Of, phase: Phase) -> Held:
+    def _new(self, model: Of, phase: Phase, gpus: tuple[OnGpu, ...]) -> Held:
         name = model.next_name()
         model.prepared.discard(name)
-        held = model.replicas[name] = Held(name, model.name, phase, self._clock(), golden=model.goldens)
+        held = Held(name, model.name, phase, self._clock(), golden=model.goldens, gpus=gpus)
+        model.replicas[name] = held
         return held
 
     async def _start(self, model: Of, held: Held, *, replace: bool) -> None:
@@ -157,8 +159,7 @@ class Operations:
     def answers(self, model: Of, held: Held, made: Made) -> None:
         """The replica is there."""
         held.made(made)
-        model.weighs(held, made.memory)
-        model.gpu = max(model.gpu, made.gpu)
+        model.weighs(held, Weight(made.memory, made.gpus))
 
     async def _prepare(self, model: Of, name: str) -> None:
         try:
@@ -175,12 +176,17 @@ class Operations:
             model.preparing = None
 
     async def _change(
-        self, model: Of, held: Held, work: Callable[[str, str], Coroutine[Any, Any, None]], phase: Phase, kind: str
+        self,
+        model: Of,
+        held: Held,
+        work: Callable[[str, str], Coroutine[Any, Any, tuple[OnGpu, ...]]],
+        phase: Phase,
+        kind: str,
     ) -> None:
         began = self._clock()
         tier = "standby" if phase is Phase.HOT else ""
         try:
-            await _done(work(model.name, held.name))
+            gpus = await _done(work(model.name, held.name))
         except GpuckptError as error:
             self.say("failed", model.name, held.name, _why(error), tier)
             if isinstance(error, GpuFullError) and held.phase is Phase.WAKING:
@@ -194,7 +200,7 @@ class Operations:
         if held.golden != model.goldens:
             self.stop(model, held, "quarantined")
             return
-        held.phase, held.since = phase, self._clock()
+        held.phase, held.since, held.gpus = phase, self._clock(), gpus or held.gpus
         self.say(kind, model.name, held.name, tier=tier, seconds=self._clock() - began)
 
     def stop(self, model: Of, held: Held, reason: str, failures: int = 0) -> None:

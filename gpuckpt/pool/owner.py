@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from gpuckpt.pool import policy
 from gpuckpt.pool.book import Event, Held, LateError, Of, RefusedError
-from gpuckpt.pool.hands import Hands
+from gpuckpt.pool.hands import Hands, Weight
 from gpuckpt.pool.operations import Operations
 from gpuckpt.pool.state import (
     Budget,
@@ -178,10 +178,23 @@ class Owner:
         self.operations.quarantine(self.models[name], reason)
         self.settle()
 
-    def note_memory(self, held: Held, memory: int) -> None:
-        """A replica holds so many bytes of its own now."""
+    def weighed(self, held: Held, weight: Weight) -> None:
+        """A replica holds so much now."""
         if model := self.models.get(held.model):
-            model.weighs(held, memory)
+            model.weighs(held, weight)
+
+    def on_gpus(self) -> dict[str, int] | None:
+        """Bytes that replicas hold on each GPU; None while one comes or goes, and nobody can tell."""
+        found: dict[str, int] = {}
+        for model in self.models.values():
+            for one in model.replicas.values():
+                if one.phase is Phase.STANDBY:
+                    continue
+                if one.phase is not Phase.HOT and (one.gpus or model.gpus):
+                    return None
+                for share in one.gpus:
+                    found[share.uuid] = found.get(share.uuid, 0) + share.bytes
+        return found
 
     def proved(self, held: Held) -> None:
         """The replica has answered its golden's canary as it was recorded."""
@@ -279,9 +292,10 @@ class Owner:
             del self.models[model.name]
 
     def _refuse_for_ever(self, model: Of) -> None:
+        of_gpus = "GPU memory" if len(model.gpus) < 2 else f"memory on {len(model.gpus)} GPUs"
         needs = [
             f"{size / 1e9:.1f} GB of {kind}"
-            for size, kind in ((model.expected, "memory"), (model.gpu, "GPU memory"))
+            for size, kind in ((model.expected, "memory"), (sum(one.bytes for one in model.gpus), of_gpus))
             if size
         ]
         model.refuse(

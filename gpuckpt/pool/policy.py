@@ -12,9 +12,9 @@ so the minimum of a more important model can keep a less important one waiting.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 
+from gpuckpt.pool.room import Demand, Room, total
 from gpuckpt.pool.state import (
     COMING,
     GOING,
@@ -74,8 +74,8 @@ def wanted_hot(model: Model) -> int:
 
 def never_fits(state: State, model: Model) -> bool:
     """Whether a replica of it has no room even when all that would go for it has gone."""
-    need = _Room(model.memory, model.gpu) if model.golden in (Golden.TMPFS, Golden.DISK) else _cold(model)
-    return _Plan(state).room_for(model).short_of(need)
+    demand = _restored(model) if model.golden in (Golden.TMPFS, Golden.DISK) else _cold(model)
+    return not _Plan(state).may_fit(model, demand)
 
 
 def _scale(model: Model) -> int:
@@ -95,33 +95,25 @@ def _urgency(model: Model) -> tuple[int, int, float]:
     return -model.rules.priority, int(served), model.asked
 
 
-@dataclass(frozen=True, slots=True)
-class _Room:
-    memory: int = 0
-    gpu: int = 0
-
-    def __add__(self, other: _Room) -> _Room:
-        return _Room(self.memory + other.memory, self.gpu + other.gpu)
-
-    def __sub__(self, other: _Room) -> _Room:
-        return _Room(self.memory - other.memory, self.gpu - other.gpu)
-
-    def short_of(self, need: _Room) -> bool:
-        return self.memory < need.memory or self.gpu < need.gpu
+def _restored(model: Model) -> Demand:
+    """What another replica takes that comes from the golden."""
+    return Demand(model.memory, model.gpus, model.fixed)
 
 
-def _held(model: Model, replica: Replica) -> _Room:
+def _cold(model: Model) -> Demand:
+    """What its server takes while the golden is made: it does not know of others, and is where it always was."""
+    return Demand(max(model.memory, model.cold), model.gpus, fixed=True)
+
+
+def _held(model: Model, replica: Replica) -> Room:
     """What a replica holds, or will hold when it has come."""
     if replica.phase is Phase.STARTING:
-        return _cold(model)
+        return replace(_cold(model), held=replica.gpus or model.gpus).room
     if replica.phase in COMING:
-        return _Room(max(replica.memory, model.memory), max(replica.gpu, model.gpu))
-    return _Room(replica.memory, replica.gpu)
-
-
-def _cold(model: Model) -> _Room:
-    """What its server holds while the golden is made."""
-    return _Room(max(model.memory, model.cold), model.gpu)
+        return Demand(max(replica.memory, model.memory), replica.gpus or model.gpus).room
+    if replica.phase is Phase.STANDBY:
+        return Room(replica.memory)
+    return Room(replica.memory, {one.uuid: one.bytes for one in replica.gpus})
 
 
 class _Plan:
@@ -132,10 +124,27 @@ class _Plan:
         self._state = state
         self._taken: set[str] = set()  # replicas that have their order
         budget = state.budget
+        self._gpus = budget.gpus or ()
+        self._limits = Room(_limit(budget.memory), {gpu.uuid: gpu.memory for gpu in self._gpus})
+        self._free = self._limits
+        self._held: dict[str, Room] = {}  # by replica: what it holds, or will hold when it has come
         everything = [(model, replica) for model in state.models for replica in model.replicas]
-        self._limits = _Room(_limit(budget.memory), _limit(budget.gpu))
-        self._free = self._limits - _sum(_held(*one) for one in everything)
-        self._coming_free = _sum(_held(*one) for one in everything if one[1].phase in GOING)
+        for model, replica in everything:
+            held = self._held[replica.name] = self._known(_held(model, replica))
+            self._free -= held
+        self._coming_free = total(self._leaves(replica) for _, replica in everything)
+
+    def _known(self, room: Room) -> Room:
+        """Without GPUs of which there is no budget."""
+        return Room(room.memory, {uuid: count for uuid, count in room.gpus.items() if uuid in self._limits.gpus})
+
+    def _leaves(self, replica: Replica) -> Room:
+        """What will be free of it when it is what it is about to be."""
+        held = self._held[replica.name]
+        if replica.phase in GOING:
+            return held
+        # What it does not give up of its GPUs' memory is then the host's.
+        return Room(-replica.carried, held.gpus) if replica.phase is Phase.FREEZING else Room()
 
     def _order(self, action: Action) -> None:
         self.actions.append(action)
@@ -147,14 +156,21 @@ class _Plan:
 
     def relieve(self) -> None:
         """Remove what is idle until the budget holds again: replicas grow while they work."""
-        over = _Room() - (self._free + self._coming_free)
+        within = Room(0, dict.fromkeys(self._limits.gpus, 0))
         for victim, replica in self._victims(None):
-            if over.memory <= 0 and over.gpu <= 0:
+            if not (over := (self._free + self._coming_free).lacks(within)):
                 return
-            if (over.memory > 0 and replica.memory) or (over.gpu > 0 and replica.gpu):
-                over -= _Room(replica.memory, replica.gpu)
-                self._coming_free += _Room(replica.memory, replica.gpu)
-                self._order(Stop(victim.name, replica.name, "room"))
+            self._make_go(victim, replica, over)
+
+    def _make_go(self, model: Model, replica: Replica, lacking: Room) -> None:
+        """Have it give up what it holds of what is lacking, if anything."""
+        held = self._held[replica.name]
+        if lacking.memory > 0 and held.memory > 0:
+            self._order(Stop(model.name, replica.name, "room"))
+            self._coming_free += held
+        elif held.is_on(lacking.gpus):  # frozen it holds no GPU memory, and is woken in a moment
+            self._order(Freeze(model.name, replica.name))
+            self._coming_free += Room(-replica.carried, held.gpus)
 
     # ------------------------------------------------------------------ up
 
@@ -170,12 +186,12 @@ class _Plan:
         if standbys := self._of(model, Phase.STANDBY):
             # The one that was used last: its memory is the likeliest to be in caches.
             best = max(standbys, key=lambda one: (one.since, one.name))
-            return self._with_room(model, _Room(0, model.gpu), Wake(model.name, best.name))
+            demand = Demand(0, best.gpus or model.gpus, model.fixed)
+            return self._with_room(model, demand, Wake(model.name, best.name))
         if self._state.now < model.retry_at:
             return False
-        need = _Room(model.memory, model.gpu)
         if model.golden in (Golden.TMPFS, Golden.DISK):
-            return self._with_room(model, need, Restore(model.name))
+            return self._with_room(model, _restored(model), Restore(model.name))
         # Cold, one at a time: the next ones are restored from the golden that is made of it.
         return self._may_start(model) and self._with_room(model, _cold(model), Start(model.name))
 
@@ -188,39 +204,48 @@ class _Plan:
             begun |= starting or any(isinstance(one, Start) for one in self.actions)
         return model.golden in (Golden.NONE, Golden.QUARANTINED) and not begun and self._state.now >= model.retry_at
 
-    def _with_room(self, model: Model, need: _Room, action: Action) -> bool:
+    def _with_room(self, model: Model, demand: Demand, action: Restore | Start | Wake) -> bool:
         """Order it if there is room; else see to it that there will be, and keep it. Whether it was ordered."""
-        if not self._free.short_of(need):
-            self._free -= need
-            self._order(action)
+        if (coming := demand.placed(self._gpus, self._free)) is not None:
+            self._free -= coming.room
+            self._order(replace(action, gpus=coming.held))
             return True
-        if self.room_for(model).short_of(need):
-            return False  # it will never fit: nobody is to go for it
-        for victim, replica in self._victims(model):
-            short = (self._free + self._coming_free) - need
-            if short.memory >= 0 and short.gpu >= 0:
-                break
-            frees_memory = short.memory < 0 and replica.memory > 0
-            frees_gpu = short.gpu < 0 and replica.gpu > 0
-            if frees_memory or (frees_gpu and replica.phase is Phase.STANDBY):
-                self._coming_free += _Room(replica.memory, replica.gpu)
-                self._order(Stop(victim.name, replica.name, "room"))
-            elif frees_gpu:
-                # Frozen it holds no GPU memory, but what it does not give up is then the host's.
-                self._coming_free += _Room(-replica.carried, replica.gpu)
-                self._order(Freeze(victim.name, replica.name))
-        # Who comes later must not take what becomes free bit by bit: a large model would wait for ever.
-        self._free -= need
+        if self.may_fit(model, demand):  # else nobody is to go for it
+            # Who comes later must not take what becomes free bit by bit: a large model would wait for ever.
+            self._free -= self._make_way(model, demand)
         return False
 
-    def room_for(self, needy: Model) -> _Room:
+    def _make_way(self, model: Model, demand: Demand) -> Room:
+        """Have others go for it: as few as can be, by their order. What it will take then."""
+        victims = self._victims(model)
+        soon = self._free + self._coming_free
+        coming = demand.placed(self._gpus, soon)
+        for _, replica in victims:
+            if coming is not None:
+                break
+            soon += self._held[replica.name]
+            coming = demand.placed(self._gpus, soon)
+        if coming is None:  # others are at work: where it may be when they have ended
+            coming = demand.placed(self._gpus, self._room_for(model))
+        need = coming.room if coming else Room()
+        for victim, replica in victims:
+            if not (lacking := (self._free + self._coming_free).lacks(need)):
+                break
+            self._make_go(victim, replica, lacking)
+        return need
+
+    def may_fit(self, model: Model, demand: Demand) -> bool:
+        """Whether it has room when all has gone that would go for it."""
+        return demand.placed(self._gpus, self._room_for(model)) is not None
+
+    def _room_for(self, needy: Model) -> Room:
         """All that this model can get: not what pinned replicas hold, nor the minimum of more important models."""
-        held = _Room()
+        held = Room()
         for model in self._state.models:
             above = model.rules.pin is not Pin.NO or model.rules.priority > needy.rules.priority
             if model.name != needy.name and above:
                 staying = [one for one in model.replicas if one.phase not in GOING]
-                held += _sum(_held(model, one) for one in staying[: floor_of(model)])
+                held += total(self._held[one.name] for one in staying[: floor_of(model)])
         return self._limits - held
 
     def _victims(self, needy: Model | None) -> list[tuple[Model, Replica]]:
@@ -280,13 +305,12 @@ class _Plan:
         staying = sum(one.phase not in GOING for one in model.replicas)
         staying += sum(_is_for(one, model, Restore) for one in self.actions)
         staying -= sum(_is_for(one, model, Stop) for one in self.actions)
-        # On its way it is hot for a moment.
-        need = _Room(model.memory, model.gpu)
         for _ in range(floor_of(model) - staying):
-            if self._free.short_of(need):
+            # On its way it is hot for a moment.
+            if (coming := _restored(model).placed(self._gpus, self._free)) is None:
                 return
-            self._free -= need
-            self._order(Restore(model.name, standby=True))
+            self._free -= coming.room
+            self._order(Restore(model.name, standby=True, gpus=coming.held))
 
     def goldens(self) -> None:
         """Keep those in the tmpfs that are used, and make the one that is missing."""
@@ -329,8 +353,9 @@ class _Plan:
             return
         for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked, model.name)):
             due = not model.drained and self._state.now >= model.make_at
-            if due and self._may_start(model) and not self._free.short_of(_cold(model)):
-                self._order(Start(model.name))
+            coming = _cold(model).placed(self._gpus, self._free) if due and self._may_start(model) else None
+            if coming is not None:
+                self._order(Start(model.name, gpus=coming.held))
                 return
 
     def _lacking(self, needy: list[Model], movable: list[Model], store: int) -> list[tuple[int, int]]:
@@ -392,13 +417,6 @@ class _Plan:
 
 def _is_for(action: Action, model: Model, kind: type[Action]) -> bool:
     return isinstance(action, kind) and action.model == model.name
-
-
-def _sum(rooms: Iterable[_Room]) -> _Room:
-    total = _Room()
-    for room in rooms:
-        total += room
-    return total
 
 
 def _limit(budget: int | None) -> int:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from gpuckpt.cuda.driver import Gpu
+from gpuckpt.manifest import Held
+
 
 class Phase(enum.StrEnum):
     """What a replica is doing. The first three will be hot soon."""
@@ -71,8 +74,9 @@ class Rules:
 class Replica:
     """One container of a model. ``since``: when its last request ended, or its phase began if none has.
 
-    ``carried`` are the bytes on the GPU that are the host's to hold while it is frozen. ``checking``: its health is
-    being looked at, so it must neither freeze nor go right now.
+    ``gpus``: what it holds on GPUs, or will hold when it has come; of a standby what it held. ``carried`` are the bytes
+    of it that are the host's to hold while it is frozen. ``checking``: its health is being looked at, so it must
+    neither freeze nor go right now.
     """
 
     name: str
@@ -80,7 +84,7 @@ class Replica:
     since: float
     requests: int = 0
     memory: int = 0
-    gpu: int = 0
+    gpus: tuple[Held, ...] = ()
     carried: int = 0
     checking: bool = False
 
@@ -94,9 +98,9 @@ class Replica:
 class Model:
     """One model: its rules, its golden, its replicas and who waits for them.
 
-    ``memory`` and ``gpu`` are what one more replica is expected to hold while it is hot; a standby holds no GPU memory,
-    but ``gpu`` bytes of the host's; ``cold`` is what a server holds that is started cold, which shares nothing with
-    anybody. ``asked``: when the last request for it came. Because the last ones failed, no
+    ``memory`` and ``gpus`` are what one more replica is expected to hold while it is hot, with the GPUs that its golden
+    was made on; ``fixed``: it can be on no others. ``cold`` is what a server holds that is started cold, which shares
+    nothing with anybody. ``asked``: when the last request for it came. Because the last ones failed, no
     replica is begun before ``retry_at``, its golden is not made unasked before ``make_at``, nor moved before
     ``move_at``, and no container prepared before ``prepare_at``. ``warm``: kept ready now by its schedule. ``scale``:
     so many hot replicas are kept, as somebody has ordered; none at 0, whatever the rules say. ``drained``: it gives its
@@ -110,7 +114,8 @@ class Model:
     golden: Golden = Golden.NONE
     golden_bytes: int = 0
     memory: int = 0
-    gpu: int = 0
+    gpus: tuple[Held, ...] = ()
+    fixed: bool = False
     cold: int = 0
     replicas: tuple[Replica, ...] = ()
     waiting: int = 0
@@ -129,10 +134,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Limits of what all replicas (``memory``, ``gpu``) and all goldens in the tmpfs (``store``) hold; None: none."""
+    """Limits of what all replicas (``memory``, and of each GPU its ``memory``) and all goldens in the tmpfs (``store``)
+    hold; None: none."""
 
     memory: int | None = None
-    gpu: int | None = None
+    gpus: tuple[Gpu, ...] | None = None
     store: int | None = None
 
 
@@ -151,10 +157,14 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Restore another replica from the model's golden; ``standby``: freeze it as soon as it has proved itself."""
+    """Restore another replica from the model's golden; ``standby``: freeze it as soon as it has proved itself.
+
+    ``gpus``: what it will hold on GPUs, and on which it will find room; the same of the two below.
+    """
 
     model: str
     standby: bool = False
+    gpus: tuple[Held, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +172,7 @@ class Start:
     """Start a server cold, make the model's golden of it, and restore a replica from that."""
 
     model: str
+    gpus: tuple[Held, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +181,7 @@ class Wake:
 
     model: str
     replica: str
+    gpus: tuple[Held, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

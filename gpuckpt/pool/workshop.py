@@ -29,6 +29,7 @@ from gpuckpt.config_load import as_environment
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container, container_name
 from gpuckpt.cuda.checks import driver_version
+from gpuckpt.cuda.driver import Gpu
 from gpuckpt.errors import (
     BusyError,
     CheckpointError,
@@ -44,8 +45,8 @@ from gpuckpt.golden.prepare import Options
 from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.restore import RestoreRequest, restore
 from gpuckpt.golden.tools import Tools, open_store, tools
-from gpuckpt.manifest import Manifest
-from gpuckpt.pool.hands import Found, Made, Source
+from gpuckpt.manifest import Held, Manifest
+from gpuckpt.pool.hands import Found, Made, Source, Weight
 from gpuckpt.pool.state import Golden, Phase
 from gpuckpt.store import seal
 from gpuckpt.store.layout import Tier
@@ -96,6 +97,7 @@ class Workshop:
         self._records: dict[str, tuple[tuple[int, int], Manifest]] = {}
         self._creating: set[proc.Child] = set()
         self._interrupted = False
+        self._gpu_trouble = ""
         self._births = threading.Lock()  # between a child's start and its entry in the list it cannot be interrupted
 
     def set_sources(self, sources: Mapping[str, Source], leaving: Iterable[str]) -> None:
@@ -105,14 +107,18 @@ class Workshop:
         state = os.statvfs(self._tools.layout.store)
         return state.f_blocks * state.f_frsize
 
-    def gpu_size(self) -> int | None:
+    async def gpus(self) -> tuple[Gpu, ...] | None:
         if driver_version() is None:
             return None
         try:
-            return sum(gpu.memory for gpu in self._tools.devices.gpus() if not gpu.mig)
+            found = await self._in_thread(self._tools.devices.gpus)
         except GpuckptError as error:
-            _log.warning("the GPUs cannot be asked, so their memory is not limited: %s: %s", error, error.cause)
+            if str(error) != self._gpu_trouble:  # it is asked again and again
+                self._gpu_trouble = str(error)
+                _log.warning("the GPUs cannot be asked for their memory: %s: %s", error, error.cause)
             return None
+        self._gpu_trouble = ""
+        return tuple(gpu for gpu in found if not gpu.mig)
 
     async def open(self) -> None:
         # The store is mounted, CRIU found, podman connected to.
@@ -154,8 +160,10 @@ class Workshop:
         # Of a mapped one only what it writes is its own; nobody knows how much before one has run.
         memory = manifest.sizes.cpu_pages + manifest.sizes.shared_memory
         place = Golden.TMPFS if "tmpfs" in here else Golden.DISK
-        gpu = manifest.gpu.bytes if manifest.gpu else 0
-        return Found(golden, place, manifest.sizes.total, memory, manifest.workload.served_name, gpu=gpu)
+        gpus = manifest.gpu.devices if manifest.gpu else ()
+        fixed = "all" not in manifest.launch.gpus
+        served = manifest.workload.served_name
+        return Found(golden, place, manifest.sizes.total, memory, served, gpus=gpus, fixed=fixed)
 
     def _left(self, golden: str) -> tuple[list[tuple[Made, Phase]], list[str]]:
         """Replicas of an earlier service that can be used, and prepared ones; the others are removed."""
@@ -173,7 +181,7 @@ class Workshop:
                 # One that was being frozen or woken may hold half of its memory, and answer its health check.
                 whole = still or (one.standby is None and self._answers(one))
                 if one.state == "ready" and container.alive and whole:
-                    usable.append((self._made(one), Phase.STANDBY if still else Phase.HOT))
+                    usable.append((self._made(one, self._gpus(one)), Phase.STANDBY if still else Phase.HOT))
                     continue
             with contextlib.suppress(GpuckptError, OSError):
                 self._stop(one.name)
@@ -200,16 +208,15 @@ class Workshop:
             raise NotFoundError(f"replica {name} is gone")  # removed while somebody looked at it
         return known
 
-    def _made(self, replica: Replica, phases: PhaseTable | None = None) -> Made:
+    def _made(self, replica: Replica, gpus: tuple[Held, ...], phases: PhaseTable | None = None) -> Made:
         container = self._container(replica.name)
         if not container.pid:  # below process 0 is everything that the machine runs
             raise RestoreError(f"replica {replica.name} has ended", cause=f"its container is {container.status}")
         self._endpoints[replica.name] = replica.endpoint
         spent = {row.name: row.seconds for row in phases.rows()} if phases else {}
         record = self._known_record(replica.golden)
-        state = record.gpu if record else None
-        gpu, carried = (state.bytes, state.carried) if state else (0, 0)
-        return Made(replica.name, replica.endpoint, _private(container.pid), gpu, carried, container.pid, spent)
+        carried = record.gpu.carried if record and record.gpu else 0
+        return Made(replica.name, replica.endpoint, _private(container.pid), gpus, carried, container.pid, spent)
 
     # ------------------------------------------------------------------ replicas
 
@@ -226,7 +233,7 @@ class Workshop:
             phases,
         )
         try:
-            return self._made(restored.replica, phases)
+            return self._made(restored.replica, restored.gpus, phases)
         except BaseException:
             with contextlib.suppress(GpuckptError, OSError):
                 self._stop(name)
@@ -272,21 +279,27 @@ class Workshop:
             for child in list(self._creating):
                 child.interrupt()
 
-    async def wake(self, model: str, replica: str) -> None:
-        await self._in_thread(self._wake, self._sources[model].golden, replica)
+    async def wake(self, model: str, replica: str) -> tuple[Held, ...]:
+        return await self._in_thread(self._wake, self._sources[model].golden, replica)
 
-    def _wake(self, golden: str, name: str) -> None:
+    def _wake(self, golden: str, name: str) -> tuple[Held, ...]:
         record, container = self._known_record(golden), self._container(name)
-        with contextlib.suppress(NothingToDo):  # somebody did it by hand
-            standby.wake(self._tools, name, record, PhaseTable(), timeout=_GPU_PATIENCE, container=container)
+        try:
+            return standby.wake(
+                self._tools, name, record, PhaseTable(), timeout=_GPU_PATIENCE, container=container
+            ).gpus
+        except NothingToDo:  # somebody did it by hand
+            return ()
 
-    async def freeze(self, model: str, replica: str) -> None:
-        await self._in_thread(self._freeze, self._sources[model].golden, replica)
+    async def freeze(self, model: str, replica: str) -> tuple[Held, ...]:
+        return await self._in_thread(self._freeze, self._sources[model].golden, replica)
 
-    def _freeze(self, golden: str, name: str) -> None:
+    def _freeze(self, golden: str, name: str) -> tuple[Held, ...]:
         record, container = self._known_record(golden), self._container(name)
-        with contextlib.suppress(NothingToDo):
-            standby.suspend(self._tools, name, record, PhaseTable(), container=container)
+        try:
+            return standby.suspend(self._tools, name, record, PhaseTable(), container=container).gpus
+        except NothingToDo:
+            return ()
 
     def _known_record(self, golden: str) -> Manifest | None:
         """The golden's manifest; the last one known while it is being replaced."""
@@ -330,8 +343,30 @@ class Workshop:
             return ()
         return serving.replay(self._endpoint(name), record.canary).differences
 
-    async def memory(self, model: str, replica: str) -> int:
-        return await self._in_thread(lambda: _private(self._container(replica).pid))
+    async def weigh(self, model: str, replica: str) -> Weight:
+        return await self._in_thread(self._weigh, self._sources[model].golden, replica)
+
+    def _weigh(self, golden: str, name: str) -> Weight:
+        container, record = self._container(name), self._known_record(golden)
+        gpus = self._on_gpus(container.pid) if record and record.gpu else ()
+        return Weight(_private(container.pid), gpus)
+
+    def _gpus(self, replica: Replica) -> tuple[Held, ...]:
+        """What one that an earlier service has left holds on GPUs, or held before it was frozen."""
+        if replica.standby is not None:
+            return tuple(Held(uuid, name, count) for uuid, name, count in replica.standby.devices)
+        record = self._known_record(replica.golden)
+        if record is None or record.gpu is None:
+            return ()
+        return self._on_gpus(self._container(replica.name).pid) or record.gpu.devices
+
+    def _on_gpus(self, pid: int) -> tuple[Held, ...]:
+        """What the driver says that it holds; nothing if it cannot be asked, or does not know the processes."""
+        try:
+            return self._tools.devices.held(self._tools.devices.holders(pid))
+        except GpuckptError as error:
+            _log.debug("what process %d holds on the GPUs is not known: %s", pid, error)
+            return ()
 
     # ------------------------------------------------------------------ goldens
 

@@ -127,7 +127,7 @@ class Metrics:
             working.add_metric([model.name], sum(one.requests for one in model.replicas))
             for one in model.replicas:
                 sums["standby" if one.phase is Phase.STANDBY else "hot"] += one.memory
-                total_gpu += one.gpu
+                total_gpu += 0 if one.phase is Phase.STANDBY else sum(share.bytes for share in one.gpus)
             if model.golden in (Golden.TMPFS, Golden.DISK):
                 sums[str(model.golden)] += model.golden_bytes
         for tier, size in sums.items():

@@ -8,12 +8,15 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
+from msgspec import structs
 
 from gpuckpt import __version__
 from gpuckpt.config import Settings
+from gpuckpt.cuda.driver import Gpu
 from gpuckpt.errors import BusyError, UsageError
 from gpuckpt.host import tmpfs
 from gpuckpt.pool.book import Event, Held, RefusedError
@@ -33,6 +36,7 @@ from gpuckpt.service.upstream import Upstream
 from gpuckpt.service.view import GoldenView, ModelView, PoolView, ReplicaView, UseView
 
 _TICK = 1.0
+_GPU_LOOK = 1.0  # seconds between two looks at what is free on the GPUs
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,13 @@ class Service:
         self.connections: Callable[[], int] = lambda: 0
         self.history = History()
         self._workshop: Workplace = hands or Workshop(settings, _sources(config))
-        self.owner = Owner(self._workshop, budget=config.room(), tell=self._tell)
+        self.owner = Owner(self._workshop, tell=self._tell)
         self.metrics = Metrics(self.owner.view, self._connected)
         self.health = Health(self.owner, self._workshop, config.health, self.metrics.canary)
         self._upstream = Upstream()
         self._routes = Routes({}, self._served)
         self._to_prewarm: set[str] = set()
+        self._gpus: tuple[Gpu, ...] | None = None  # with what replicas may hold on each
         self._glance: tuple[float, bytes, bytes] | None = None  # when somebody looked last, what is new, and all
         self.front = Front(
             self, self._upstream, self._route, keys=self._read_keys(config), limits=Limits(), done=self.metrics.request
@@ -112,20 +117,36 @@ class Service:
         Requests that come before wait for it.
         """
         await self._workshop.open()
+        self._gpus = await self._workshop.gpus()
         self.owner.budget = self._budget()
         await self.owner.adopt({name: model.rules() for name, model in self.config.models.items()})
         self._prewarm(self.config.models)
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(work()) for work in (self.owner.watch, self.health.run, self._tick)]
+        watches = [self.owner.watch, self.health.run, self._tick]
+        if self._gpus:
+            watches.append(partial(again_and_again, self._look_at_gpus, _GPU_LOOK))
+        self._tasks = [loop.create_task(work()) for work in watches]
         self.state = "ready"
         self._opened.set()
 
     def _budget(self) -> Budget:
-        room = self.config.room()
-        memory = room.memory if room.memory is not None else int(tmpfs.memory_total() * MEMORY_SHARE)
-        store = room.store if room.store is not None else self._workshop.store_size()
-        gpu = room.gpu if room.gpu is not None else self._workshop.gpu_size()
-        return Budget(memory, gpu, store)
+        given = self.config.budget
+        memory = given.memory if given.memory is not None else int(tmpfs.memory_total() * MEMORY_SHARE)
+        store = given.store if given.store is not None else self._workshop.store_size()
+        gpus = self._gpus
+        if gpus is not None and (most := given.gpu) is not None:
+            gpus = tuple(structs.replace(gpu, memory=min(most, gpu.memory)) for gpu in gpus)
+        return Budget(memory, gpus, store)
+
+    async def _look_at_gpus(self) -> None:
+        """Have the budget leave out what others than replicas hold on the GPUs, and what the driver keeps."""
+        before = self.owner.on_gpus()
+        seen = await self._workshop.gpus()
+        if seen is None or before is None or before != self.owner.on_gpus():
+            return  # nobody can tell whose it is: the answer may be of before a change, or of after it
+        ours = {gpu.uuid: gpu.free + before.get(gpu.uuid, 0) for gpu in seen}
+        self._gpus = tuple(structs.replace(gpu, memory=min(gpu.memory, ours[gpu.uuid])) for gpu in seen)
+        self.owner.budget = self._budget()
 
     def _prewarm(self, models: Mapping[str, Model]) -> None:
         self._to_prewarm |= {name for name, model in models.items() if model.prewarm}
@@ -270,6 +291,7 @@ class Service:
         total = tmpfs.memory_total()
         budget = self.owner.budget
         held = [one for model in self.owner.models.values() for one in model.replicas.values()]
+        gpu_limit = None if budget.gpus is None else sum(gpu.memory for gpu in budget.gpus)
         return PoolView(
             version=__version__,
             pid=os.getpid(),
@@ -277,8 +299,8 @@ class Service:
             started=self.started,
             now=time.time(),
             listen=self.listening,
-            memory=UseView(used=sum(one.memory for one in held), limit=budget.memory),
-            gpu=UseView(used=sum(one.gpu for one in held), limit=budget.gpu),
+            memory=UseView(used=sum(one.on_host for one in held), limit=budget.memory),
+            gpu=UseView(used=sum(one.on_gpus for one in held), limit=gpu_limit),
             store=UseView(
                 used=sum(
                     m.golden_bytes for m in self.owner.models.values() if m.golden in (Golden.TMPFS, Golden.MOVING)
@@ -322,8 +344,8 @@ class Service:
                     phase=str(one.phase),
                     since=one.since + offset,
                     requests=one.requests,
-                    memory=one.memory,
-                    gpu=one.gpu,
+                    memory=one.on_host,
+                    gpu=one.on_gpus,
                     pid=one.pid,
                 )
                 for one in sorted(model.replicas.values(), key=lambda one: (len(one.name), one.name))

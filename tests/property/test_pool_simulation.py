@@ -7,7 +7,11 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
+from gpuckpt.cuda.driver import Gpu
+from gpuckpt.cuda.room import CONTEXT, moved, place
+from gpuckpt.manifest import Held
 from gpuckpt.pool.policy import decide, floor_of, wanted_hot
 from gpuckpt.pool.state import (
     COMING,
@@ -49,14 +53,31 @@ ORDERS: st.SearchStrategy[Order] = st.one_of(
 )
 
 
-class World:
-    """Does what is decided; each thing takes a second. Requests take three."""
+GB = 1 << 30
 
-    def __init__(self, rules: list[Rules], memory: int, store: int) -> None:
+
+def held_by(index: int, gpus: int) -> tuple[Held, ...]:
+    """What a replica of a model holds on so many GPUs: all of one, some of one or of each, or nothing."""
+    if not gpus or index == 3:
+        return ()
+    on = range(gpus) if index == 1 else [min(index, gpus - 1)]
+    return tuple(Held(f"GPU-{one}", "H100", (3 if index == 0 else 1) * GB) for one in on)
+
+
+class World:
+    """Does what is decided; each thing takes a second. Requests take three.
+
+    ``gpus``: their sizes, each a GB more than that for contexts; what models hold there says :func:`held_by`.
+    """
+
+    def __init__(self, rules: list[Rules], memory: int, store: int, gpus: tuple[int, ...] = ()) -> None:
         self.now = 0.0
-        self.budget = Budget(memory=memory, store=store)
+        self.gpus = tuple(Gpu(f"GPU-{n}", "H100", (one + 1) * GB, 0) for n, one in enumerate(gpus))
+        self.budget = Budget(memory=memory, store=store, gpus=self.gpus or None)
         self.models = {
-            f"m{index}": Model(f"m{index}", one, golden_bytes=2, memory=1 + index % 2)
+            f"m{index}": Model(
+                f"m{index}", one, golden_bytes=2, memory=1 + index % 2, gpus=held_by(index, len(gpus)), fixed=index == 2
+            )
             for index, one in enumerate(rules)
         }
         self.ends: dict[str, list[float]] = {}  # of the requests at work, by replica
@@ -116,6 +137,28 @@ class World:
                     self.change(name, waiting=self.models[name].waiting - taken)
                     self.set(name, held.name, requests=held.requests + taken)
 
+    def free(self) -> dict[str, int]:
+        """Bytes that are free on each GPU; of what is coming all is reserved."""
+        left = {gpu.uuid: gpu.memory for gpu in self.gpus}
+        for model in self.models.values():
+            for one in model.replicas:
+                for share in one.gpus if one.phase is not Phase.STANDBY else ():
+                    left[share.uuid] -= share.bytes + (CONTEXT if one.phase in COMING else 0)
+        return left
+
+    def take(self, name: str, gpus: tuple[Held, ...]) -> None:
+        """As a restore does it: there is room for all that it holds, and it goes where it was ordered to."""
+        free, own = self.free(), {one.uuid for one in self.models[name].gpus}
+        there = [
+            structs.replace(gpu, free=free[gpu.uuid])
+            for gpu in self.gpus
+            if gpu.uuid in own or not self.models[name].fixed
+        ]
+        assert [one.bytes for one in gpus] == [one.bytes for one in self.models[name].gpus]
+        chosen = place(gpus, there, {})
+        assert chosen is not None, "it is ordered where there is no room on the GPUs"
+        assert moved(gpus, chosen) == gpus
+
     def _begin(self, action: Action) -> None:
         self.begun += 1
         name, one = action.model, self.models[action.model]
@@ -130,7 +173,8 @@ class World:
             if isinstance(action, Restore) and action.standby:
                 self.standbys.add(which)
             phase = Phase.RESTORING if isinstance(action, Restore) else Phase.STARTING
-            self.change(name, replicas=(*one.replicas, Replica(which, phase, self.now)))
+            self.take(name, action.gpus)
+            self.change(name, replicas=(*one.replicas, Replica(which, phase, self.now, gpus=action.gpus)))
         elif isinstance(action, Wake | Freeze | Stop):
             which = action.replica
             before = self.phase(name, which)
@@ -143,6 +187,9 @@ class World:
             if pinned and isinstance(action, Stop):
                 assert sum(r.phase not in GOING for r in one.replicas) > 1, "the last of a pinned model is stopped"
             phase = {Wake: Phase.WAKING, Freeze: Phase.FREEZING, Stop: Phase.STOPPING}[type(action)]
+            if isinstance(action, Wake):
+                self.take(name, action.gpus)
+                self.set(name, which, gpus=action.gpus)
             self.set(name, which, phase=phase)
         elif isinstance(action, Prepare):
             assert not any(one.preparing for one in self.models.values()), "two are prepared at once"
@@ -180,6 +227,7 @@ class World:
             for one in model.replicas
         )
         assert self.budget.memory is None or held <= self.budget.memory, "the budget is exceeded"
+        assert all(left >= 0 for left in self.free().values()), "a GPU is full"
         for one in self.models.values():
             to_be = [r for r in one.replicas if r.phase in COMING and r.name not in self.standbys]
             hot = len(to_be) + sum(r.phase is Phase.HOT for r in one.replicas)
@@ -191,10 +239,12 @@ class World:
     rules=st.lists(RULES, min_size=1, max_size=4),
     memory=st.integers(2, 9),
     store=st.integers(2, 9),
-    asked=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=30),
+    asked=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=30),
+    made=st.booleans(),
+    gpus=st.lists(st.integers(3, 6), max_size=3).map(tuple),
 )
 def test_budgets_hold_nobody_is_disturbed_and_everybody_is_served(
-    rules: list[Rules], memory: int, store: int, asked: list[tuple[int, int]]
+    rules: list[Rules], memory: int, store: int, asked: list[tuple[int, int]], made: bool, gpus: tuple[int, ...]
 ) -> None:
     # These never give way to everybody: what they leave must be enough for anybody.
     kept = sum(
@@ -202,7 +252,12 @@ def test_budgets_hold_nobody_is_disturbed_and_everybody_is_served(
         for index, one in enumerate(rules)
         if one.pin is not Pin.NO or one.priority
     )
-    world = World(rules, memory + kept, store)
+    # The same on each GPU, wherever they are. Somebody must be left to give way.
+    most = sum(3 * max(one.min_standby, 1) for one in rules if one.pin is not Pin.NO or one.priority)
+    world = World(rules, memory + kept, store, tuple(one + most for one in gpus))
+    if made:  # several may be restored at once
+        for name in world.models:
+            world.change(name, golden=Golden.DISK)
     wanted = 0
     for which, pause in asked:
         world.ask(f"m{which % len(rules)}")

@@ -48,7 +48,7 @@ def test_values_are_read(tmp_path: Path) -> None:
         """,
     )
     assert pool.front.listen == ("127.0.0.1:8000", "unix:/run/x.sock") and pool.front.deadline == 90.0
-    assert pool.room().memory == 8 << 30 and pool.room().store is None
+    assert pool.budget.memory == 8 << 30 and pool.budget.store is None
     a, b = pool.models.values()
     assert a.rules() == Rules(max_replicas=3, idle_freeze=300.0, priority=-1, pin=Pin.STANDBY)
     assert a.schedule == (Window(frozenset(range(5)), 480, 1080),) and a.prewarm is True

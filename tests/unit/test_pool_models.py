@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from gpuckpt.errors import BusyError
+from gpuckpt.manifest import Held
 from gpuckpt.pool.book import LateError, RefusedError
-from gpuckpt.pool.hands import Found, Made
+from gpuckpt.pool.hands import Found, Made, Weight
 from gpuckpt.pool.state import Budget, Golden, Pin
 from tests.pool_world import HOT, RULES, STANDBY, FakeHands, World, one, run
 
@@ -86,7 +87,7 @@ def test_a_request_that_outlives_its_model_is_given_back_to_nobody() -> None:
             world.owner.remove("a")
             await world.until(lambda: not world.owner.models)
             world.owner.release(lease.replica)
-            world.owner.note_memory(lease.replica, 5)
+            world.owner.weighed(lease.replica, Weight(5))
             world.owner.proved(lease.replica)
             world.owner.lost(lease.replica, "dead")
             assert lease.replica.requests == 0
@@ -139,7 +140,7 @@ def test_to_what_a_replica_has_grown_is_no_reason_against_the_next_one_for_ever(
     async def work() -> None:
         async with one(budget=Budget(memory=100)) as world:
             held = await world.hot()
-            world.owner.note_memory(held, 150)
+            world.owner.weighed(held, Weight(150))
             assert world.owner.models["a"].expected == 150
             world.owner.lost(held, "dead")
             await world.until_phases()
@@ -152,18 +153,23 @@ def test_to_what_a_replica_has_grown_is_no_reason_against_the_next_one_for_ever(
 
 def test_a_replica_s_memory_is_what_was_last_noted_and_the_next_is_expected_to_hold_the_most() -> None:
     async def work() -> None:
-        left = Found("a", Golden.TMPFS, 4, 50, None, ((Made("a.3", "at a.3", memory=7, gpu=20, carried=15), STANDBY),))
+        there = Held("GPU-0", "H100", 20)
+        left = Found(
+            "a", Golden.TMPFS, 4, 50, None, ((Made("a.3", "at a.3", memory=7, gpus=(there,), carried=15), STANDBY),)
+        )
         async with World({"a": RULES}, FakeHands(a=left)) as world:
             model = world.owner.models["a"]
             held = model.replicas["a.3"]
             # Adopted it counts, and shows what another will need, on the GPU too.
-            assert (held.memory, model.expected, model.gpu) == (7, 7, 20)
+            assert (held.memory, model.expected, model.gpus) == (7, 7, (there,))
             # Frozen, what it had there and does not give up is the host's to hold.
-            assert [(seen.memory, seen.gpu) for seen in model.seen().replicas] == [(22, 0)]
+            assert [(seen.memory, seen.gpus) for seen in model.seen().replicas] == [(22, (there,))]
+            assert (held.on_host, held.on_gpus, world.owner.on_gpus()) == (22, 0, {})
             await world.hot()
-            assert [(seen.memory, seen.gpu) for seen in model.seen().replicas] == [(7, 20)]
-            world.owner.note_memory(held, 30)
-            world.owner.note_memory(held, 10)
+            assert [(seen.memory, seen.gpus) for seen in model.seen().replicas] == [(7, (there,))]
+            assert (held.on_host, held.on_gpus, world.owner.on_gpus()) == (7, 20, {"GPU-0": 20})
+            world.owner.weighed(held, Weight(30))
+            world.owner.weighed(held, Weight(10))
             assert (held.memory, model.expected) == (10, 30)
             world.owner.set_rules({"a": replace(RULES, memory=40)})
             assert model.expected == 40

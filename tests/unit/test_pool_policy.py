@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from gpuckpt.cuda.driver import Gpu
+from gpuckpt.manifest import Held
 from gpuckpt.pool.policy import decide, never_fits, wanted_hot
 from gpuckpt.pool.state import (
     COMING,
@@ -51,9 +53,21 @@ def replica(name: str, phase: Phase = Phase.HOT, idle: float = 0.0, requests: in
 
 
 def ordered(
-    *models: Model, memory: int | None = None, gpu: int | None = None, store: int | None = None
+    *models: Model, memory: int | None = None, gpus: tuple[int, ...] | None = None, store: int | None = None
 ) -> list[Action]:
-    return list(decide(State(NOW, models, Budget(memory, gpu, store))))
+    return list(decide(State(NOW, models, Budget(memory, devices(gpus), store))))
+
+
+def never(one: Model, gpus: tuple[int, ...]) -> bool:
+    return never_fits(State(NOW, (one,), Budget(gpus=devices(gpus))), one)
+
+
+def devices(sizes: tuple[int, ...] | None) -> tuple[Gpu, ...] | None:
+    return None if sizes is None else tuple(Gpu(f"GPU-{n}", "H100", one * GB, 0) for n, one in enumerate(sizes))
+
+
+def on(gpu: int, size: int, name: str = "H100") -> tuple[Held, ...]:
+    return (Held(f"GPU-{gpu}", name, size * GB),)
 
 
 # ---------------------------------------------------------------------- up
@@ -137,14 +151,80 @@ def test_a_minimum_gives_way_to_requests_but_last() -> None:
 
 
 def test_for_gpu_memory_a_frozen_one_is_enough() -> None:
-    needy = model(waiting=1, gpu=40 * GB)
-    other = model("b", replica("r", idle=5, gpu=40 * GB), gpu=40 * GB)
-    assert ordered(needy, other, gpu=60 * GB) == [Freeze("b", "r")]
-    standby = model("b", replica("r", Phase.STANDBY, 5), gpu=40 * GB)
-    assert ordered(needy, standby, gpu=60 * GB) == [Restore("a")]
+    needy = model(waiting=1, gpus=on(0, 40))
+    other = model("b", replica("r", idle=5, gpus=on(0, 40)), gpus=on(0, 40))
+    assert ordered(needy, other, gpus=(60,)) == [Freeze("b", "r")]
+    standby = model("b", replica("r", Phase.STANDBY, 5, gpus=on(0, 40)), gpus=on(0, 40))
+    assert ordered(needy, standby, gpus=(60,)) == [Restore("a", gpus=on(0, 40))]
     # A standby of its own needs the GPU too.
-    own = model("a", replica("x", Phase.STANDBY), waiting=1, gpu=40 * GB)
-    assert ordered(own, other, gpu=60 * GB) == [Freeze("b", "r")]
+    own = model("a", replica("x", Phase.STANDBY, gpus=on(0, 40)), waiting=1, gpus=on(0, 40))
+    assert ordered(own, other, gpus=(60,)) == [Freeze("b", "r")]
+    assert ordered(own, other, gpus=(90,)) == [Wake("a", "x", on(0, 40))]
+    # What it holds now counts, not what its golden held.
+    grown = model("a", replica("x", Phase.STANDBY, gpus=on(0, 60)), waiting=1, gpus=on(0, 40))
+    assert ordered(grown, other, gpus=(90,)) == [Freeze("b", "r")]
+
+
+def test_who_freezes_is_waited_for() -> None:
+    needy = model(waiting=1, gpus=on(0, 40))
+    freezing = model("b", replica("r", Phase.FREEZING, gpus=on(0, 40)), gpus=on(0, 40))
+    hot = model("c", replica("s", idle=50, gpus=on(0, 20)), gpus=on(0, 20))
+    assert ordered(needy, freezing, hot, gpus=(65,)) == []
+    # What it does not give up of its GPU's memory will be the host's, and takes room there.
+    heavy = model("b", replica("r", Phase.FREEZING, gpus=on(0, 40), carried=40 * GB), gpus=on(0, 40))
+    assert ordered(needy, heavy, hot, gpus=(65,), memory=3 * GB) == [Stop("c", "s", "room")]
+
+
+def test_memory_of_one_gpu_is_none_of_another_s() -> None:
+    busy = [model(f"b{n}", replica(f"r{n}", requests=1, gpus=on(n, 50)), gpus=on(n, 50)) for n in (0, 1)]
+    needy = model(waiting=1, gpus=on(0, 40))
+    assert ordered(needy, *busy, gpus=(80, 80)) == []  # 60 of both, but 30 of each
+    idle = [model(f"b{n}", replica(f"r{n}", idle=9 - n, gpus=on(n, 50)), gpus=on(n, 50)) for n in (0, 1)]
+    assert ordered(needy, *idle, gpus=(80, 80)) == [Freeze("b0", "r0")]  # idle the longest; one is enough
+    assert ordered(needy, busy[0], idle[1], gpus=(80, 80)) == [Freeze("b1", "r1")]
+    # Who frees nothing where it is needed stays as it is.
+    small = model("c", replica("s", idle=50, gpus=on(1, 5)), gpus=on(1, 5))
+    assert ordered(needy, idle[0], small, busy[1], gpus=(80, 80)) == [Freeze("b0", "r0")]
+
+
+def test_it_comes_back_to_where_it_was_or_to_another_of_its_type() -> None:
+    other = model("b", replica("r", idle=9, gpus=on(0, 50)), gpus=on(0, 50))
+    assert ordered(model(waiting=1, gpus=on(0, 40)), other, gpus=(80, 80)) == [Restore("a", gpus=on(1, 40))]
+    assert ordered(model(waiting=1, gpus=on(0, 20)), other, gpus=(80, 80)) == [Restore("a", gpus=on(0, 20))]
+    assert ordered(model(waiting=1, gpus=on(0, 40), fixed=True), other, gpus=(80, 80)) == [Freeze("b", "r")]
+    # Of a type that is not here nothing can be counted; the restore says why it fails.
+    assert ordered(model(waiting=1, gpus=on(0, 40, "A100")), other, gpus=(80, 80)) == [Restore("a")]
+    # One that is coming takes room where it will be.
+    coming = model("b", replica("r", Phase.RESTORING), gpus=on(0, 70), max_replicas=2)
+    assert ordered(coming, model(waiting=1, gpus=on(0, 40)), gpus=(80, 80)) == [Restore("a", gpus=on(1, 40))]
+    elsewhere = model("b", replica("r", Phase.RESTORING, gpus=on(1, 70)), gpus=on(0, 70), max_replicas=2)
+    assert ordered(elsewhere, model(waiting=1, gpus=on(0, 40)), gpus=(80, 80)) == [Restore("a", gpus=on(0, 40))]
+    assert ordered(coming, model(waiting=1, gpus=on(0, 40), fixed=True), gpus=(80, 80)) == []
+
+
+def test_one_on_several_gpus_needs_room_on_each() -> None:
+    both = (*on(0, 40), *on(1, 40))
+    idle = [model(f"b{n}", replica(f"r{n}", idle=9 - n, gpus=on(n, 50)), gpus=on(n, 50)) for n in (0, 1)]
+    found = ordered(model(waiting=1, gpus=both), *idle, gpus=(80, 80))
+    assert found == [Freeze("b0", "r0"), Freeze("b1", "r1")]
+    assert ordered(model(waiting=1, gpus=both), *idle, gpus=(80, 80, 80, 80)) == [
+        Restore("a", gpus=(*on(2, 40), *on(3, 40)))
+    ]
+    assert never(model(waiting=1, gpus=both), gpus=(80,)) and not never(model(waiting=1, gpus=both), gpus=(80, 80))
+    assert never(model(waiting=1, gpus=on(0, 80)), gpus=(80,))  # the driver takes some beside it
+
+
+def test_a_cold_start_is_where_its_golden_was_made() -> None:
+    other = model("b", replica("r", idle=9, gpus=on(0, 50)), gpus=on(0, 50))
+    lost = model(waiting=1, gpus=on(0, 40), golden=Golden.NONE)
+    assert ordered(lost, other, gpus=(80, 80)) == [Freeze("b", "r")]
+
+
+def test_where_others_have_taken_the_gpu_what_is_idle_freezes() -> None:
+    hot = model("b", replica("r", idle=9, gpus=on(0, 50)), gpus=on(0, 50))
+    assert ordered(hot, gpus=(50,)) == [] and ordered(hot, gpus=(40,)) == [Freeze("b", "r")]
+    pinned = model("b", replica("r", idle=9, gpus=on(0, 50)), gpus=on(0, 50), pin=Pin.HOT)
+    assert ordered(pinned, gpus=(40,)) == []
 
 
 # ---------------------------------------------------------------------- down

@@ -42,7 +42,7 @@ def test_a_replica_that_ends_behind_its_restore_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: list[str]
 ) -> None:
     replica = Replica("g.1", "g", tmp_path)
-    monkeypatch.setattr(workshop, "restore", lambda request, tools, phases: SimpleNamespace(replica=replica))
+    monkeypatch.setattr(workshop, "restore", lambda request, tools, phases: SimpleNamespace(replica=replica, gpus=()))
     made = hands(tmp_path)
     # Not one that holds all of the machine's memory, which is what lies below process 0.
     with pytest.raises(RestoreError, match=r"g\.1 has ended"):

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gpuckpt.manifest import Held
 from gpuckpt.pool.book import Event
 from gpuckpt.pool.state import Budget, Golden, Model, Phase, Replica, Rules, State
 from gpuckpt.service import history as module
@@ -135,9 +136,9 @@ STATE = State(
             Golden.TMPFS,
             golden_bytes=40,
             replicas=(
-                Replica("a.1", Phase.HOT, 0.0, 2, 7, 1),
-                Replica("a.2", Phase.STANDBY, 0.0, 0, 5),
-                Replica("a.3", Phase.STOPPING, 0.0, 1, 3, 1),
+                Replica("a.1", Phase.HOT, 0.0, 2, 7, (Held("GPU-0", "H100", 1),)),
+                Replica("a.2", Phase.STANDBY, 0.0, 0, 5, (Held("GPU-0", "H100", 1),)),
+                Replica("a.3", Phase.STOPPING, 0.0, 1, 3, (Held("GPU-0", "H100", 1),)),
             ),
             waiting=4,
         ),

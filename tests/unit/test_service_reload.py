@@ -12,7 +12,9 @@ import msgspec
 import pytest
 from msgspec import structs
 
+from gpuckpt.cuda.driver import Gpu
 from gpuckpt.errors import BusyError, GpuckptError, NotFoundError, UsageError
+from gpuckpt.manifest import Held
 from gpuckpt.pool.book import RefusedError
 from gpuckpt.pool.config import Front, Limits, Pool, parse_window
 from gpuckpt.pool.config import Health as HealthRules
@@ -71,10 +73,45 @@ def test_budgets_are_the_configuration_s_or_the_machine_s() -> None:
         config = Pool(models={"a": MODEL}, budget=Limits(memory=100, gpu=7))
         async with running(config) as made:
             budget = made.service.owner.budget
-            assert (budget.memory, budget.gpu, budget.store) == (100, 7, 1 << 30)
+            assert (budget.memory, budget.gpus, budget.store) == (100, None, 1 << 30)
             await reloaded(made, structs.replace(config, budget=Limits(store=50)))
             budget = made.service.owner.budget
-            assert budget.memory and budget.memory > 1 << 28 and (budget.gpu, budget.store) == (None, 50)
+            assert budget.memory and budget.memory > 1 << 28 and (budget.gpus, budget.store) == (None, 50)
+
+    run(work())
+
+
+def test_the_room_on_gpus_is_what_others_leave_of_each() -> None:
+    async def work() -> None:
+        first, second = Gpu("GPU-0", "H100", 80, 80), Gpu("GPU-1", "H100", 80, 80)
+        hands = hands_for(pool(a=MODEL))
+        hands.devices = (first, second)
+        config = Pool(models={"a": MODEL}, budget=Limits(gpu=60))
+        async with running(config, hands=hands) as made:
+
+            def room() -> list[int]:
+                return [gpu.memory for gpu in made.service.owner.budget.gpus or ()]
+
+            assert room() == [60, 60] and made.service.view().gpu.limit == 120
+            # Somebody else is on the first; what a replica holds on the second is the replicas'.
+            held = await made.hot("a")
+            held.gpus = (Held("GPU-1", "H100", 30),)
+            hands.devices = (structs.replace(first, free=25), structs.replace(second, free=49))
+            await until(lambda: room() == [25, 60])
+            # While one freezes nobody can tell whose it is: what was known holds.
+            hands.gates["freeze"] = asyncio.Event()
+            made.service.owner.sleep("a", release=False)
+            hands.devices = (first, second)
+            asked = hands.looks.count("gpus")
+            await until(lambda: hands.looks.count("gpus") > asked + 1)
+            assert room() == [25, 60]
+            hands.gates["freeze"].set()
+            await until(lambda: room() == [60, 60])
+            await reloaded(made, structs.replace(config, budget=Limits()))
+            assert room() == [80, 80]
+            hands.fails["gpus"] = [ValueError("a fault")]
+            hands.devices = (structs.replace(first, free=7), second)
+            await until(lambda: room() == [7, 80])
 
     run(work())
 
@@ -319,18 +356,19 @@ def test_what_keeps_things_warm_survives_its_failures(
 
 def test_the_view_says_what_is_and_what_went_wrong() -> None:
     async def work() -> None:
-        left = Found("a", Golden.TMPFS, 40, 5, "served", ((Made("a.1", "at a.1", 3, 2, pid=77), Phase.STANDBY),))
+        frozen = Made("a.1", "at a.1", 3, (Held("GPU-0", "H100", 2),), carried=1, pid=77)
+        left = Found("a", Golden.TMPFS, 40, 5, "served", ((frozen, Phase.STANDBY),))
         hands = hands_for(pool(a=MODEL, rich=RICH))
         hands.models["a"] = left
         hands.models["rich"] = Found("rich", Golden.DISK, 60, 9)
         async with running(hands=hands) as made:
             made.service.listening = ["127.0.0.1:8400"]
             view = made.service.view()
-            assert (view.state, view.listen, view.memory.used, view.gpu.used) == ("ready", ["127.0.0.1:8400"], 3, 2)
+            assert (view.state, view.listen, view.memory.used, view.gpu.used) == ("ready", ["127.0.0.1:8400"], 4, 0)
             assert view.store.used == 40 and view.host_memory.limit and view.started <= view.now
             first, second = view.models
             replica = first.replicas[0]
-            assert (replica.name, replica.phase, replica.memory, replica.pid) == ("a.1", "standby", 3, 77)
+            assert (replica.name, replica.phase, replica.memory, replica.pid) == ("a.1", "standby", 4, 77)
             assert abs(replica.since - time.time()) < 10
             assert (first.tier, first.expected_memory, second.tier, second.expected_memory) == ("standby", 3, "disk", 9)
             assert second.golden.name == "rich" and set(first.rules) >= {"max_replicas", "pin", "idle_disk"}
