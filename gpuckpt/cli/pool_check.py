@@ -128,7 +128,7 @@ def _budget(pool: Pool, settings: Settings) -> dict[str, tuple[int | None, str]]
         room, why = mounted.size, f"the tmpfs {store.path} has so much room"
     else:
         room, why = store.size or int(total * _STORE_SHARE), f"the tmpfs {store.path} will have so much room"
-    gpu = "no GPU" if driver_version() is None else "all that there is"
+    gpu = "no GPU" if driver_version() is None else "all of each"
     given = pool.budget
     return {
         "memory": _told(given.memory, int(total * MEMORY_SHARE), f"{MEMORY_SHARE:.0%} of {size(total)}"),

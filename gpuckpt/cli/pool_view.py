@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from gpuckpt.service.view import EventView, ModelView, PoolView, ReplicaView, UseView
+    from gpuckpt.service.view import EventView, GpuView, ModelView, PoolView, ReplicaView, UseView
 
 PHASES = ("hot", "waking", "restoring", "starting", "freezing", "standby", "draining", "stopping")
 _STYLES = {"hot": "bold green", "standby": "cyan", "cold": "dim", "ready": "bold green"}
@@ -64,9 +64,10 @@ def _head(view: PoolView) -> Text:
 
 def _budgets(view: PoolView, columns: int) -> Table:
     table = _table("", "", "")
+    gpus = [(f"GPU {index}", gpu) for index, gpu in enumerate(view.gpus)] if len(view.gpus) > 1 else [("GPU", view.gpu)]
     rows = (
         ("replicas", view.memory),
-        ("GPU", view.gpu),
+        *gpus,
         ("goldens in tmpfs", view.store),
         ("whole machine", view.host_memory),
     )
@@ -77,7 +78,7 @@ def _budgets(view: PoolView, columns: int) -> Table:
     return table
 
 
-def _bar(use: UseView, columns: int) -> Text:
+def _bar(use: UseView | GpuView, columns: int) -> Text:
     from rich.text import Text
 
     if not use.limit:

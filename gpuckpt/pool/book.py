@@ -84,9 +84,9 @@ class Held:
         return self.memory + (self.carried if self.phase is Phase.STANDBY else 0)
 
     @property
-    def on_gpus(self) -> int:
-        """Bytes that it holds on GPUs now."""
-        return 0 if self.phase is Phase.STANDBY else sum(one.bytes for one in self.gpus)
+    def on_gpus(self) -> dict[str, int]:
+        """Bytes that it holds on GPUs now, by UUID; of one that is coming, that it will hold."""
+        return {} if self.phase is Phase.STANDBY else {one.uuid: one.bytes for one in self.gpus}
 
     def seen(self) -> Replica:
         """As the policy sees it."""

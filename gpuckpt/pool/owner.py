@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -183,17 +184,14 @@ class Owner:
         if model := self.models.get(held.model):
             model.weighs(held, weight)
 
-    def on_gpus(self) -> dict[str, int] | None:
+    def on_gpus(self) -> Counter[str] | None:
         """Bytes that replicas hold on each GPU; None while one comes or goes, and nobody can tell."""
-        found: dict[str, int] = {}
+        found: Counter[str] = Counter()
         for model in self.models.values():
             for one in model.replicas.values():
-                if one.phase is Phase.STANDBY:
-                    continue
-                if one.phase is not Phase.HOT and (one.gpus or model.gpus):
+                if one.phase not in (Phase.HOT, Phase.STANDBY) and (one.gpus or model.gpus):
                     return None
-                for share in one.gpus:
-                    found[share.uuid] = found.get(share.uuid, 0) + share.bytes
+                found.update(one.on_gpus)
         return found
 
     def proved(self, held: Held) -> None:

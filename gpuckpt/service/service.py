@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -33,7 +34,7 @@ from gpuckpt.service.keys import Keys
 from gpuckpt.service.metrics import Metrics
 from gpuckpt.service.routing import Route, Routes
 from gpuckpt.service.upstream import Upstream
-from gpuckpt.service.view import GoldenView, ModelView, PoolView, ReplicaView, UseView
+from gpuckpt.service.view import GoldenView, GpuView, ModelView, PoolView, ReplicaView, UseView
 
 _TICK = 1.0
 _GPU_LOOK = 1.0  # seconds between two looks at what is free on the GPUs
@@ -144,7 +145,7 @@ class Service:
         seen = await self._workshop.gpus()
         if seen is None or before is None or before != self.owner.on_gpus():
             return  # nobody can tell whose it is: the answer may be of before a change, or of after it
-        ours = {gpu.uuid: gpu.free + before.get(gpu.uuid, 0) for gpu in seen}
+        ours = {gpu.uuid: gpu.free + before[gpu.uuid] for gpu in seen}
         self._gpus = tuple(structs.replace(gpu, memory=min(gpu.memory, ours[gpu.uuid])) for gpu in seen)
         self.owner.budget = self._budget()
 
@@ -291,7 +292,10 @@ class Service:
         total = tmpfs.memory_total()
         budget = self.owner.budget
         held = [one for model in self.owner.models.values() for one in model.replicas.values()]
-        gpu_limit = None if budget.gpus is None else sum(gpu.memory for gpu in budget.gpus)
+        on_gpus: Counter[str] = Counter()
+        for one in held:
+            on_gpus.update(one.on_gpus)
+        of_gpus = None if budget.gpus is None else sum(gpu.memory for gpu in budget.gpus)
         return PoolView(
             version=__version__,
             pid=os.getpid(),
@@ -300,7 +304,7 @@ class Service:
             now=time.time(),
             listen=self.listening,
             memory=UseView(used=sum(one.on_host for one in held), limit=budget.memory),
-            gpu=UseView(used=sum(one.on_gpus for one in held), limit=gpu_limit),
+            gpu=UseView(used=on_gpus.total(), limit=of_gpus),
             store=UseView(
                 used=sum(
                     m.golden_bytes for m in self.owner.models.values() if m.golden in (Golden.TMPFS, Golden.MOVING)
@@ -311,6 +315,10 @@ class Service:
             models=models,
             ttft=self.metrics.ttft(),
             events=self.history.last(events),
+            gpus=[
+                GpuView(uuid=gpu.uuid, name=gpu.name, used=on_gpus[gpu.uuid], limit=gpu.memory)
+                for gpu in budget.gpus or ()
+            ],
         )
 
     async def views(self, refresh: float, quiet: float) -> AsyncIterator[bytes]:
@@ -345,8 +353,9 @@ class Service:
                     since=one.since + offset,
                     requests=one.requests,
                     memory=one.on_host,
-                    gpu=one.on_gpus,
+                    gpu=sum(one.on_gpus.values()),
                     pid=one.pid,
+                    gpus=one.on_gpus,
                 )
                 for one in sorted(model.replicas.values(), key=lambda one: (len(one.name), one.name))
             ],

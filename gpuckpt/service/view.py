@@ -19,8 +19,9 @@ class ReplicaView(Struct, frozen=True, kw_only=True):
     since: float
     requests: int
     memory: int  # bytes of its own, beside the golden's that it shares with others
-    gpu: int
+    gpu: int  # bytes on GPUs; none of a standby
     pid: int | None
+    gpus: dict[str, int] = {}  # the same by the GPU's UUID
 
 
 class GoldenView(Struct, frozen=True, kw_only=True):
@@ -60,6 +61,15 @@ class UseView(Struct, frozen=True, kw_only=True):
     limit: int | None
 
 
+class GpuView(Struct, frozen=True, kw_only=True):
+    """One GPU: what replicas hold of it, and what they may; what others hold is not theirs."""
+
+    uuid: str
+    name: str
+    used: int
+    limit: int
+
+
 class HistogramView(Struct, frozen=True, kw_only=True):
     """Seconds to the first token: ``counts[i]`` requests took at most ``bounds[i]``; the last count is for longer."""
 
@@ -96,9 +106,10 @@ class PoolView(Struct, frozen=True, kw_only=True):
     now: float
     listen: list[str]
     memory: UseView  # of all replicas
-    gpu: UseView
+    gpu: UseView  # of all GPUs together
     store: UseView  # goldens in the tmpfs
     host_memory: UseView  # of the whole machine: used, total
     models: list[ModelView]
     ttft: dict[str, HistogramView]  # by the tier that the request found: hot, standby, tmpfs, disk, cold
     events: list[EventView]  # the last ones, oldest first
+    gpus: list[GpuView] = []  # in the driver's order; none where there are none, or nobody can tell

@@ -13,7 +13,7 @@ from playwright.sync_api import expect
 
 from gpuckpt.pool import policy
 from gpuckpt.pool.state import Freeze, Golden, Model, Move, Phase, Pin, Replica, Rules, State, Stop
-from gpuckpt.service.view import EventView, ModelView
+from gpuckpt.service.view import EventView, GpuView, ModelView, UseView
 from tests.browser.dashboard import Open, changed, live, row, serving, tile
 from tests.fake_dashboard import FakePool
 from tests.pool_views import GIB, a_model, a_pool, a_replica
@@ -61,6 +61,30 @@ def test_there_is_no_gpu_without_one(look: Open) -> None:
         expect(live(look(pool)).locator("#uses .use .name")).to_have_text(
             ["Replicas", "Goldens in tmpfs", "This machine"]
         )
+
+
+def test_of_several_gpus_each_has_its_bar(look: Open) -> None:
+    now = time.time()
+    replicas = [
+        a_replica("m.1", "hot", now, gpu=30 * GIB, gpus={"GPU-a": 10 * GIB, "GPU-b": 20 * GIB}),
+        a_replica("m.2", "standby", now),
+    ]
+    model = a_model("m", "hot", replicas=replicas)
+    gpus = [
+        GpuView(uuid="GPU-a", name="NVIDIA H100 80GB HBM3", used=10 * GIB, limit=80 * GIB),
+        GpuView(uuid="GPU-b", name="NVIDIA H100 80GB HBM3", used=20 * GIB, limit=40 * GIB),
+    ]
+    both = UseView(used=30 * GIB, limit=120 * GIB)
+    with serving(a_pool(now, [model], gpu=both, gpus=gpus)) as pool:
+        page = live(look(pool))
+        uses = page.locator("#uses .use")
+        names = ["Replicas", "Goldens in tmpfs", "GPU 0", "GPU 1", "This machine"]
+        expect(uses.locator(".name")).to_have_text(names)
+        expect(uses.nth(2).locator(".about")).to_have_text("NVIDIA H100 80GB HBM3")
+        expect(uses.nth(2).locator(".told")).to_have_text("10 GiB of 80 GiB 13 %")
+        expect(uses.nth(3).locator(".legend li")).to_have_text(["m20 GiB"])
+        pool.view = structs.replace(pool.view, gpu=structs.replace(both, limit=80 * GIB), gpus=gpus[:1])
+        expect(uses.locator(".name")).to_have_text(["Replicas", "Goldens in tmpfs", "GPU", "This machine"])
 
 
 def test_every_tier_and_phase_has_words(pool: FakePool, look: Open) -> None:

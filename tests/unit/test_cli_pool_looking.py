@@ -21,7 +21,7 @@ import pytest
 from msgspec.structs import replace
 
 from gpuckpt.cli import pool_view, render
-from gpuckpt.service.view import PoolView, UseView
+from gpuckpt.service.view import GpuView, PoolView, UseView
 from tests.command_line import ROOT
 from tests.fake_guest import answer, hang_up
 from tests.fake_pool import NOW, FakePool, event, model, replica, view
@@ -67,6 +67,18 @@ def test_a_budget_that_is_spent(pool: FakePool) -> None:
     rows = [re.split("  +", line.rstrip()) for line in do("status").stdout.splitlines()]
     assert ["GPU", "█" * 24, "9 B of 4 B"] in rows
     assert ["replicas", "█" + "░" * 23, "1 B of 1024.0 GiB"] in rows  # what is used is seen
+
+
+def test_of_several_gpus_each_has_its_bar(pool: FakePool) -> None:
+    one = GpuView(uuid="GPU-a", name="NVIDIA H100", used=0, limit=4)
+    pool.view = view(gpu=UseView(used=2, limit=8), gpus=[one, replace(one, uuid="GPU-b", used=2)])
+    rows = [re.split("  +", line.rstrip()) for line in do("status").stdout.splitlines()]
+    assert ["GPU 0", "░" * 24, "0 B of 4 B"] in rows and ["GPU 1", "█" * 12 + "░" * 12, "2 B of 4 B"] in rows
+    assert not [row for row in rows if row[0] == "GPU"]
+    pool.view = view(gpu=UseView(used=2, limit=4), gpus=[replace(one, used=2)])
+    assert ["GPU", "█" * 12 + "░" * 12, "2 B of 4 B"] in [
+        re.split("  +", line.rstrip()) for line in do("status").stdout.splitlines()
+    ]
 
 
 def test_ps(pool: FakePool) -> None:

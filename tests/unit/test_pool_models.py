@@ -164,10 +164,10 @@ def test_a_replica_s_memory_is_what_was_last_noted_and_the_next_is_expected_to_h
             assert (held.memory, model.expected, model.gpus) == (7, 7, (there,))
             # Frozen, what it had there and does not give up is the host's to hold.
             assert [(seen.memory, seen.gpus) for seen in model.seen().replicas] == [(22, (there,))]
-            assert (held.on_host, held.on_gpus, world.owner.on_gpus()) == (22, 0, {})
+            assert (held.on_host, held.on_gpus, world.owner.on_gpus()) == (22, {}, {})
             await world.hot()
             assert [(seen.memory, seen.gpus) for seen in model.seen().replicas] == [(7, (there,))]
-            assert (held.on_host, held.on_gpus, world.owner.on_gpus()) == (7, 20, {"GPU-0": 20})
+            assert (held.on_host, held.on_gpus, world.owner.on_gpus()) == (7, {"GPU-0": 20}, {"GPU-0": 20})
             world.owner.weighed(held, Weight(30))
             world.owner.weighed(held, Weight(10))
             assert (held.memory, model.expected) == (10, 30)

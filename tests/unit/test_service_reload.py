@@ -98,6 +98,13 @@ def test_the_room_on_gpus_is_what_others_leave_of_each() -> None:
             held.gpus = (Held("GPU-1", "H100", 30),)
             hands.devices = (structs.replace(first, free=25), structs.replace(second, free=49))
             await until(lambda: room() == [25, 60])
+            view = made.service.view()
+            assert [(gpu.uuid, gpu.name, gpu.used, gpu.limit) for gpu in view.gpus] == [
+                ("GPU-0", "H100", 0, 25),
+                ("GPU-1", "H100", 30, 60),
+            ]
+            assert (view.gpu.used, view.gpu.limit) == (30, 85)
+            assert (view.models[0].replicas[0].gpu, view.models[0].replicas[0].gpus) == (30, {"GPU-1": 30})
             # While one freezes nobody can tell whose it is: what was known holds.
             hands.gates["freeze"] = asyncio.Event()
             made.service.owner.sleep("a", release=False)

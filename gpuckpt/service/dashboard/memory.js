@@ -12,13 +12,22 @@ export function drawMemory(pool) {
   show($("#uses"),
     use("Replicas", "host memory of their own", view.memory, byModel(pool, memoryOf, view.memory.used)),
     use("Goldens in tmpfs", "shared by all replicas of a model", view.store, byModel(pool, stored, view.store.used)),
-    (view.gpu.limit !== null || view.gpu.used > 0)
-      && use("GPU", "memory of hot replicas", view.gpu, byModel(pool, gpuOf, view.gpu.used)),
+    ...gpus(pool),
     use("This machine", "everything that runs on it", machine, [
       {name: "replicas", bytes: view.memory.used, colour: "replicas"},
       {name: "goldens", bytes: view.store.used, colour: "goldens"},
       {name: "everything else", bytes: rest, colour: "rest"},
     ].filter((part) => part.bytes > 0)));
+}
+
+/** A bar for each GPU: memory of one is none of another's. */
+function gpus(pool) {
+  const {gpu, gpus: each = []} = pool.view;
+  if (each.length < 2) {
+    const any = gpu.limit !== null || gpu.used > 0;
+    return any ? [use("GPU", each.length ? each[0].name : "memory of hot replicas", gpu, byModel(pool, gpuOf, gpu.used))] : [];
+  }
+  return each.map((one, index) => use(`GPU ${index}`, one.name, one, byModel(pool, (model) => gpuOf(model, one.uuid), one.used)));
 }
 
 /** Parts of a bar: the models with a colour, then what the others hold, and what is accounted to none. */

@@ -62,7 +62,7 @@ export class Pool {
 
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 export const memoryOf = (model) => sum(model.replicas.map((replica) => replica.memory));
-export const gpuOf = (model) => sum(model.replicas.map((replica) => replica.gpu));
+export const gpuOf = (model, uuid) => sum(model.replicas.map((replica) => (uuid ? replica.gpus[uuid] ?? 0 : replica.gpu)));
 
 /** Replicas by kind of phase: {hot: {restoring: 1, …}, …}. */
 export function phases(view) {
