@@ -25,7 +25,8 @@ class FakeHands:
 
     ``gate`` holds everything up while it is there and not set, ``gates`` what begins with such a word. ``pids`` of
     replicas-to-be; ``ill`` do not answer, ``doomed_ones`` were killed; ``differences`` are what canaries find.
-    ``devices`` are the GPUs, ``on`` what replicas hold on them once they run.
+    ``devices`` are the GPUs, ``on`` what replicas hold on them once they run, ``ordered`` where they were to come;
+    ``makes``: what goldens hold that it makes.
     """
 
     def __init__(self, **models: Found) -> None:
@@ -43,6 +44,8 @@ class FakeHands:
         self.memories: dict[str, int] = {}
         self.devices: tuple[Gpu, ...] | None = None
         self.on: dict[str, tuple[OnGpu, ...]] = {}
+        self.makes: tuple[OnGpu, ...] = ()
+        self.ordered: list[tuple[str, tuple[OnGpu, ...]]] = []
         self.looks: list[str] = []
         self.sources: dict[str, Source] | None = None
         self.opened = self.closed = self.interrupted = False
@@ -80,14 +83,15 @@ class FakeHands:
         self._fail("adopt")
         return self._found(model)
 
-    async def restore(self, model: str, replica: str) -> Made:
+    async def restore(self, model: str, replica: str, gpus: tuple[OnGpu, ...]) -> Made:
+        self.ordered.append((replica, gpus))
         await self._do("restore", replica)
-        memory, gpus = self.memories.get(replica, 1), self.on.get(replica, ())
+        memory, gpus = self.memories.get(replica, 1), self.on.get(replica, gpus)
         return Made(replica, f"at {replica}", memory=memory, gpus=gpus, pid=self.pids.get(replica))
 
     async def make(self, model: str, *, replace: bool) -> None:
         await self._do("make anew" if replace else "make", model)
-        self.models[model] = Found(model, Golden.TMPFS, golden_bytes=4)
+        self.models[model] = Found(model, Golden.TMPFS, golden_bytes=4, gpus=self.makes)
 
     async def prepare(self, model: str, replica: str) -> None:
         await asyncio.sleep(0.001)
@@ -95,9 +99,10 @@ class FakeHands:
         self._fail("prepare")
         self.prepared.append(replica)
 
-    async def wake(self, model: str, replica: str) -> tuple[OnGpu, ...]:
+    async def wake(self, model: str, replica: str, gpus: tuple[OnGpu, ...]) -> tuple[OnGpu, ...]:
+        self.ordered.append((replica, gpus))
         await self._do("wake", replica)
-        return self.on.get(replica, ())
+        return self.on.get(replica, gpus)
 
     async def freeze(self, model: str, replica: str) -> tuple[OnGpu, ...]:
         await self._do("freeze", replica)

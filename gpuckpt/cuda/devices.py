@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -143,14 +143,21 @@ class Devices:
             place(held, self._usable(held, visible), {})
 
     def reserve(
-        self, held: Sequence[Held], visible: Sequence[str] = ("all",), *, timeout: float = 0.0
+        self,
+        held: Sequence[Held],
+        visible: Sequence[str] = ("all",),
+        *,
+        timeout: float = 0.0,
+        only: Collection[str] = (),
     ) -> AbstractContextManager[dict[str, str]]:
         """Keep room on the devices for ``held``, and say where: see :meth:`gpuckpt.cuda.room.Room.reserve`.
 
         ``visible``: the devices that the container has been given, ``all`` or UUIDs and indices; on a choice of some
-        only those that were used before are taken.
+        only those that were used before are taken. ``only``: of these, by UUID, if any are named.
         """
         allowed = None if "all" in visible else {one.uuid for one in held}
+        if only:
+            allowed = set(only) if allowed is None else allowed & set(only)
         return Room(self._folder, self.driver, sleep=self._sleep).reserve(held, timeout=timeout, allowed=allowed)
 
     def _usable(self, held: Sequence[Held], visible: Sequence[str]) -> list[Gpu]:

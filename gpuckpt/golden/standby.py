@@ -8,7 +8,7 @@ on the way is written down before the first step, so that one that was cut short
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from gpuckpt.containers import freezer
@@ -48,9 +48,8 @@ def suspend(
     """Make a standby of the running replica ``name``; afterwards it holds no GPU memory.
 
     ``golden`` is its golden's manifest, if there is one; it says whether weights lie outside. ``container``: its
-    container, where the caller knows it. Raises NotFoundError,
-    BusyError, NothingToDo (it is a standby), DeadlineError (requests do not end), CheckpointError. The replica runs on
-    then, unless the error says that it cannot.
+    container, where the caller knows it. Raises NotFoundError, BusyError, NothingToDo (it is a standby), DeadlineError
+    (requests do not end), CheckpointError. The replica runs on then, unless the error says that it cannot.
     """
     with _held(tools, name, container) as (replica, container):
         if replica.standby is not None and freezer.frozen(container.pid, container.id):
@@ -70,10 +69,12 @@ def wake(
     phases: PhaseTable,
     *,
     timeout: float = 0.0,
+    gpus: Collection[str] = (),
     container: Container | None = None,
 ) -> Changed:
     """Let the standby ``name`` answer again; it waits at most ``timeout`` seconds for room on the GPUs.
 
+    ``gpus``: the only ones that it may come to, by UUID, if any are named. ``container``: as in :func:`suspend`.
     Raises NotFoundError, BusyError, NothingToDo (it is awake), GpuFullError (no room; it stays a standby),
     RestoreError, VerificationError (its weights are damaged).
     """
@@ -81,7 +82,7 @@ def wake(
         if replica.standby is None and not freezer.frozen(container.pid, container.id):
             raise NothingToDo(f"replica {name} is awake already", cause=f"it answers on {replica.endpoint}")
         with _kept(tools, golden):
-            return _up(tools, replica, container, golden, phases, timeout=timeout)
+            return _up(tools, replica, container, golden, phases, timeout=timeout, only=gpus)
 
 
 @contextlib.contextmanager
@@ -156,16 +157,17 @@ def _up(
     phases: PhaseTable,
     *,
     timeout: float,
+    only: Collection[str] = (),
 ) -> Changed:
     was = replica.standby or Standby()
     given = _given(tools, replica, golden, container.pid) if was.given else weights.NOTHING
     held = tuple(Held(uuid, name, count) for uuid, name, count in was.devices)
     gpus = _gpus(golden)
     if not freezer.frozen(container.pid, container.id):  # it was killed on its way, and may hold some of it still
-        held, gpus = _lacking(tools, was, container, held), tuple(one.uuid for one in held)
+        held, gpus, only = _lacking(tools, was, container, held), tuple(one.uuid for one in held), ()
     waited = now_ns()
     with contextlib.ExitStack() as room:
-        chosen = room.enter_context(tools.devices.reserve(held, gpus, timeout=timeout))
+        chosen = room.enter_context(tools.devices.reserve(held, gpus, timeout=timeout, only=only))
         ahead = room.enter_context(carried(tools, held, given.files, chosen))
         if held:
             phases.add("GPU: room", waited, now_ns())

@@ -78,7 +78,9 @@ class Hands(Protocol):
         """The same with the replicas of an earlier service; what of these cannot be used is removed."""
         ...
 
-    async def restore(self, model: str, replica: str) -> Made: ...
+    async def restore(self, model: str, replica: str, gpus: tuple[Held, ...]) -> Made:
+        """A replica of its golden, on these GPUs if any are named."""
+        ...
 
     async def make(self, model: str, *, replace: bool) -> None:
         """Start the model's server cold and make its golden; without ``replace`` one that is there now is kept."""
@@ -88,8 +90,8 @@ class Hands(Protocol):
         """Make the replica's container, so that its restore takes less."""
         ...
 
-    async def wake(self, model: str, replica: str) -> tuple[Held, ...]:
-        """Thaw it: what it holds on GPUs now, nothing if nobody can tell."""
+    async def wake(self, model: str, replica: str, gpus: tuple[Held, ...]) -> tuple[Held, ...]:
+        """Thaw it, on these GPUs if any are named: what it holds there now, nothing if nobody can tell."""
         ...
 
     async def freeze(self, model: str, replica: str) -> tuple[Held, ...]:
@@ -136,7 +138,7 @@ class Workplace(Hands, Protocol):
         ...
 
     async def gpus(self) -> tuple[Gpu, ...] | None:
-        """The GPUs that replicas may be on, and what is free there now; None if there are none, or nobody can tell."""
+        """The GPUs that replicas may be on, and what is free there now; None if nobody can tell."""
         ...
 
     def interrupt(self) -> None:

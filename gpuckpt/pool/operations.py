@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from gpuckpt.errors import BusyError, GpuckptError, GpuFullError, NotFoundError, OutOfSpaceError, VerificationError
@@ -74,7 +75,7 @@ class Operations:
             case Restore(_, standby, gpus):
                 tier = str(model.golden)
                 held = self._new(model, Phase.RESTORING, gpus)
-                work = self._hands.restore(model.name, held.name)
+                work = self._hands.restore(model.name, held.name, gpus)
                 self._run(self._bring_up(model, held, work, "restored", tier, standby=standby))
             case Start(_, gpus):
                 bad = model.golden is Golden.QUARANTINED
@@ -83,7 +84,8 @@ class Operations:
             case Wake(_, name, gpus):
                 held = model.replicas[name]
                 held.phase, held.gpus = Phase.WAKING, gpus or held.gpus
-                self._run(self._change(model, held, self._hands.wake, Phase.HOT, "woken"))
+                wake = partial(self._hands.wake, gpus=gpus)
+                self._run(self._change(model, held, wake, Phase.HOT, "woken"))
             case Freeze(_, name):
                 held = model.replicas[name]
                 held.phase = Phase.FREEZING
@@ -118,12 +120,12 @@ class Operations:
         self.say("made", model.name, seconds=self._clock() - began)
         model.cramped, held.golden = 0, model.goldens
         # A replica of it is restored like any other: it takes a moment more, and one kind of replica is enough.
-        held.phase = Phase.RESTORING
+        held.phase, held.gpus = Phase.RESTORING, model.gpus  # which its server has just left
         if policy.wanted_hot(model.seen()) == 0:
             del model.replicas[held.name]
             model.failures, model.retry_at, model.trouble = 0, 0.0, ""
             return
-        work = self._hands.restore(model.name, held.name)
+        work = self._hands.restore(model.name, held.name, held.gpus)
         await self._bring_up(model, held, work, "started", "cold", standby=False, began=began)
 
     async def _bring_up(

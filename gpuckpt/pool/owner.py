@@ -71,7 +71,10 @@ class Owner:
     # ------------------------------------------------------------------ which models there are
 
     async def adopt(self, rules: Mapping[str, Rules]) -> None:
-        """Take models over, with what an earlier service has left of them. Raises what looking at them raises."""
+        """Take models over, with what an earlier service has left of them. Raises what looking at them raises.
+
+        Nothing is decided yet: the caller may know more than that, and settles.
+        """
         found = await asyncio.gather(*(self._hands.adopt(name) for name in rules))
         for name, seen in zip(rules, found, strict=True):
             now = self.clock()
@@ -82,7 +85,6 @@ class Owner:
                 held = model.replicas[made.name] = Held(made.name, name, phase, now, golden=model.goldens)
                 self.operations.answers(model, held, made)
                 self.operations.say("adopted", name, made.name, str(phase))
-        self.settle()
 
     def set_rules(self, rules: Mapping[str, Rules]) -> None:
         """Other rules for models that there are; see :meth:`adopt` for those that come."""

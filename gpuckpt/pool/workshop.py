@@ -28,7 +28,6 @@ from gpuckpt.config import Settings
 from gpuckpt.config_load import as_environment
 from gpuckpt.containers import freezer
 from gpuckpt.containers.podman import Container, container_name
-from gpuckpt.cuda.checks import driver_version
 from gpuckpt.cuda.driver import Gpu
 from gpuckpt.errors import (
     BusyError,
@@ -108,8 +107,6 @@ class Workshop:
         return state.f_blocks * state.f_frsize
 
     async def gpus(self) -> tuple[Gpu, ...] | None:
-        if driver_version() is None:
-            return None
         try:
             found = await self._in_thread(self._tools.devices.gpus)
         except GpuckptError as error:
@@ -220,15 +217,15 @@ class Workshop:
 
     # ------------------------------------------------------------------ replicas
 
-    async def restore(self, model: str, replica: str) -> Made:
-        return await self._in_thread(self._restore, self._sources[model].golden, replica)
+    async def restore(self, model: str, replica: str, gpus: tuple[Held, ...]) -> Made:
+        return await self._in_thread(self._restore, self._sources[model].golden, replica, _uuids(gpus))
 
-    def _restore(self, golden: str, name: str) -> Made:
+    def _restore(self, golden: str, name: str, gpus: tuple[str, ...]) -> Made:
         self._known.pop(name, None)
         phases = PhaseTable()
         # Its first real request is its proof; a canary of sixteen tokens would keep that waiting.
         restored = restore(
-            RestoreRequest(golden, replica=name, canary=False, keeper=_KEEPER, gpu_wait=_GPU_PATIENCE),
+            RestoreRequest(golden, replica=name, canary=False, keeper=_KEEPER, gpu_wait=_GPU_PATIENCE, gpus=gpus),
             self._tools,
             phases,
         )
@@ -279,17 +276,18 @@ class Workshop:
             for child in list(self._creating):
                 child.interrupt()
 
-    async def wake(self, model: str, replica: str) -> tuple[Held, ...]:
-        return await self._in_thread(self._wake, self._sources[model].golden, replica)
+    async def wake(self, model: str, replica: str, gpus: tuple[Held, ...]) -> tuple[Held, ...]:
+        return await self._in_thread(self._wake, self._sources[model].golden, replica, _uuids(gpus))
 
-    def _wake(self, golden: str, name: str) -> tuple[Held, ...]:
-        record, container = self._known_record(golden), self._container(name)
+    def _wake(self, golden: str, name: str, gpus: tuple[str, ...]) -> tuple[Held, ...]:
+        record, container, phases = self._known_record(golden), self._container(name), PhaseTable()
         try:
-            return standby.wake(
-                self._tools, name, record, PhaseTable(), timeout=_GPU_PATIENCE, container=container
-            ).gpus
+            woken = standby.wake(
+                self._tools, name, record, phases, timeout=_GPU_PATIENCE, gpus=gpus, container=container
+            )
         except NothingToDo:  # somebody did it by hand
             return ()
+        return woken.gpus
 
     async def freeze(self, model: str, replica: str) -> tuple[Held, ...]:
         return await self._in_thread(self._freeze, self._sources[model].golden, replica)
@@ -397,6 +395,10 @@ class Workshop:
 def _yield_to_others() -> None:
     # Of a thread, and of those that it starts: Linux keeps it for each of its own.
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def _uuids(gpus: tuple[Held, ...]) -> tuple[str, ...]:
+    return tuple(one.uuid for one in gpus)
 
 
 def _private(pid: int) -> int:

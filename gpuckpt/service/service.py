@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,6 +17,7 @@ from msgspec import structs
 from gpuckpt import __version__
 from gpuckpt.config import Settings
 from gpuckpt.cuda.driver import Gpu
+from gpuckpt.cuda.room import CONTEXT
 from gpuckpt.errors import BusyError, UsageError
 from gpuckpt.host import tmpfs
 from gpuckpt.pool.book import Event, Held, RefusedError
@@ -118,14 +118,12 @@ class Service:
         Requests that come before wait for it.
         """
         await self._workshop.open()
-        self._gpus = await self._workshop.gpus()
         self.owner.budget = self._budget()
         await self.owner.adopt({name: model.rules() for name, model in self.config.models.items()})
+        await self._look_at_gpus()
         self._prewarm(self.config.models)
         loop = asyncio.get_running_loop()
-        watches = [self.owner.watch, self.health.run, self._tick]
-        if self._gpus:
-            watches.append(partial(again_and_again, self._look_at_gpus, _GPU_LOOK))
+        watches = (self.owner.watch, self.health.run, self._tick, self._watch_gpus)
         self._tasks = [loop.create_task(work()) for work in watches]
         self.state = "ready"
         self._opened.set()
@@ -135,18 +133,27 @@ class Service:
         memory = given.memory if given.memory is not None else int(tmpfs.memory_total() * MEMORY_SHARE)
         store = given.store if given.store is not None else self._workshop.store_size()
         gpus = self._gpus
-        if gpus is not None and (most := given.gpu) is not None:
+        if gpus is not None and given.gpu is not None:
+            most = given.gpu + CONTEXT  # which the policy wants free beside what a replica is to hold
             gpus = tuple(structs.replace(gpu, memory=min(most, gpu.memory)) for gpu in gpus)
         return Budget(memory, gpus, store)
 
+    async def _watch_gpus(self) -> None:
+        await again_and_again(self._look_at_gpus, _GPU_LOOK)
+
     async def _look_at_gpus(self) -> None:
         """Have the budget leave out what others than replicas hold on the GPUs, and what the driver keeps."""
+        if self.config.budget.gpu is None and not any(model.gpus for model in self.owner.models.values()):
+            return  # a host may have GPUs without a model that uses them
         before = self.owner.on_gpus()
         seen = await self._workshop.gpus()
-        if seen is None or before is None or before != self.owner.on_gpus():
-            return  # nobody can tell whose it is: the answer may be of before a change, or of after it
-        ours = {gpu.uuid: gpu.free + before[gpu.uuid] for gpu in seen}
-        self._gpus = tuple(structs.replace(gpu, memory=min(gpu.memory, ours[gpu.uuid])) for gpu in seen)
+        if seen is None:
+            return
+        if before is not None and before == self.owner.on_gpus():
+            ours = {gpu.uuid: gpu.free + before[gpu.uuid] for gpu in seen}
+            self._gpus = tuple(structs.replace(gpu, memory=min(gpu.memory, ours[gpu.uuid])) for gpu in seen)
+        elif self._gpus is None:
+            self._gpus = seen  # whose it is nobody can tell now: the answer may be of before a change, or of after it
         self.owner.budget = self._budget()
 
     def _prewarm(self, models: Mapping[str, Model]) -> None:
@@ -295,7 +302,16 @@ class Service:
         on_gpus: Counter[str] = Counter()
         for one in held:
             on_gpus.update(one.on_gpus)
-        of_gpus = None if budget.gpus is None else sum(gpu.memory for gpu in budget.gpus)
+        most = self.config.budget.gpu
+        gpus = [
+            GpuView(
+                uuid=gpu.uuid,
+                name=gpu.name,
+                used=on_gpus[gpu.uuid],
+                limit=gpu.memory if most is None else min(most, gpu.memory),
+            )
+            for gpu in budget.gpus or ()
+        ]
         return PoolView(
             version=__version__,
             pid=os.getpid(),
@@ -304,7 +320,7 @@ class Service:
             now=time.time(),
             listen=self.listening,
             memory=UseView(used=sum(one.on_host for one in held), limit=budget.memory),
-            gpu=UseView(used=on_gpus.total(), limit=of_gpus),
+            gpu=UseView(used=on_gpus.total(), limit=None if budget.gpus is None else sum(one.limit for one in gpus)),
             store=UseView(
                 used=sum(
                     m.golden_bytes for m in self.owner.models.values() if m.golden in (Golden.TMPFS, Golden.MOVING)
@@ -315,10 +331,7 @@ class Service:
             models=models,
             ttft=self.metrics.ttft(),
             events=self.history.last(events),
-            gpus=[
-                GpuView(uuid=gpu.uuid, name=gpu.name, used=on_gpus[gpu.uuid], limit=gpu.memory)
-                for gpu in budget.gpus or ()
-            ],
+            gpus=gpus,
         )
 
     async def views(self, refresh: float, quiet: float) -> AsyncIterator[bytes]:

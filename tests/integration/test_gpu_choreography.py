@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ FIRST, SECOND = "GPU-00000000", "GPU-11111111"
 def device() -> Iterator[str]:
     """What CDI calls a device that only this test has: a file that counts as NVIDIA's control device."""
     name = f"toy{uuid.uuid4().hex[:8]}"
+    with known_to_cdi(name):
+        yield name
+
+
+@contextmanager
+def known_to_cdi(name: str) -> Iterator[None]:
     node = {"path": "/dev/nvidiactl", "hostPath": "/dev/zero", "type": "c", "major": 1, "minor": 5}
     edits = {"deviceNodes": [node], "hooks": [{"hookName": "createContainer", "path": "/bin/true", "args": ["true"]}]}
     folder = Path("/run/cdi")
@@ -46,7 +53,7 @@ def device() -> Iterator[str]:
     devices = [{"name": name, "containerEdits": edits}]
     file.write_text(json.dumps({"cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "devices": devices}))
     try:
-        yield name
+        yield
     finally:
         file.unlink()
 

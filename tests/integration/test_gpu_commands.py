@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from gpuckpt import __version__, proc
+from gpuckpt.cuda.checks import driver_version
 from gpuckpt.cuda.helper import Helper
 from tests.integration.conftest import HERE, Bench
 from tests.integration.pooling import ask, pool
-from tests.integration.test_gpu_choreography import FIRST, SECOND, SERVER, device, gpus, held
+from tests.integration.test_gpu_choreography import FIRST, SECOND, SERVER, device, gpus, held, known_to_cdi
 from tests.integration.toy_gpu import MIB, ToyDriver
 
 __all__ = ["device", "gpus"]  # fixtures
@@ -107,10 +108,41 @@ def test_models_take_turns_on_a_gpu_that_has_room_for_one(
         assert sorted(each.phase for one in "ab" for each in made.model(one).replicas) == ["hot", "standby"]
 
 
-def on_gpu(driver: ToyDriver, first: int | None) -> int:
-    """MiB that a process and those below it hold."""
+@pytest.mark.skipif(driver_version() is not None, reason="CDI's “all” is that of this machine's GPUs")
+def test_models_share_two_gpus(bench: Bench, gpus: Path, driver: ToyDriver) -> None:
+    create = json.dumps(["--workload", "http", *words(gpus, "all")])
+    rules = 'idle_freeze = "1h"\nidle_release = "1h"'
+    tables = [f'[models.{one}]\ngolden = "{bench.name(one)}"\ncreate = {create}\n{rules}' for one in "abc"]
+    with known_to_cdi("all"), pool(bench, f'[budget]\ngpu = "{ALL + 20}MiB"', *tables) as made:
+
+        def where(one: str) -> list[str]:
+            """The GPUs that the model's replicas are on: as the pool says, and as the driver does."""
+            said = [uuid for each in made.model(one).replicas for uuid, count in each.gpus.items() if count]
+            here = [each.pid for each in made.model(one).replicas if each.pid]
+            assert said == [uuid for pid in here for uuid in (FIRST, SECOND) if on_gpu(driver, pid, uuid)]
+            return said
+
+        digests = {one: ask(made, f"/upstream/{one}/digest", timeout=90).body for one in "abc"}
+        # All are made on the first. One may stay there, another goes to the second; the third takes the place of who
+        # has been idle for the longest.
+        ask(made, "/upstream/a/digest", timeout=90)
+        ask(made, "/upstream/b/digest", timeout=90)
+        assert sorted(where("a") + where("b")) == [FIRST, SECOND] and where("c") == []
+        left = where("a")
+        assert ask(made, "/upstream/c/digest", timeout=90).body == digests["c"]
+        assert where("c") == left and where("a") == [] and len(where("b")) == 1
+        # Back on the other one, with the same bytes.
+        other = where("b")
+        assert ask(made, "/upstream/a/digest", timeout=90).body == digests["a"]
+        assert where("a") == other and where("b") == [] and where("c") == left
+        assert [gpu.used // MIB for gpu in made.view().gpus] == [ALL, ALL]
+
+
+def on_gpu(driver: ToyDriver, first: int | None, uuid: str | None = None) -> int:
+    """MiB that a process and those below it hold on a GPU, or on all."""
     assert first
-    return sum(count for pid in proc.processes_below(first) for count in driver.memory(pid).values()) // MIB
+    held = [driver.memory(pid) for pid in proc.processes_below(first)]
+    return sum(count for each in held for gpu, count in each.items() if uuid in (None, gpu)) // MIB
 
 
 def forget(gpus: Path) -> None:

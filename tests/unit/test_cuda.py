@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from gpuckpt.cuda.devices import pairing
+from gpuckpt.cuda.devices import Devices, pairing
 from gpuckpt.cuda.driver import DriverError
 from gpuckpt.cuda.helper import Helper
 from gpuckpt.cuda.holders import holders
@@ -329,6 +329,22 @@ def test_a_reservation_of_a_killed_command_does_not_count(tmp_path: Path) -> Non
     assert list(tmp_path.glob("*.json"))
     with Room(tmp_path, driver).reserve(held((0, 50_000))):
         assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_it_comes_only_to_the_devices_that_were_asked_for(tmp_path: Path, driver: FakeDriver) -> None:
+    devices = Devices(lambda: driver, tmp_path)
+    mine, other = gpu(0).uuid, gpu(1).uuid
+    driver.devices = {mine: gpu(0), other: gpu(1)}
+    for visible, only, chosen in (
+        (("all",), (), mine),
+        (("all",), (other,), other),
+        (("0",), (), mine),
+        (("0",), (mine,), mine),
+    ):
+        with devices.reserve(held((0, 50_000)), visible, only=only) as where:
+            assert where == {mine: chosen}
+    with pytest.raises(IncompatibleError), devices.reserve(held((0, 50_000)), ("0",), only=(other,)):
+        pytest.fail("it was never given that one")
 
 
 # ---------------------------------------------------------------------- who holds device memory

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from gpuckpt.errors import BusyError
+from gpuckpt.cuda.driver import Gpu
+from gpuckpt.errors import BusyError, GpuFullError
 from gpuckpt.manifest import Held
 from gpuckpt.pool.book import LateError, RefusedError
 from gpuckpt.pool.hands import Found, Made, Weight
 from gpuckpt.pool.state import Budget, Golden, Pin
-from tests.pool_world import HOT, RULES, STANDBY, FakeHands, World, one, run
+from tests.pool_world import HOT, RESTORING, RULES, STANDBY, FakeHands, World, one, run
 
 # ---------------------------------------------------------------------- models come and go
 
@@ -147,6 +148,50 @@ def test_to_what_a_replica_has_grown_is_no_reason_against_the_next_one_for_ever(
             with pytest.raises(RefusedError, match="needs"):
                 await world.owner.acquire("a", 5)
             assert (await world.owner.acquire("a", 5)).replica.phase is HOT
+
+    run(work())
+
+
+def test_replicas_come_to_the_gpus_that_have_room_and_are_told_which() -> None:
+    async def work() -> None:
+        size = 40 << 30
+        first, second = Held("GPU-0", "H100", size), Held("GPU-1", "H100", size)
+        seen = Found("a", Golden.TMPFS, 4, gpus=(first,))
+        devices = tuple(Gpu(one.uuid, "H100", size + (1 << 30), 0) for one in (first, second))
+        hands = FakeHands(a=seen, b=replace(seen, prefix="b"), c=replace(seen, prefix="c"))
+        async with World(dict.fromkeys("abc", RULES), hands, budget=Budget(gpus=devices)) as world:
+            await world.hot("a")
+            await world.hot("b")
+            assert hands.ordered == [("a.1", (first,)), ("b.1", (second,))]
+            assert world.owner.on_gpus() == {"GPU-0": size, "GPU-1": size}
+            # Who has been idle for the longest freezes, and comes back where there is room then.
+            await world.hot("c")
+            assert hands.done[-2:] == ["freeze a.1", "restore c.1"] and hands.ordered[-1] == ("c.1", (first,))
+            await world.hot("a")
+            assert hands.done[-2:] == ["freeze b.1", "wake a.1"] and hands.ordered[-1] == ("a.1", (second,))
+            # One that could not come is a standby as before, and counts nowhere.
+            hands.fails["wake"] = [GpuFullError("somebody else")]
+            await world.hot("b")
+            assert hands.done[-3:] == ["freeze c.1", "wake b.1", "wake b.1"]
+            assert world.owner.on_gpus() == {"GPU-0": size, "GPU-1": size}
+
+    run(work())
+
+
+def test_a_golden_that_was_just_made_comes_to_where_it_was_made() -> None:
+    async def work() -> None:
+        hands = FakeHands(a=Found("a", Golden.NONE))
+        held = Held("GPU-1", "H100", 40 << 30)
+        hands.makes = (held,)
+        async with World({"a": RULES}, hands) as world:
+            hands.gates["restore"] = asyncio.Event()
+            asking = asyncio.create_task(world.hot())
+            await world.until_phases(RESTORING)
+            (seen,) = world.owner.view().models[0].replicas
+            assert seen.gpus == (held,) and world.owner.on_gpus() is None
+            hands.gates["restore"].set()
+            await asking
+            assert hands.ordered == [("a.1", (held,))] and world.owner.on_gpus() == {"GPU-1": 40 << 30}
 
     run(work())
 

@@ -46,7 +46,7 @@ def test_a_replica_that_ends_behind_its_restore_leaves_nothing(
     made = hands(tmp_path)
     # Not one that holds all of the machine's memory, which is what lies below process 0.
     with pytest.raises(RestoreError, match=r"g\.1 has ended"):
-        made._restore("g", "g.1")
+        made._restore("g", "g.1", ())
     assert stopped == ["g.1"]
     made.close()
 

@@ -68,6 +68,9 @@ def test_what_cannot_be_opened_is_not_ready() -> None:
     run(work())
 
 
+GB = 1 << 30
+
+
 def test_budgets_are_the_configuration_s_or_the_machine_s() -> None:
     async def work() -> None:
         config = Pool(models={"a": MODEL}, budget=Limits(memory=100, gpu=7))
@@ -81,44 +84,55 @@ def test_budgets_are_the_configuration_s_or_the_machine_s() -> None:
     run(work())
 
 
-def test_the_room_on_gpus_is_what_others_leave_of_each() -> None:
+def test_the_room_on_gpus_is_what_others_leave_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_GPU_LOOK", 0.02)
+
     async def work() -> None:
-        first, second = Gpu("GPU-0", "H100", 80, 80), Gpu("GPU-1", "H100", 80, 80)
+        first, second = Gpu("GPU-0", "H100", 80 * GB, 80 * GB), Gpu("GPU-1", "H100", 80 * GB, 79 * GB)
         hands = hands_for(pool(a=MODEL))
-        hands.devices = (first, second)
-        config = Pool(models={"a": MODEL}, budget=Limits(gpu=60))
+        config = Pool(models={"a": MODEL}, budget=Limits(gpu=60 * GB))
         async with running(config, hands=hands) as made:
 
-            def room() -> list[int]:
-                return [gpu.memory for gpu in made.service.owner.budget.gpus or ()]
+            def room() -> list[float]:
+                return [gpu.memory / GB for gpu in made.service.owner.budget.gpus or ()]
 
-            assert room() == [60, 60] and made.service.view().gpu.limit == 120
+            assert room() == []  # nobody can tell: it is asked again and again
+            hands.devices = (first, second)
+            await until(lambda: room() == [60.25, 60.25])  # a quarter of a GB is what the driver takes beside them
+            assert made.service.view().gpu.limit == 120 * GB
             # Somebody else is on the first; what a replica holds on the second is the replicas'.
             held = await made.hot("a")
-            held.gpus = (Held("GPU-1", "H100", 30),)
-            hands.devices = (structs.replace(first, free=25), structs.replace(second, free=49))
-            await until(lambda: room() == [25, 60])
+            held.gpus = (Held("GPU-1", "H100", 30 * GB),)
+            hands.devices = (structs.replace(first, free=25 * GB), structs.replace(second, free=49 * GB))
+            await until(lambda: room() == [25, 60.25])
             view = made.service.view()
-            assert [(gpu.uuid, gpu.name, gpu.used, gpu.limit) for gpu in view.gpus] == [
+            assert [(gpu.uuid, gpu.name, gpu.used // GB, gpu.limit // GB) for gpu in view.gpus] == [
                 ("GPU-0", "H100", 0, 25),
                 ("GPU-1", "H100", 30, 60),
             ]
-            assert (view.gpu.used, view.gpu.limit) == (30, 85)
-            assert (view.models[0].replicas[0].gpu, view.models[0].replicas[0].gpus) == (30, {"GPU-1": 30})
+            assert (view.gpu.used, view.gpu.limit) == (30 * GB, 85 * GB)
+            assert (view.models[0].replicas[0].gpu, view.models[0].replicas[0].gpus) == (30 * GB, {"GPU-1": 30 * GB})
             # While one freezes nobody can tell whose it is: what was known holds.
             hands.gates["freeze"] = asyncio.Event()
             made.service.owner.sleep("a", release=False)
             hands.devices = (first, second)
             asked = hands.looks.count("gpus")
             await until(lambda: hands.looks.count("gpus") > asked + 1)
-            assert room() == [25, 60]
+            assert room() == [25, 60.25]
             hands.gates["freeze"].set()
-            await until(lambda: room() == [60, 60])
+            await until(lambda: room() == [60.25, 60.25])
+            made.service.owner.models["a"].gpus = held.gpus
             await reloaded(made, structs.replace(config, budget=Limits()))
-            assert room() == [80, 80]
+            assert room() == [80, 79]  # the driver keeps some for itself
             hands.fails["gpus"] = [ValueError("a fault")]
-            hands.devices = (structs.replace(first, free=7), second)
-            await until(lambda: room() == [7, 80])
+            hands.devices = (structs.replace(first, free=7 * GB), second)
+            await until(lambda: room() == [7, 79])
+            # Nobody uses a GPU any more: it is left alone.
+            made.service.owner.models["a"].gpus = ()
+            await asyncio.sleep(0)  # a look that has begun
+            asked = hands.looks.count("gpus")
+            await asyncio.sleep(5 * module._GPU_LOOK)
+            assert hands.looks.count("gpus") <= asked + 1
 
     run(work())
 
