@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from gpuckpt.cuda.driver import Gpu
 from gpuckpt.errors import GpuckptError, NotFoundError
 from gpuckpt.manifest import Held as OnGpu
 from gpuckpt.pool.book import Event, Held
-from gpuckpt.pool.hands import Found, Made, Source, Weight
+from gpuckpt.pool.hands import Found, Made, Source
 from gpuckpt.pool.owner import Owner
 from gpuckpt.pool.state import Golden, Phase, Rules
 
@@ -139,11 +139,11 @@ class FakeHands:
         self._fail("canary")
         return found
 
-    async def weigh(self, model: str, replica: str) -> Weight:
+    async def memory(self, model: str, replica: str) -> int:
         self.looks.append(f"memory {replica}")
         await asyncio.sleep(0.001)
         self._fail("memory")
-        return Weight(self.memories.get(replica, 1), self.on.get(replica, ()))
+        return self.memories.get(replica, 1)
 
     # ------------------------------------------------------------------ as the service sees them
 
@@ -156,10 +156,13 @@ class FakeHands:
         before = self.sources or {}
         self.sources = {name: before[name] for name in leaving if name in before} | dict(sources)
 
-    async def gpus(self) -> tuple[Gpu, ...] | None:
+    async def gpus(self, replicas: Sequence[str]) -> tuple[tuple[Gpu, ...], dict[str, tuple[OnGpu, ...]]] | None:
         self.looks.append("gpus")
         self._fail("gpus")
-        return self.devices
+        await self._pass("gpus")
+        if self.devices is None:
+            return None
+        return self.devices, {name: self.on[name] for name in replicas if name in self.on}
 
     def store_size(self) -> int:
         return 1 << 30

@@ -148,17 +148,16 @@ class Devices:
         visible: Sequence[str] = ("all",),
         *,
         timeout: float = 0.0,
-        only: Collection[str] = (),
+        preferred: Collection[str] = (),
     ) -> AbstractContextManager[dict[str, str]]:
         """Keep room on the devices for ``held``, and say where: see :meth:`gpuckpt.cuda.room.Room.reserve`.
 
         ``visible``: the devices that the container has been given, ``all`` or UUIDs and indices; on a choice of some
-        only those that were used before are taken. ``only``: of these, by UUID, if any are named.
+        only those that were used before are taken. ``preferred``: of these, by UUID, if they have room.
         """
         allowed = None if "all" in visible else {one.uuid for one in held}
-        if only:
-            allowed = set(only) if allowed is None else allowed & set(only)
-        return Room(self._folder, self.driver, sleep=self._sleep).reserve(held, timeout=timeout, allowed=allowed)
+        room = Room(self._folder, self.driver, sleep=self._sleep)
+        return room.reserve(held, timeout=timeout, allowed=allowed, preferred=preferred)
 
     def _usable(self, held: Sequence[Held], visible: Sequence[str]) -> list[Gpu]:
         mine = {one.uuid for one in held}

@@ -19,6 +19,7 @@ from gpuckpt.errors import GpuFullError, IncompatibleError
 from gpuckpt.manifest import Held
 
 _MOMENT = 0.1  # seconds between two looks at what is free
+_PREFERENCE = 1.0  # seconds that devices which are preferred are waited for before others are taken
 # What NVML counts for a process has its context in it; beside that the driver keeps some for itself. Too much is a
 # restore that waits, too little one that can never be repeated.
 CONTEXT = 256 << 20
@@ -72,11 +73,17 @@ class Room:
 
     @contextlib.contextmanager
     def reserve(
-        self, held: Sequence[Held], *, timeout: float = 0.0, allowed: Collection[str] | None = None
+        self,
+        held: Sequence[Held],
+        *,
+        timeout: float = 0.0,
+        allowed: Collection[str] | None = None,
+        preferred: Collection[str] = (),
     ) -> Iterator[dict[str, str]]:
         """Keep room for it while the body runs, and say where: UUIDs, old to new. Empty if it holds nothing.
 
-        ``allowed``: the only devices to choose from, by UUID; None: any.
+        ``allowed``: the only devices to choose from, by UUID; None: any. ``preferred``: those that it is to come to if
+        they have room, or soon will have.
 
         Raises IncompatibleError at once if it can never fit, GpuFullError if there is no room for ``timeout`` seconds.
         """
@@ -84,10 +91,11 @@ class Room:
             yield {}
             return
         until = time.monotonic() + timeout
+        others_from = min(until, time.monotonic() + _PREFERENCE)
         while True:
             with self._locked() as others:
                 gpus = [gpu for gpu in self._driver.gpus() if allowed is None or gpu.uuid in allowed]
-                chosen = place(held, gpus, _sum(others))
+                chosen = _place(held, gpus, _sum(others), preferred, patient=time.monotonic() < others_from)
                 if chosen is not None:
                     mine = self._write(held, chosen)
                     break
@@ -134,6 +142,18 @@ class Room:
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps({"pid": os.getpid(), "started": _started(os.getpid()), "bytes": needs}))
         return fresh.rename(file)
+
+
+def _place(
+    held: Sequence[Held], gpus: Sequence[Gpu], taken: Mapping[str, int], preferred: Collection[str], *, patient: bool
+) -> dict[str, str] | None:
+    """As :func:`place`, on the preferred devices if there is room; ``patient``: on others only if there never will."""
+    anywhere = place(held, gpus, taken)
+    try:
+        chosen = place(held, [gpu for gpu in gpus if gpu.uuid in preferred], taken)
+    except IncompatibleError:
+        return anywhere
+    return chosen if chosen is not None or patient else anywhere
 
 
 def _sum(reservations: Sequence[Mapping[str, int]]) -> dict[str, int]:

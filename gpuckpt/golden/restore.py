@@ -46,7 +46,7 @@ class RestoreRequest:
     """Which golden to restore, as what, and how; see ``gpuckpt restore --help`` for each field's meaning.
 
     ``replica`` None: one that was prepared, else one that bears the golden's name. ``gpu_wait``: seconds that it may
-    wait for room on the GPUs, ``gpus``: the only ones that it may come to, by UUID, if any are named.
+    wait for room on the GPUs, ``gpus``: those that it comes to if they have room, by UUID.
     """
 
     name: str
@@ -157,7 +157,7 @@ def _from_golden(
     held = golden.gpu.devices if golden.gpu else ()
     with contextlib.ExitStack() as room:
         # Before anything is made: a server that has no room on the GPUs is no server.
-        reserved = tools.devices.reserve(held, golden.launch.gpus, timeout=request.gpu_wait, only=request.gpus)
+        reserved = tools.devices.reserve(held, golden.launch.gpus, timeout=request.gpu_wait, preferred=request.gpus)
         return _brought_back(request, tools, phases, source, replica, room.enter_context(reserved), room)
 
 

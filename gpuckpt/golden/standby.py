@@ -74,7 +74,7 @@ def wake(
 ) -> Changed:
     """Let the standby ``name`` answer again; it waits at most ``timeout`` seconds for room on the GPUs.
 
-    ``gpus``: the only ones that it may come to, by UUID, if any are named. ``container``: as in :func:`suspend`.
+    ``gpus``: those that it comes to if they have room, by UUID. ``container``: as in :func:`suspend`.
     Raises NotFoundError, BusyError, NothingToDo (it is awake), GpuFullError (no room; it stays a standby),
     RestoreError, VerificationError (its weights are damaged).
     """
@@ -82,7 +82,7 @@ def wake(
         if replica.standby is None and not freezer.frozen(container.pid, container.id):
             raise NothingToDo(f"replica {name} is awake already", cause=f"it answers on {replica.endpoint}")
         with _kept(tools, golden):
-            return _up(tools, replica, container, golden, phases, timeout=timeout, only=gpus)
+            return _up(tools, replica, container, golden, phases, timeout=timeout, preferred=gpus)
 
 
 @contextlib.contextmanager
@@ -157,17 +157,17 @@ def _up(
     phases: PhaseTable,
     *,
     timeout: float,
-    only: Collection[str] = (),
+    preferred: Collection[str] = (),
 ) -> Changed:
     was = replica.standby or Standby()
     given = _given(tools, replica, golden, container.pid) if was.given else weights.NOTHING
     held = tuple(Held(uuid, name, count) for uuid, name, count in was.devices)
     gpus = _gpus(golden)
     if not freezer.frozen(container.pid, container.id):  # it was killed on its way, and may hold some of it still
-        held, gpus, only = _lacking(tools, was, container, held), tuple(one.uuid for one in held), ()
+        held, gpus = _lacking(tools, was, container, held), tuple(one.uuid for one in held)
     waited = now_ns()
     with contextlib.ExitStack() as room:
-        chosen = room.enter_context(tools.devices.reserve(held, gpus, timeout=timeout, only=only))
+        chosen = room.enter_context(tools.devices.reserve(held, gpus, timeout=timeout, preferred=preferred))
         ahead = room.enter_context(carried(tools, held, given.files, chosen))
         if held:
             phases.add("GPU: room", waited, now_ns())

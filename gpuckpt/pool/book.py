@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpuckpt import manifest
-from gpuckpt.pool.hands import Found, Made, Weight
+from gpuckpt.pool.hands import Found, Made
 from gpuckpt.pool.state import Golden, Model, Phase, Replica, Rules
 
 _LONGEST_PREFIX = 34  # so that a number still fits into a replica's name
@@ -123,6 +123,7 @@ class Of:
     most: int = 0
     gpus: tuple[manifest.Held, ...] = ()
     fixed: bool = False
+    carried: int = 0
     replicas: dict[str, Held] = field(default_factory=dict)
     prepared: set[str] = field(default_factory=set)
     preparing: str | None = None
@@ -147,15 +148,13 @@ class Of:
         """Its golden is as it was just seen."""
         self.golden, self.golden_bytes, self.served = seen.golden, seen.golden_bytes, seen.served
         self.estimate = seen.memory or self.estimate
-        if seen.gpus:
-            self.gpus, self.fixed = seen.gpus, seen.fixed
+        if seen.golden is not Golden.NONE:  # else another will be like the one that was
+            self.gpus, self.fixed, self.carried = seen.gpus, seen.fixed, seen.carried
 
-    def weighs(self, held: Held, weight: Weight) -> None:
-        """A replica of it holds so much."""
-        held.memory = weight.memory
-        held.gpus = weight.gpus or held.gpus
-        self.gpus = self.gpus or weight.gpus
-        self.most = max(self.most, weight.memory)
+    def weighs(self, held: Held, memory: int) -> None:
+        """A replica of it holds so many bytes."""
+        held.memory = memory
+        self.most = max(self.most, memory)
 
     def next_name(self) -> str:
         """A name for another replica: one that is prepared, if there is any."""
@@ -207,6 +206,7 @@ class Of:
             memory=self.expected,
             gpus=self.gpus,
             fixed=self.fixed,
+            carried=self.carried,
             cold=max(self.estimate, self.most),
             cramped=self.cramped,
             replicas=tuple(one.seen() for one in self.replicas.values()),

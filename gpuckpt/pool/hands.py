@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gpuckpt.cuda.driver import Gpu
 from gpuckpt.manifest import Held
 from gpuckpt.pool.state import Golden, Phase
-
-
-@dataclass(frozen=True)
-class Weight:
-    """What a replica holds: bytes of host memory, and on GPUs, of which nothing is told where nobody can tell."""
-
-    memory: int = 0
-    gpus: tuple[Held, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,8 @@ class Found:
     ``prepared`` those that wait for their restore.
 
     ``prefix`` is what its replicas' names begin with, ``served`` what its own server calls it, ``memory`` what a
-    replica will hold at most after its restore, ``gpus`` what on GPUs, ``fixed`` whether only on these.
+    replica will hold at most after its restore, ``gpus`` what on GPUs, ``fixed`` whether only on these, ``carried``
+    the bytes of that which the host holds of a standby.
     """
 
     prefix: str
@@ -54,6 +47,7 @@ class Found:
     prepared: tuple[str, ...] = ()
     gpus: tuple[Held, ...] = ()
     fixed: bool = False
+    carried: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Hands(Protocol):
         ...
 
     async def restore(self, model: str, replica: str, gpus: tuple[Held, ...]) -> Made:
-        """A replica of its golden, on these GPUs if any are named."""
+        """A replica of its golden, on these GPUs if they have room."""
         ...
 
     async def make(self, model: str, *, replace: bool) -> None:
@@ -91,7 +85,7 @@ class Hands(Protocol):
         ...
 
     async def wake(self, model: str, replica: str, gpus: tuple[Held, ...]) -> tuple[Held, ...]:
-        """Thaw it, on these GPUs if any are named: what it holds there now, nothing if nobody can tell."""
+        """Thaw it, on these GPUs if they have room: what it holds there now, nothing if nobody can tell."""
         ...
 
     async def freeze(self, model: str, replica: str) -> tuple[Held, ...]:
@@ -117,8 +111,8 @@ class Hands(Protocol):
         """Replay its golden's canary: the differences from the recorded answer, or none. Raises if it fails."""
         ...
 
-    async def weigh(self, model: str, replica: str) -> Weight:
-        """What is its own now."""
+    async def memory(self, model: str, replica: str) -> int:
+        """Bytes of host memory that are its own now."""
         ...
 
 
@@ -137,8 +131,11 @@ class Workplace(Hands, Protocol):
         """Bytes that the store has room for."""
         ...
 
-    async def gpus(self) -> tuple[Gpu, ...] | None:
-        """The GPUs that replicas may be on, and what is free there now; None if nobody can tell."""
+    async def gpus(self, replicas: Sequence[str]) -> tuple[tuple[Gpu, ...], dict[str, tuple[Held, ...]]] | None:
+        """The GPUs that replicas may be on, with what is free there now, and what these hold; None if nobody can tell.
+
+        Of a replica whose processes the driver does not know nothing is told.
+        """
         ...
 
     def interrupt(self) -> None:

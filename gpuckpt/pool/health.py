@@ -118,7 +118,7 @@ class Health:
 
     async def _look_closer(self, held: Held) -> None:
         with contextlib.suppress(GpuckptError):
-            self._owner.weighed(held, await self._hands.weigh(held.model, held.name))
+            self._owner.note_memory(held, await self._hands.memory(held.model, held.name))
         if held.phase is not Phase.HOT:  # it has died meanwhile
             return
         if held.requests:

@@ -14,11 +14,19 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from gpuckpt.errors import BusyError, GpuckptError, GpuFullError, NotFoundError, OutOfSpaceError, VerificationError
+from gpuckpt.errors import (
+    BusyError,
+    GpuckptError,
+    GpuFullError,
+    IncompatibleError,
+    NotFoundError,
+    OutOfSpaceError,
+    VerificationError,
+)
 from gpuckpt.manifest import Held as OnGpu
 from gpuckpt.pool import policy
 from gpuckpt.pool.book import Event, Held, Of, RefusedError
-from gpuckpt.pool.hands import Hands, Made, Weight
+from gpuckpt.pool.hands import Hands, Made
 from gpuckpt.pool.state import Action, Freeze, Golden, Move, Phase, Prepare, Restore, Start, Stop, Wake
 
 _Result = TypeVar("_Result")
@@ -161,7 +169,8 @@ class Operations:
     def answers(self, model: Of, held: Held, made: Made) -> None:
         """The replica is there."""
         held.made(made)
-        model.weighs(held, Weight(made.memory, made.gpus))
+        model.weighs(held, made.memory)
+        model.gpus = model.gpus or made.gpus
 
     async def _prepare(self, model: Of, name: str) -> None:
         try:
@@ -207,6 +216,8 @@ class Operations:
 
     def stop(self, model: Of, held: Held, reason: str, failures: int = 0) -> None:
         """Have the replica removed; again and again, if that fails."""
+        if held.phase is Phase.STANDBY:  # what it gave up it will not hold again
+            held.memory, held.gpus, held.carried = held.on_host, (), 0
         held.phase = Phase.STOPPING
         self._run(self._stop(model, held, reason, failures))
 
@@ -268,7 +279,7 @@ class Operations:
             self.quarantine(model, _why(error))
         if model.failures >= _GIVEN_UP and not model.has(Phase.HOT):
             model.refuse(RefusedError(f"{model.name} cannot be brought up: {_why(error)}", retry_after=30))
-        if isinstance(error, NotFoundError):  # somebody may have removed it
+        if isinstance(error, NotFoundError | IncompatibleError):  # somebody may have removed it, or made it anew
             with contextlib.suppress(GpuckptError):
                 seen = await _done(self._hands.look(model.name))
                 if model.golden in (Golden.TMPFS, Golden.DISK):

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from gpuckpt.pool import policy
 from gpuckpt.pool.book import Event, Held, LateError, Of, RefusedError
-from gpuckpt.pool.hands import Hands, Weight
+from gpuckpt.pool.hands import Hands
 from gpuckpt.pool.operations import Operations
 from gpuckpt.pool.state import (
     Budget,
@@ -181,20 +181,25 @@ class Owner:
         self.operations.quarantine(self.models[name], reason)
         self.settle()
 
-    def weighed(self, held: Held, weight: Weight) -> None:
-        """A replica holds so much now."""
+    def note_memory(self, held: Held, memory: int) -> None:
+        """A replica holds so many bytes of its own now."""
         if model := self.models.get(held.model):
-            model.weighs(held, weight)
+            model.weighs(held, memory)
 
-    def on_gpus(self) -> Counter[str] | None:
-        """Bytes that replicas hold on each GPU; None while one comes or goes, and nobody can tell."""
-        found: Counter[str] = Counter()
+    def hot_on_gpus(self) -> list[Held]:
+        """The replicas that hold GPU memory and neither come nor go."""
+        replicas = (one for model in self.models.values() for one in model.replicas.values())
+        return [one for one in replicas if one.phase in (Phase.HOT, Phase.DRAINING) and one.gpus]
+
+    def on_gpus(self) -> tuple[Counter[str], Counter[str]]:
+        """Bytes that replicas hold on each GPU, at least and at most: of those that come or go nobody can tell."""
+        least, most = Counter[str](), Counter[str]()
+        for one in self.hot_on_gpus():
+            least.update(one.on_gpus)
         for model in self.models.values():
             for one in model.replicas.values():
-                if one.phase not in (Phase.HOT, Phase.STANDBY) and (one.gpus or model.gpus):
-                    return None
-                found.update(one.on_gpus)
-        return found
+                most.update(one.on_gpus)
+        return least, most
 
     def proved(self, held: Held) -> None:
         """The replica has answered its golden's canary as it was recorded."""
@@ -280,7 +285,8 @@ class Owner:
         for action in policy.decide(state):
             self.operations.begin(self.models[action.model], action)
         for seen in state.models:
-            if seen.waiting and not seen.replicas and policy.never_fits(state, seen):
+            frozen = all(one.phase is Phase.STANDBY for one in seen.replicas)
+            if seen.waiting and frozen and policy.never_fits(state, seen):
                 self._refuse_for_ever(self.models[seen.name])
 
     def _clear_up(self, model: Of) -> None:

@@ -4,7 +4,7 @@ The tiers of a model, the fastest first: hot, standby (frozen; no GPU memory), g
 Requests that wait pull a model up; idle time, and what others need, let it sink. :func:`decide` is called after every
 change; what it orders is in the next state, so it orders nothing twice.
 
-Room comes before need: a replica begins when what it needs is free *now*. What has been told to go is waited for, and
+Space comes before need: a replica begins when what it needs is free *now*. What has been told to go is waited for, and
 only what is lacking beyond that is taken from others: from models of lower or the same priority, first from those who
 hold more than their minimum, first the one that has been idle the longest. Pinned ones and those at work are spared;
 so the minimum of a more important model can keep a less important one waiting.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gpuckpt.pool.room import Demand, Room, total
+from gpuckpt.pool.space import Demand, Space, total
 from gpuckpt.pool.state import (
     COMING,
     GOING,
@@ -73,9 +73,11 @@ def wanted_hot(model: Model) -> int:
 
 
 def never_fits(state: State, model: Model) -> bool:
-    """Whether a replica of it has no room even when all that would go for it has gone."""
-    demand = _restored(model) if model.golden in (Golden.TMPFS, Golden.DISK) else _cold(model)
-    return not _Plan(state).may_fit(model, demand)
+    """Whether none of it has room even when all has gone that would go for it, and what others hold on the GPUs."""
+    plan = _Plan(state)
+    standbys = [_woken(model, one) for one in model.replicas if one.phase is Phase.STANDBY]
+    fresh = _restored(model) if model.golden in (Golden.TMPFS, Golden.DISK) else plan.cold(model)
+    return not any(plan.may_ever_fit(model, demand) for demand in (*standbys, fresh))
 
 
 def _scale(model: Model) -> int:
@@ -89,10 +91,10 @@ def _kept_hot(model: Model) -> int:
     return int(model.rules.pin is Pin.HOT)
 
 
-def _urgency(model: Model) -> tuple[int, int, float]:
-    # Who has nothing that answers comes before who wants more of it.
+def _urgency(model: Model) -> tuple[int, bool, bool, float]:
+    # Requests come before what is only to be kept, and who has nothing that answers before who wants more of it.
     served = any(replica.phase is Phase.HOT for replica in model.replicas)
-    return -model.rules.priority, int(served), model.asked
+    return -model.rules.priority, not model.waiting, served, model.asked
 
 
 def _restored(model: Model) -> Demand:
@@ -100,20 +102,24 @@ def _restored(model: Model) -> Demand:
     return Demand(model.memory, model.gpus, model.fixed)
 
 
-def _cold(model: Model) -> Demand:
-    """What its server takes while the golden is made: it does not know of others, and is where it always was."""
-    return Demand(max(model.memory, model.cold), model.gpus, fixed=True)
+def _woken(model: Model, replica: Replica) -> Demand:
+    """What a standby takes that is woken."""
+    return Demand(0, replica.gpus or model.gpus, model.fixed)
 
 
-def _held(model: Model, replica: Replica) -> Room:
+def _cold_memory(model: Model) -> int:
+    """Bytes of host memory that its server takes while the golden is made; 0 if nobody knows."""
+    return max(model.memory, model.cold)
+
+
+def _held(model: Model, replica: Replica) -> Space:
     """What a replica holds, or will hold when it has come."""
-    if replica.phase is Phase.STARTING:
-        return replace(_cold(model), held=replica.gpus or model.gpus).room
     if replica.phase in COMING:
-        return Demand(max(replica.memory, model.memory), replica.gpus or model.gpus).room
+        memory = _cold_memory(model) if replica.phase is Phase.STARTING else max(replica.memory, model.memory)
+        return Demand(memory, replica.gpus or model.gpus).space
     if replica.phase is Phase.STANDBY:
-        return Room(replica.memory)
-    return Room(replica.memory, {one.uuid: one.bytes for one in replica.gpus})
+        return Space(replica.memory)
+    return Space(replica.memory, {one.uuid: one.bytes for one in replica.gpus})
 
 
 class _Plan:
@@ -125,26 +131,28 @@ class _Plan:
         self._taken: set[str] = set()  # replicas that have their order
         budget = state.budget
         self._gpus = budget.gpus or ()
-        self._limits = Room(_limit(budget.memory), {gpu.uuid: gpu.memory for gpu in self._gpus})
-        self._free = self._limits
-        self._held: dict[str, Room] = {}  # by replica: what it holds, or will hold when it has come
+        self._limits = Space(_limit(budget.memory), {gpu.uuid: gpu.memory for gpu in self._gpus})
+        # What they may hold now: others are on the GPUs, too.
+        self._whole = Space(self._limits.memory, {gpu.uuid: gpu.free for gpu in self._gpus})
+        self._free = self._whole
+        self._held: dict[str, Space] = {}  # by replica: what it holds, or will hold when it has come
         everything = [(model, replica) for model in state.models for replica in model.replicas]
         for model, replica in everything:
             held = self._held[replica.name] = self._known(_held(model, replica))
             self._free -= held
         self._coming_free = total(self._leaves(replica) for _, replica in everything)
 
-    def _known(self, room: Room) -> Room:
+    def _known(self, space: Space) -> Space:
         """Without GPUs of which there is no budget."""
-        return Room(room.memory, {uuid: count for uuid, count in room.gpus.items() if uuid in self._limits.gpus})
+        return Space(space.memory, {uuid: count for uuid, count in space.gpus.items() if uuid in self._limits.gpus})
 
-    def _leaves(self, replica: Replica) -> Room:
+    def _leaves(self, replica: Replica) -> Space:
         """What will be free of it when it is what it is about to be."""
         held = self._held[replica.name]
         if replica.phase in GOING:
             return held
         # What it does not give up of its GPUs' memory is then the host's.
-        return Room(-replica.carried, held.gpus) if replica.phase is Phase.FREEZING else Room()
+        return Space(-replica.carried, held.gpus) if replica.phase is Phase.FREEZING else Space()
 
     def _order(self, action: Action) -> None:
         self.actions.append(action)
@@ -155,14 +163,17 @@ class _Plan:
         return [one for one in model.replicas if one.phase in phases and one.name not in self._taken]
 
     def relieve(self) -> None:
-        """Remove what is idle until the budget holds again: replicas grow while they work."""
-        within = Room(0, dict.fromkeys(self._limits.gpus, 0))
+        """Have idle ones go until the limits hold again: replicas grow while they work, and limits change.
+
+        What others hold on a GPU is left out: nobody has to leave for memory that is taken already.
+        """
+        within, others = Space(0, dict.fromkeys(self._limits.gpus, 0)), self._limits - self._whole
         for victim, replica in self._victims(None):
-            if not (over := (self._free + self._coming_free).lacks(within)):
+            if not (over := (self._free + others + self._coming_free).lacks(within)):
                 return
             self._make_go(victim, replica, over)
 
-    def _make_go(self, model: Model, replica: Replica, lacking: Room) -> None:
+    def _make_go(self, model: Model, replica: Replica, lacking: Space) -> None:
         """Have it give up what it holds of what is lacking, if anything."""
         held = self._held[replica.name]
         if lacking.memory > 0 and held.memory > 0:
@@ -170,7 +181,7 @@ class _Plan:
             self._coming_free += held
         elif held.is_on(lacking.gpus):  # frozen it holds no GPU memory, and is woken in a moment
             self._order(Freeze(model.name, replica.name))
-            self._coming_free += Room(-replica.carried, held.gpus)
+            self._coming_free += Space(-replica.carried, held.gpus)
 
     # ------------------------------------------------------------------ up
 
@@ -186,19 +197,31 @@ class _Plan:
         if standbys := self._of(model, Phase.STANDBY):
             # The one that was used last: its memory is the likeliest to be in caches.
             best = max(standbys, key=lambda one: (one.since, one.name))
-            demand = Demand(0, best.gpus or model.gpus, model.fixed)
-            return self._with_room(model, demand, Wake(model.name, best.name))
+            demand = _woken(model, best)
+            if self.may_fit(model, demand) or not self._may_restore(model):
+                return self._with_room(model, demand, Wake(model.name, best.name))
+            # It had grown beyond what there is; a fresh one has room.
+            self._order(Stop(model.name, best.name, "room"))
+            self._coming_free += self._held[best.name]
         if self._state.now < model.retry_at:
             return False
         if model.golden in (Golden.TMPFS, Golden.DISK):
             return self._with_room(model, _restored(model), Restore(model.name))
         # Cold, one at a time: the next ones are restored from the golden that is made of it.
-        return self._may_start(model) and self._with_room(model, _cold(model), Start(model.name))
+        return self._may_start(model) and self._with_room(model, self.cold(model), Start(model.name))
+
+    def _may_restore(self, model: Model) -> bool:
+        return model.golden in (Golden.TMPFS, Golden.DISK) and self.may_fit(model, _restored(model))
+
+    def cold(self, model: Model) -> Demand:
+        """What its server takes while the golden is made: it does not know of others, and is where it always was."""
+        here = any(one.uuid in self._limits.gpus for one in model.gpus)
+        return Demand(_cold_memory(model), model.gpus, fixed=here)
 
     def _may_start(self, model: Model) -> bool:
         alive = any(one.phase not in GOING for one in model.replicas)
         begun = alive or any(_is_for(one, model, Start) for one in self.actions)
-        if not _cold(model).memory:
+        if not _cold_memory(model):
             # Nobody knows what it will hold: several at once could be more than there is.
             starting = any(one.phase is Phase.STARTING for each in self._state.models for one in each.replicas)
             begun |= starting or any(isinstance(one, Start) for one in self.actions)
@@ -207,7 +230,7 @@ class _Plan:
     def _with_room(self, model: Model, demand: Demand, action: Restore | Start | Wake) -> bool:
         """Order it if there is room; else see to it that there will be, and keep it. Whether it was ordered."""
         if (coming := demand.placed(self._gpus, self._free)) is not None:
-            self._free -= coming.room
+            self._free -= coming.space
             self._order(replace(action, gpus=coming.held))
             return True
         if self.may_fit(model, demand):  # else nobody is to go for it
@@ -215,8 +238,11 @@ class _Plan:
             self._free -= self._make_way(model, demand)
         return False
 
-    def _make_way(self, model: Model, demand: Demand) -> Room:
-        """Have others go for it: as few as can be, by their order. What it will take then."""
+    def _make_way(self, model: Model, demand: Demand) -> Space:
+        """Have others go for it, as few as can be, by their order; what it will take then.
+
+        If not even all of them are enough, nobody goes: others are at work, and it has to wait for these anyway.
+        """
         victims = self._victims(model)
         soon = self._free + self._coming_free
         coming = demand.placed(self._gpus, soon)
@@ -225,28 +251,38 @@ class _Plan:
                 break
             soon += self._held[replica.name]
             coming = demand.placed(self._gpus, soon)
-        if coming is None:  # others are at work: where it may be when they have ended
-            coming = demand.placed(self._gpus, self._room_for(model))
-        need = coming.room if coming else Room()
+        if coming is None:
+            kept = demand.placed(self._gpus, self._space_for(model, self._whole))
+            return kept.space if kept else Space()
         for victim, replica in victims:
-            if not (lacking := (self._free + self._coming_free).lacks(need)):
+            if not (lacking := (self._free + self._coming_free).lacks(coming.space)):
                 break
             self._make_go(victim, replica, lacking)
-        return need
+        return coming.space
 
     def may_fit(self, model: Model, demand: Demand) -> bool:
         """Whether it has room when all has gone that would go for it."""
-        return demand.placed(self._gpus, self._room_for(model)) is not None
+        return demand.placed(self._gpus, self._space_for(model, self._whole)) is not None
 
-    def _room_for(self, needy: Model) -> Room:
-        """All that this model can get: not what pinned replicas hold, nor the minimum of more important models."""
-        held = Room()
+    def may_ever_fit(self, model: Model, demand: Demand) -> bool:
+        """Whether it has room then, and when nobody else is on the GPUs."""
+        return demand.placed(self._gpus, self._space_for(model, self._limits)) is not None
+
+    def _space_for(self, needy: Model, whole: Space) -> Space:
+        """All of ``whole`` that the model can get beside its own replicas, pinned ones and more important minimums.
+
+        What is kept as a standby may be frozen: of the GPUs it keeps nothing.
+        """
+        kept = Space()
         for model in self._state.models:
-            above = model.rules.pin is not Pin.NO or model.rules.priority > needy.rules.priority
-            if model.name != needy.name and above:
-                staying = [one for one in model.replicas if one.phase not in GOING]
-                held += total(self._held[one.name] for one in staying[: floor_of(model)])
-        return self._limits - held
+            staying = [one for one in model.replicas if one.phase not in GOING]
+            if model.name == needy.name:
+                kept += total(self._held[one.name] - self._leaves(one) for one in staying)
+            elif model.rules.pin is not Pin.NO or model.rules.priority > needy.rules.priority:
+                hot = _kept_hot(model)
+                kept += total(self._held[one.name] for one in staying[:hot])
+                kept += total(Space(self._held[one.name].memory) for one in staying[hot : floor_of(model)])
+        return whole - kept
 
     def _victims(self, needy: Model | None) -> list[tuple[Model, Replica]]:
         """Who would go for it, the first one first; for None, if the budget is exceeded."""
@@ -263,6 +299,8 @@ class _Plan:
                 within = staying - index <= floor_of(model)
                 if within and model.rules.pin is not Pin.NO:
                     break
+                if needy is not None and not needy.waiting and staying - index <= _kept_hot(model):
+                    break  # both are only to be kept: to and fro would serve nobody
                 found.append(((within, model.rules.priority, one.since, one.name), model, one))
         return [(model, one) for _, model, one in sorted(found, key=lambda entry: entry[0])]
 
@@ -306,10 +344,11 @@ class _Plan:
         staying += sum(_is_for(one, model, Restore) for one in self.actions)
         staying -= sum(_is_for(one, model, Stop) for one in self.actions)
         for _ in range(floor_of(model) - staying):
-            # On its way it is hot for a moment.
-            if (coming := _restored(model).placed(self._gpus, self._free)) is None:
+            # On its way it is hot for a moment; then what it does not give up is the host's.
+            demand = replace(_restored(model), memory=model.memory + model.carried)
+            if (coming := demand.placed(self._gpus, self._free)) is None:
                 return
-            self._free -= coming.room
+            self._free -= coming.space
             self._order(Restore(model.name, standby=True, gpus=coming.held))
 
     def goldens(self) -> None:
@@ -353,7 +392,7 @@ class _Plan:
             return
         for model in sorted(models, key=lambda model: (-model.rules.priority, -model.asked, model.name)):
             due = not model.drained and self._state.now >= model.make_at
-            coming = _cold(model).placed(self._gpus, self._free) if due and self._may_start(model) else None
+            coming = self.cold(model).placed(self._gpus, self._free) if due and self._may_start(model) else None
             if coming is not None:
                 self._order(Start(model.name, gpus=coming.held))
                 return

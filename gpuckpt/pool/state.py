@@ -99,14 +99,13 @@ class Model:
     """One model: its rules, its golden, its replicas and who waits for them.
 
     ``memory`` and ``gpus`` are what one more replica is expected to hold while it is hot, with the GPUs that its golden
-    was made on; ``fixed``: it can be on no others. ``cold`` is what a server holds that is started cold, which shares
-    nothing with anybody. ``asked``: when the last request for it came. Because the last ones failed, no
-    replica is begun before ``retry_at``, its golden is not made unasked before ``make_at``, nor moved before
+    was made on; ``fixed``: it can be on no others; ``carried`` as of a replica. ``cold`` is what a server holds that is
+    started cold, which shares nothing with anybody. ``asked``: when the last request for it came. Because the last ones
+    failed, no replica is begun before ``retry_at``, its golden is not made unasked before ``make_at``, nor moved before
     ``move_at``, and no container prepared before ``prepare_at``. ``warm``: kept ready now by its schedule. ``scale``:
     so many hot replicas are kept, as somebody has ordered; none at 0, whatever the rules say. ``drained``: it gives its
     replicas up and gets no new ones. ``prepared``: containers that wait for a restore, without a process; another one
-    is made now if ``preparing``. ``cramped``: bytes that the tmpfs lacked when its golden was
-    made.
+    is made now if ``preparing``. ``cramped``: bytes that the tmpfs lacked when its golden was made.
     """
 
     name: str
@@ -116,6 +115,7 @@ class Model:
     memory: int = 0
     gpus: tuple[Held, ...] = ()
     fixed: bool = False
+    carried: int = 0
     cold: int = 0
     replicas: tuple[Replica, ...] = ()
     waiting: int = 0
@@ -134,8 +134,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Limits of what all replicas (``memory``, and of each GPU its ``memory``) and all goldens in the tmpfs (``store``)
-    hold; None: none."""
+    """Limits of what all replicas (``memory``) and all goldens in the tmpfs (``store``) hold; None: none.
+
+    Of each GPU replicas may hold ``memory``, and as much as ``free`` now, because others hold the rest: what is free
+    there and what they hold already.
+    """
 
     memory: int | None = None
     gpus: tuple[Gpu, ...] | None = None

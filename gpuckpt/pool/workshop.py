@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ from gpuckpt.golden.replica import Replica
 from gpuckpt.golden.restore import RestoreRequest, restore
 from gpuckpt.golden.tools import Tools, open_store, tools
 from gpuckpt.manifest import Held, Manifest
-from gpuckpt.pool.hands import Found, Made, Source, Weight
+from gpuckpt.pool.hands import Found, Made, Source
 from gpuckpt.pool.state import Golden, Phase
 from gpuckpt.store import seal
 from gpuckpt.store.layout import Tier
@@ -106,16 +106,26 @@ class Workshop:
         state = os.statvfs(self._tools.layout.store)
         return state.f_blocks * state.f_frsize
 
-    async def gpus(self) -> tuple[Gpu, ...] | None:
+    async def gpus(self, replicas: Sequence[str]) -> tuple[tuple[Gpu, ...], dict[str, tuple[Held, ...]]] | None:
         try:
-            found = await self._in_thread(self._tools.devices.gpus)
-        except GpuckptError as error:
+            found = await self._in_thread(self._on_devices, replicas)
+        except (GpuckptError, OSError) as error:
             if str(error) != self._gpu_trouble:  # it is asked again and again
                 self._gpu_trouble = str(error)
-                _log.warning("the GPUs cannot be asked for their memory: %s: %s", error, error.cause)
+                _log.warning("the GPUs cannot be asked for their memory: %s", error)
             return None
-        self._gpu_trouble = ""
-        return tuple(gpu for gpu in found if not gpu.mig)
+        if self._gpu_trouble:
+            self._gpu_trouble = ""
+            _log.info("the GPUs can be asked again")
+        return found
+
+    def _on_devices(self, replicas: Sequence[str]) -> tuple[tuple[Gpu, ...], dict[str, tuple[Held, ...]]]:
+        gpus = tuple(gpu for gpu in self._tools.devices.gpus() if not gpu.mig)
+        held: dict[str, tuple[Held, ...]] = {}
+        for name in replicas:
+            with contextlib.suppress(GpuckptError, OSError):  # it may end meanwhile
+                held[name] = self._on_gpus(self._container(name).pid)
+        return gpus, held
 
     async def open(self) -> None:
         # The store is mounted, CRIU found, podman connected to.
@@ -160,7 +170,8 @@ class Workshop:
         gpus = manifest.gpu.devices if manifest.gpu else ()
         fixed = "all" not in manifest.launch.gpus
         served = manifest.workload.served_name
-        return Found(golden, place, manifest.sizes.total, memory, served, gpus=gpus, fixed=fixed)
+        carried = manifest.gpu.carried if manifest.gpu else 0
+        return Found(golden, place, manifest.sizes.total, memory, served, gpus=gpus, fixed=fixed, carried=carried)
 
     def _left(self, golden: str) -> tuple[list[tuple[Made, Phase]], list[str]]:
         """Replicas of an earlier service that can be used, and prepared ones; the others are removed."""
@@ -178,7 +189,7 @@ class Workshop:
                 # One that was being frozen or woken may hold half of its memory, and answer its health check.
                 whole = still or (one.standby is None and self._answers(one))
                 if one.state == "ready" and container.alive and whole:
-                    usable.append((self._made(one, self._gpus(one)), Phase.STANDBY if still else Phase.HOT))
+                    usable.append((self._made(one, self._held(one)), Phase.STANDBY if still else Phase.HOT))
                     continue
             with contextlib.suppress(GpuckptError, OSError):
                 self._stop(one.name)
@@ -341,30 +352,23 @@ class Workshop:
             return ()
         return serving.replay(self._endpoint(name), record.canary).differences
 
-    async def weigh(self, model: str, replica: str) -> Weight:
-        return await self._in_thread(self._weigh, self._sources[model].golden, replica)
+    async def memory(self, model: str, replica: str) -> int:
+        return await self._in_thread(lambda: _private(self._container(replica).pid))
 
-    def _weigh(self, golden: str, name: str) -> Weight:
-        container, record = self._container(name), self._known_record(golden)
-        gpus = self._on_gpus(container.pid) if record and record.gpu else ()
-        return Weight(_private(container.pid), gpus)
-
-    def _gpus(self, replica: Replica) -> tuple[Held, ...]:
+    def _held(self, replica: Replica) -> tuple[Held, ...]:
         """What one that an earlier service has left holds on GPUs, or held before it was frozen."""
         if replica.standby is not None:
             return tuple(Held(uuid, name, count) for uuid, name, count in replica.standby.devices)
         record = self._known_record(replica.golden)
         if record is None or record.gpu is None:
             return ()
-        return self._on_gpus(self._container(replica.name).pid) or record.gpu.devices
+        with contextlib.suppress(GpuckptError):  # it answers all the same
+            return self._on_gpus(self._container(replica.name).pid) or record.gpu.devices
+        return record.gpu.devices
 
     def _on_gpus(self, pid: int) -> tuple[Held, ...]:
-        """What the driver says that it holds; nothing if it cannot be asked, or does not know the processes."""
-        try:
-            return self._tools.devices.held(self._tools.devices.holders(pid))
-        except GpuckptError as error:
-            _log.debug("what process %d holds on the GPUs is not known: %s", pid, error)
-            return ()
+        """What the driver says that it holds; nothing if it does not know the processes. Raises what asking raises."""
+        return self._tools.devices.held(self._tools.devices.holders(pid))
 
     # ------------------------------------------------------------------ goldens
 

@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
-from msgspec import structs
 
 from gpuckpt import __version__
 from gpuckpt.config import Settings
 from gpuckpt.cuda.driver import Gpu
-from gpuckpt.cuda.room import CONTEXT
 from gpuckpt.errors import BusyError, UsageError
 from gpuckpt.host import tmpfs
 from gpuckpt.pool.book import Event, Held, RefusedError
@@ -25,6 +23,7 @@ from gpuckpt.pool.config import MEMORY_SHARE, Model, Pool
 from gpuckpt.pool.hands import Source, Workplace
 from gpuckpt.pool.health import Health
 from gpuckpt.pool.owner import Lease, Owner
+from gpuckpt.pool.space import left_by_others, limited
 from gpuckpt.pool.state import Budget, Golden, Phase
 from gpuckpt.pool.steady import again_and_again
 from gpuckpt.pool.workshop import Workshop
@@ -37,7 +36,8 @@ from gpuckpt.service.upstream import Upstream
 from gpuckpt.service.view import GoldenView, GpuView, ModelView, PoolView, ReplicaView, UseView
 
 _TICK = 1.0
-_GPU_LOOK = 1.0  # seconds between two looks at what is free on the GPUs
+_GPU_LOOK = 1.0  # seconds between two looks at the GPUs
+_GPU_LOOK_LONGEST = 60.0  # the same where the driver does not answer: each try may start a helper
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Service:
         self._upstream = Upstream()
         self._routes = Routes({}, self._served)
         self._to_prewarm: set[str] = set()
-        self._gpus: tuple[Gpu, ...] | None = None  # with what replicas may hold on each
+        self._gpus: tuple[Gpu, ...] | None = None  # with what replicas may hold of each, as ``free``
         self._glance: tuple[float, bytes, bytes] | None = None  # when somebody looked last, what is new, and all
         self.front = Front(
             self, self._upstream, self._route, keys=self._read_keys(config), limits=Limits(), done=self.metrics.request
@@ -132,29 +132,41 @@ class Service:
         given = self.config.budget
         memory = given.memory if given.memory is not None else int(tmpfs.memory_total() * MEMORY_SHARE)
         store = given.store if given.store is not None else self._workshop.store_size()
-        gpus = self._gpus
-        if gpus is not None and given.gpu is not None:
-            most = given.gpu + CONTEXT  # which the policy wants free beside what a replica is to hold
-            gpus = tuple(structs.replace(gpu, memory=min(most, gpu.memory)) for gpu in gpus)
+        gpus = None if self._gpus is None else limited(self._gpus, given.gpu)
         return Budget(memory, gpus, store)
 
     async def _watch_gpus(self) -> None:
-        await again_and_again(self._look_at_gpus, _GPU_LOOK)
+        pause = _GPU_LOOK
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                answered = await self._look_at_gpus()
+            except Exception:
+                _log.exception("a look at the GPUs failed unexpectedly")
+                answered = False
+            pause = _GPU_LOOK if answered else min(2 * pause, _GPU_LOOK_LONGEST)
 
-    async def _look_at_gpus(self) -> None:
-        """Have the budget leave out what others than replicas hold on the GPUs, and what the driver keeps."""
+    async def _look_at_gpus(self) -> bool:
+        """Note what replicas hold on the GPUs, and leave what others hold there out of the budget.
+
+        Whether the driver has answered; a host may have GPUs without a model that uses them: it is not asked then.
+        """
         if self.config.budget.gpu is None and not any(model.gpus for model in self.owner.models.values()):
-            return  # a host may have GPUs without a model that uses them
-        before = self.owner.on_gpus()
-        seen = await self._workshop.gpus()
-        if seen is None:
-            return
-        if before is not None and before == self.owner.on_gpus():
-            ours = {gpu.uuid: gpu.free + before[gpu.uuid] for gpu in seen}
-            self._gpus = tuple(structs.replace(gpu, memory=min(gpu.memory, ours[gpu.uuid])) for gpu in seen)
-        elif self._gpus is None:
-            self._gpus = seen  # whose it is nobody can tell now: the answer may be of before a change, or of after it
+            return True
+        before, hot = self.owner.on_gpus(), self.owner.hot_on_gpus()
+        looked = await self._workshop.gpus([one.name for one in hot])
+        if looked is None:
+            return False
+        seen, held = looked
+        for one in self.owner.hot_on_gpus():
+            if one in hot:
+                one.gpus = held.get(one.name) or one.gpus
+        after = self.owner.on_gpus()
+        known = {gpu.uuid: gpu.free for gpu in self._gpus or ()}
+        # The answer may be of any moment between the two.
+        self._gpus = left_by_others(seen, before[0] & after[0], before[1] | after[1], known)
         self.owner.budget = self._budget()
+        return True
 
     def _prewarm(self, models: Mapping[str, Model]) -> None:
         self._to_prewarm |= {name for name, model in models.items() if model.prewarm}
@@ -308,7 +320,7 @@ class Service:
                 uuid=gpu.uuid,
                 name=gpu.name,
                 used=on_gpus[gpu.uuid],
-                limit=gpu.memory if most is None else min(most, gpu.memory),
+                limit=gpu.free if most is None else min(most, gpu.free),
             )
             for gpu in budget.gpus or ()
         ]
@@ -343,7 +355,9 @@ class Service:
             if self._glance is None or now - self._glance[0] >= refresh / 2:
                 view = self.view()
                 # Times pass and the machine's memory moves: that alone is no news.
-                news = msgspec.json.encode((view.state, view.models, view.events[-1:], view.memory, view.store))
+                news = msgspec.json.encode(
+                    (view.state, view.models, view.events[-1:], view.memory, view.store, view.gpus)
+                )
                 self._glance = (now, news, msgspec.json.encode(view))
             _, news, whole = self._glance
             if news != last or now - told >= quiet:

@@ -72,8 +72,10 @@ class World:
 
     def __init__(self, rules: list[Rules], memory: int, store: int, gpus: tuple[int, ...] = ()) -> None:
         self.now = 0.0
-        self.gpus = tuple(Gpu(f"GPU-{n}", "H100", (one + 1) * GB, 0) for n, one in enumerate(gpus))
+        self.gpus = tuple(Gpu(f"GPU-{n}", "H100", (one + 1) * GB, (one + 1) * GB) for n, one in enumerate(gpus))
         self.budget = Budget(memory=memory, store=store, gpus=self.gpus or None)
+        self.others: dict[str, int] = {}
+        self.calm = False
         self.models = {
             f"m{index}": Model(
                 f"m{index}", one, golden_bytes=2, memory=1 + index % 2, gpus=held_by(index, len(gpus)), fixed=index == 2
@@ -112,6 +114,7 @@ class World:
 
     def tick(self) -> None:
         self.now += 1
+        self._others()
         done, self.doing = [one for one in self.doing if one[0] <= self.now], [x for x in self.doing if x[0] > self.now]
         for _, action, which in done:
             self._finish(action, which)
@@ -137,9 +140,23 @@ class World:
                     self.change(name, waiting=self.models[name].waiting - taken)
                     self.set(name, held.name, requests=held.requests + taken)
 
+    def _others(self) -> None:
+        """Somebody else comes to a GPU, or leaves one: now and then, and never where nothing is free."""
+        if not self.gpus or self.now % 5:
+            return
+        gpu = self.gpus[int(self.now) // 5 % len(self.gpus)].uuid
+        if self.others.pop(gpu, 0) or self.calm:
+            self.others = {} if self.calm else self.others
+        elif self.free()[gpu] >= GB:
+            self.others[gpu] = GB
+        self.budget = replace(
+            self.budget,
+            gpus=tuple(structs.replace(one, free=one.memory - self.others.get(one.uuid, 0)) for one in self.gpus),
+        )
+
     def free(self) -> dict[str, int]:
         """Bytes that are free on each GPU; of what is coming all is reserved."""
-        left = {gpu.uuid: gpu.memory for gpu in self.gpus}
+        left = {gpu.uuid: gpu.memory - self.others.get(gpu.uuid, 0) for gpu in self.gpus}
         for model in self.models.values():
             for one in model.replicas:
                 for share in one.gpus if one.phase is not Phase.STANDBY else ():
@@ -186,6 +203,8 @@ class World:
             pinned = one.rules.pin is not Pin.NO and not one.drained and one.scale != 0
             if pinned and isinstance(action, Stop):
                 assert sum(r.phase not in GOING for r in one.replicas) > 1, "the last of a pinned model is stopped"
+            if isinstance(action, Stop) and before is Phase.STANDBY:  # as the loop does it
+                self.set(name, which, gpus=())
             phase = {Wake: Phase.WAKING, Freeze: Phase.FREEZING, Stop: Phase.STOPPING}[type(action)]
             if isinstance(action, Wake):
                 self.take(name, action.gpus)

@@ -331,20 +331,31 @@ def test_a_reservation_of_a_killed_command_does_not_count(tmp_path: Path) -> Non
         assert len(list(tmp_path.glob("*.json"))) == 1
 
 
-def test_it_comes_only_to_the_devices_that_were_asked_for(tmp_path: Path, driver: FakeDriver) -> None:
+def test_it_comes_to_the_devices_that_are_preferred_if_they_have_room(tmp_path: Path, driver: FakeDriver) -> None:
     devices = Devices(lambda: driver, tmp_path)
     mine, other = gpu(0).uuid, gpu(1).uuid
     driver.devices = {mine: gpu(0), other: gpu(1)}
-    for visible, only, chosen in (
+    for visible, preferred, chosen in (
         (("all",), (), mine),
         (("all",), (other,), other),
+        (("all",), ("GPU-gone",), mine),
         (("0",), (), mine),
         (("0",), (mine,), mine),
+        (("0",), (other,), mine),  # which it was never given
     ):
-        with devices.reserve(held((0, 50_000)), visible, only=only) as where:
+        with devices.reserve(held((0, 50_000)), visible, preferred=preferred) as where:
             assert where == {mine: chosen}
-    with pytest.raises(IncompatibleError), devices.reserve(held((0, 50_000)), ("0",), only=(other,)):
-        pytest.fail("it was never given that one")
+    # Somebody is there: it is waited for a moment, and then another has room, too.
+    driver.devices[other] = gpu(1, free=100)
+    slept: list[float] = []
+    room = Room(tmp_path, driver, sleep=lambda seconds: slept.append(seconds) or time.sleep(seconds))  # type: ignore[func-returns-value]
+    with room.reserve(held((0, 50_000)), timeout=60, preferred=(other,)) as where:
+        assert where == {mine: mine} and 0.5 < sum(slept) < 5
+    with devices.reserve(held((0, 50_000)), preferred=(other,)) as where:
+        assert where == {mine: mine}
+    driver.devices[mine] = gpu(0, free=100)
+    with pytest.raises(GpuFullError), devices.reserve(held((0, 50_000)), preferred=(other,)):
+        pytest.fail("there is no room")
 
 
 # ---------------------------------------------------------------------- who holds device memory

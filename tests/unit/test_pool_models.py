@@ -11,7 +11,7 @@ from gpuckpt.cuda.driver import Gpu
 from gpuckpt.errors import BusyError, GpuFullError
 from gpuckpt.manifest import Held
 from gpuckpt.pool.book import LateError, RefusedError
-from gpuckpt.pool.hands import Found, Made, Weight
+from gpuckpt.pool.hands import Found, Made
 from gpuckpt.pool.state import Budget, Golden, Pin
 from tests.pool_world import HOT, RESTORING, RULES, STANDBY, FakeHands, World, one, run
 
@@ -88,7 +88,7 @@ def test_a_request_that_outlives_its_model_is_given_back_to_nobody() -> None:
             world.owner.remove("a")
             await world.until(lambda: not world.owner.models)
             world.owner.release(lease.replica)
-            world.owner.weighed(lease.replica, Weight(5))
+            world.owner.note_memory(lease.replica, 5)
             world.owner.proved(lease.replica)
             world.owner.lost(lease.replica, "dead")
             assert lease.replica.requests == 0
@@ -141,7 +141,7 @@ def test_to_what_a_replica_has_grown_is_no_reason_against_the_next_one_for_ever(
     async def work() -> None:
         async with one(budget=Budget(memory=100)) as world:
             held = await world.hot()
-            world.owner.weighed(held, Weight(150))
+            world.owner.note_memory(held, 150)
             assert world.owner.models["a"].expected == 150
             world.owner.lost(held, "dead")
             await world.until_phases()
@@ -157,23 +157,32 @@ def test_replicas_come_to_the_gpus_that_have_room_and_are_told_which() -> None:
         size = 40 << 30
         first, second = Held("GPU-0", "H100", size), Held("GPU-1", "H100", size)
         seen = Found("a", Golden.TMPFS, 4, gpus=(first,))
-        devices = tuple(Gpu(one.uuid, "H100", size + (1 << 30), 0) for one in (first, second))
+        devices = tuple(Gpu(one.uuid, "H100", size + (1 << 30), size + (1 << 30)) for one in (first, second))
         hands = FakeHands(a=seen, b=replace(seen, prefix="b"), c=replace(seen, prefix="c"))
         async with World(dict.fromkeys("abc", RULES), hands, budget=Budget(gpus=devices)) as world:
             await world.hot("a")
             await world.hot("b")
             assert hands.ordered == [("a.1", (first,)), ("b.1", (second,))]
-            assert world.owner.on_gpus() == {"GPU-0": size, "GPU-1": size}
+            assert world.owner.on_gpus() == ({"GPU-0": size, "GPU-1": size},) * 2
             # Who has been idle for the longest freezes, and comes back where there is room then.
             await world.hot("c")
             assert hands.done[-2:] == ["freeze a.1", "restore c.1"] and hands.ordered[-1] == ("c.1", (first,))
             await world.hot("a")
             assert hands.done[-2:] == ["freeze b.1", "wake a.1"] and hands.ordered[-1] == ("a.1", (second,))
+            # One that is removed while it is frozen holds nothing again.
+            gone = world.owner.models["b"].replicas["b.1"]
+            hands.gates["stop"] = asyncio.Event()
+            world.owner.operations.stop(world.owner.models["b"], gone, "asked")
+            assert (gone.on_host, gone.on_gpus) == (1, {})
+            hands.gates.pop("stop").set()
+            await world.until(lambda: not world.phases("b"))
+            world.owner.models["b"].replicas["b.1"] = gone
+            gone.phase, gone.gpus = STANDBY, (second,)
             # One that could not come is a standby as before, and counts nowhere.
             hands.fails["wake"] = [GpuFullError("somebody else")]
             await world.hot("b")
             assert hands.done[-3:] == ["freeze c.1", "wake b.1", "wake b.1"]
-            assert world.owner.on_gpus() == {"GPU-0": size, "GPU-1": size}
+            assert world.owner.on_gpus() == ({"GPU-0": size, "GPU-1": size},) * 2
 
     run(work())
 
@@ -188,10 +197,10 @@ def test_a_golden_that_was_just_made_comes_to_where_it_was_made() -> None:
             asking = asyncio.create_task(world.hot())
             await world.until_phases(RESTORING)
             (seen,) = world.owner.view().models[0].replicas
-            assert seen.gpus == (held,) and world.owner.on_gpus() is None
+            assert seen.gpus == (held,) and world.owner.on_gpus() == ({}, {"GPU-1": 40 << 30})
             hands.gates["restore"].set()
             await asking
-            assert hands.ordered == [("a.1", (held,))] and world.owner.on_gpus() == {"GPU-1": 40 << 30}
+            assert hands.ordered == [("a.1", (held,))] and world.owner.on_gpus()[0] == {"GPU-1": 40 << 30}
 
     run(work())
 
@@ -209,12 +218,12 @@ def test_a_replica_s_memory_is_what_was_last_noted_and_the_next_is_expected_to_h
             assert (held.memory, model.expected, model.gpus) == (7, 7, (there,))
             # Frozen, what it had there and does not give up is the host's to hold.
             assert [(seen.memory, seen.gpus) for seen in model.seen().replicas] == [(22, (there,))]
-            assert (held.on_host, held.on_gpus, world.owner.on_gpus()) == (22, {}, {})
+            assert (held.on_host, held.on_gpus, world.owner.on_gpus()) == (22, {}, ({}, {}))
             await world.hot()
             assert [(seen.memory, seen.gpus) for seen in model.seen().replicas] == [(7, (there,))]
-            assert (held.on_host, held.on_gpus, world.owner.on_gpus()) == (7, {"GPU-0": 20}, {"GPU-0": 20})
-            world.owner.weighed(held, Weight(30))
-            world.owner.weighed(held, Weight(10))
+            assert (held.on_host, held.on_gpus, world.owner.on_gpus()) == (7, {"GPU-0": 20}, ({"GPU-0": 20},) * 2)
+            world.owner.note_memory(held, 30)
+            world.owner.note_memory(held, 10)
             assert (held.memory, model.expected) == (10, 30)
             world.owner.set_rules({"a": replace(RULES, memory=40)})
             assert model.expected == 40

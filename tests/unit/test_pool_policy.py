@@ -53,17 +53,25 @@ def replica(name: str, phase: Phase = Phase.HOT, idle: float = 0.0, requests: in
 
 
 def ordered(
-    *models: Model, memory: int | None = None, gpus: tuple[int, ...] | None = None, store: int | None = None
+    *models: Model,
+    memory: int | None = None,
+    gpus: tuple[int, ...] | None = None,
+    store: int | None = None,
+    others: int = 0,
 ) -> list[Action]:
-    return list(decide(State(NOW, models, Budget(memory, devices(gpus), store))))
+    return list(decide(State(NOW, models, Budget(memory, devices(gpus, others), store))))
 
 
-def never(one: Model, gpus: tuple[int, ...]) -> bool:
-    return never_fits(State(NOW, (one,), Budget(gpus=devices(gpus))), one)
+def never(one: Model, gpus: tuple[int, ...], others: int = 0) -> bool:
+    return never_fits(State(NOW, (one,), Budget(gpus=devices(gpus, others))), one)
 
 
-def devices(sizes: tuple[int, ...] | None) -> tuple[Gpu, ...] | None:
-    return None if sizes is None else tuple(Gpu(f"GPU-{n}", "H100", one * GB, 0) for n, one in enumerate(sizes))
+def devices(sizes: tuple[int, ...] | None, others: int = 0) -> tuple[Gpu, ...] | None:
+    """GPUs of so many GB; ``others`` hold so much of the first."""
+    if sizes is None:
+        return None
+    left = [size - others * (number == 0) for number, size in enumerate(sizes)]
+    return tuple(Gpu(f"GPU-{n}", "H100", sizes[n] * GB, free * GB) for n, free in enumerate(left))
 
 
 def on(gpu: int, size: int, name: str = "H100") -> tuple[Held, ...]:
@@ -220,11 +228,76 @@ def test_a_cold_start_is_where_its_golden_was_made() -> None:
     assert ordered(lost, other, gpus=(80, 80)) == [Freeze("b", "r")]
 
 
-def test_where_others_have_taken_the_gpu_what_is_idle_freezes() -> None:
+def test_what_exceeds_a_limit_freezes_but_nobody_goes_for_what_others_have_taken() -> None:
     hot = model("b", replica("r", idle=9, gpus=on(0, 50)), gpus=on(0, 50))
     assert ordered(hot, gpus=(50,)) == [] and ordered(hot, gpus=(40,)) == [Freeze("b", "r")]
+    assert ordered(hot, gpus=(80,), others=40) == []
     pinned = model("b", replica("r", idle=9, gpus=on(0, 50)), gpus=on(0, 50), pin=Pin.HOT)
     assert ordered(pinned, gpus=(40,)) == []
+
+
+def test_others_on_a_gpu_may_go_so_that_nobody_is_refused_for_them() -> None:
+    needy = model(waiting=1, gpus=on(0, 60))
+    assert ordered(needy, gpus=(80,), others=40) == [] and not never(needy, gpus=(80,), others=40)
+    assert ordered(needy, gpus=(80, 80), others=40) == [Restore("a", gpus=on(1, 60))]
+    # What would be idle there is not enough, and stays.
+    small = model("b", replica("r", idle=9, gpus=on(0, 15)), gpus=on(0, 15))
+    assert ordered(needy, small, gpus=(80,), others=40) == []
+
+
+def test_a_standby_that_has_no_room_any_more_gives_way_to_a_fresh_one() -> None:
+    grown = replica("x", Phase.STANDBY, gpus=on(0, 75))
+    fresh = Restore("a", gpus=on(0, 60))
+    assert ordered(model("a", grown, waiting=1, gpus=on(0, 60)), gpus=(70,)) == [Stop("a", "x", "room"), fresh]
+    # Where a fresh one has none either, nobody goes, and it is told when that will never change.
+    large = model("a", grown, waiting=1, gpus=on(0, 75))
+    assert ordered(large, gpus=(70,)) == [] and never(large, gpus=(70,))
+    assert ordered(large, gpus=(80,), others=10) == [] and not never(large, gpus=(80,), others=10)
+
+
+def test_nobody_goes_for_what_would_not_fit_even_so() -> None:
+    # Its own replicas stay, whatever it wants.
+    wide = model("a", replica("x", requests=8, gpus=on(0, 60)), waiting=4, max_replicas=2, gpus=on(0, 60))
+    idle = model("b", replica("r", idle=9, gpus=on(0, 15)), gpus=on(0, 15))
+    assert ordered(wide, idle, gpus=(80,)) == []
+    # Others are at work on both: it waits, and what is idle beside them is not enough.
+    busy = [model(f"z{n}", replica(f"z{n}", requests=1, gpus=on(n, 40)), gpus=on(n, 40)) for n in (0, 1)]
+    assert ordered(model(waiting=1, gpus=on(0, 60)), *busy, idle, gpus=(80, 80)) == []
+
+
+@pytest.mark.parametrize("rules", [{"min_standby": 1, "priority": 1}, {"pin": Pin.STANDBY}])
+def test_what_is_kept_as_a_standby_keeps_no_gpu(rules: dict[str, Any]) -> None:
+    kept = model("h", replica("r", idle=9, gpus=on(0, 60)), gpus=on(0, 60), **rules)
+    needy = model(waiting=1, gpus=on(0, 40))
+    state = State(NOW, (kept, needy), Budget(gpus=devices((80,))))
+    assert not never_fits(state, needy) and decide(state) == ()  # it freezes when it has been idle for long enough
+    frozen = model("h", replica("r", Phase.STANDBY, gpus=on(0, 60)), gpus=on(0, 60), **rules)
+    assert ordered(frozen, needy, gpus=(80,)) == [Restore("a", gpus=on(0, 40))]
+
+
+def test_requests_come_before_what_is_only_to_be_kept() -> None:
+    scaled = [
+        model(name, replica(name, Phase.STANDBY if name == "a" else Phase.HOT, gpus=on(0, 60)), gpus=on(0, 60), scale=1)
+        for name in "ab"
+    ]
+    assert ordered(*scaled, gpus=(80,)) == []  # to and fro would serve nobody
+    waits = model("c", waiting=1, gpus=on(0, 60), asked=NOW + 5)
+    assert ordered(*scaled, waits, gpus=(80,)) == [Freeze("b", "b")]
+    both_frozen = model("b", replica("b", Phase.STANDBY, gpus=on(0, 60)), gpus=on(0, 60), scale=1)
+    assert ordered(scaled[0], both_frozen, waits, gpus=(80,)) == [Restore("c", gpus=on(0, 60))]
+
+
+def test_a_minimum_is_restored_where_the_host_has_room_for_it_frozen() -> None:
+    heavy = model(min_standby=1, gpus=on(0, 40), carried=40 * GB)
+    assert ordered(heavy, gpus=(80,), memory=40 * GB) == []
+    assert ordered(heavy, gpus=(80,), memory=41 * GB) == [Restore("a", standby=True, gpus=on(0, 40))]
+
+
+def test_a_cold_start_makes_room_also_where_its_golden_never_was() -> None:
+    imported = model(waiting=1, golden=Golden.QUARANTINED, gpus=on(9, 40))
+    hot = model("b", replica("r", idle=9, gpus=on(0, 60)), gpus=on(0, 60))
+    assert ordered(imported, hot, gpus=(80,)) == [Freeze("b", "r")]
+    assert ordered(imported, gpus=(80,)) == [Start("a", on(0, 40))]
 
 
 # ---------------------------------------------------------------------- down

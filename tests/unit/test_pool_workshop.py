@@ -1,7 +1,8 @@
-"""The hands, where a replica ends under them."""
+"""The hands, where a replica ends under them, or the GPUs do not answer."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,30 @@ def hands(tmp_path: Path) -> Workshop:
     )
     made._tools = tools
     return made
+
+
+def test_gpus_that_cannot_be_asked_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = hands(tmp_path)
+    answers: list[Any] = [
+        GpuckptError("no driver"),
+        GpuckptError("no driver"),
+        OSError("full"),
+        (),
+        GpuckptError("gone"),
+    ]
+
+    def gpus() -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    tools: Any = made._tools
+    tools.devices = SimpleNamespace(gpus=gpus)
+    with caplog.at_level("INFO", "gpuckpt.pool"):
+        assert [asyncio.run(made.gpus([])) for _ in range(5)] == [None, None, None, ((), {}), None]
+    said = [record.getMessage() for record in caplog.records if "GPUs" in record.getMessage()]
+    assert [one.rpartition(": ")[2] for one in said] == ["no driver", "full", "the GPUs can be asked again", "gone"]
 
 
 def test_a_replica_that_ends_behind_its_restore_leaves_nothing(

@@ -86,6 +86,7 @@ def test_budgets_are_the_configuration_s_or_the_machine_s() -> None:
 
 def test_the_room_on_gpus_is_what_others_leave_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_GPU_LOOK", 0.02)
+    monkeypatch.setattr(module, "_GPU_LOOK_LONGEST", 0.04)
 
     async def work() -> None:
         first, second = Gpu("GPU-0", "H100", 80 * GB, 80 * GB), Gpu("GPU-1", "H100", 80 * GB, 79 * GB)
@@ -94,7 +95,7 @@ def test_the_room_on_gpus_is_what_others_leave_of_each(monkeypatch: pytest.Monke
         async with running(config, hands=hands) as made:
 
             def room() -> list[float]:
-                return [gpu.memory / GB for gpu in made.service.owner.budget.gpus or ()]
+                return [gpu.free / GB for gpu in made.service.owner.budget.gpus or ()]
 
             assert room() == []  # nobody can tell: it is asked again and again
             hands.devices = (first, second)
@@ -102,7 +103,7 @@ def test_the_room_on_gpus_is_what_others_leave_of_each(monkeypatch: pytest.Monke
             assert made.service.view().gpu.limit == 120 * GB
             # Somebody else is on the first; what a replica holds on the second is the replicas'.
             held = await made.hot("a")
-            held.gpus = (Held("GPU-1", "H100", 30 * GB),)
+            hands.on["a.1"] = held.gpus = (Held("GPU-1", "H100", 30 * GB),)
             hands.devices = (structs.replace(first, free=25 * GB), structs.replace(second, free=49 * GB))
             await until(lambda: room() == [25, 60.25])
             view = made.service.view()
@@ -112,13 +113,21 @@ def test_the_room_on_gpus_is_what_others_leave_of_each(monkeypatch: pytest.Monke
             ]
             assert (view.gpu.used, view.gpu.limit) == (30 * GB, 85 * GB)
             assert (view.models[0].replicas[0].gpu, view.models[0].replicas[0].gpus) == (30 * GB, {"GPU-1": 30 * GB})
-            # While one freezes nobody can tell whose it is: what was known holds.
+            # It grows: that is nobody else's.
+            hands.on["a.1"] = (Held("GPU-1", "H100", 60 * GB),)
+            hands.devices = (hands.devices[0], structs.replace(second, free=19 * GB))
+            await until(lambda: held.gpus == hands.on["a.1"])
+            assert room() == [25, 60.25] and held.phase is Phase.HOT
+            # While one freezes nobody can tell whose it is there; elsewhere everybody can.
             hands.gates["freeze"] = asyncio.Event()
             made.service.owner.sleep("a", release=False)
+            hands.devices = (first, structs.replace(second, free=21 * GB))
+            await until(lambda: room() == [60.25, 60.25])
+            hands.devices = (first, structs.replace(second, free=2 * GB))
+            await until(lambda: room() == [60.25, 60.25])
+            hands.devices = (first, structs.replace(second, free=0))
+            await until(lambda: room() == [60.25, 60])
             hands.devices = (first, second)
-            asked = hands.looks.count("gpus")
-            await until(lambda: hands.looks.count("gpus") > asked + 1)
-            assert room() == [25, 60.25]
             hands.gates["freeze"].set()
             await until(lambda: room() == [60.25, 60.25])
             made.service.owner.models["a"].gpus = held.gpus
