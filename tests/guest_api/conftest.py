@@ -27,9 +27,19 @@ import requests
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, LAYERS, WIDTH = "tiny", 4, 256  # and its features
 PROMPT = "def read(self):"
-START_S = 120  # importing torch on a loaded machine, a model of a few megabytes
+START_S = 300  # importing torch on a loaded machine, a model of a few megabytes
 # Elsewhere there is no guest to start; `make test` runs this folder with the server's interpreter.
 collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test may start several servers, each of which imports torch; on a loaded machine that has taken half a minute.
+
+    What hangs is told by limits of its own.
+    """
+    for item in items:
+        if Path(__file__).parent in item.path.parents and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1200))
 
 
 class Guest:
@@ -47,7 +57,7 @@ class Guest:
         given: dict[str, Any] = {"json": body}
         if isinstance(body, bytes):
             given = {"data": body, "headers": {"Content-Type": kind}}
-        return requests.request(method, self.base + path, stream=stream, timeout=60, **given)
+        return requests.request(method, self.base + path, stream=stream, timeout=120, **given)
 
     def ok(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON of an answer that must be a good one."""
@@ -151,7 +161,7 @@ class Guest:
 
         ``when``: not before that is so. A server that has not read a request may never read it.
         """
-        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as client:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as client:
             client.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
             got = 0
             while got < read:

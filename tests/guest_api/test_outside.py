@@ -13,7 +13,7 @@ import pytest
 
 from tests.guest.test_control import Host
 
-from .conftest import _environment, serving, until
+from .conftest import START_S, _environment, serving, until
 
 
 def test_asleep_it_is_healthy_and_requests_wait(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_nowhere_to_take_orders(model: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=START_S,
     )
     assert done.returncode == 4
     assert "no orders can be taken at" in done.stderr

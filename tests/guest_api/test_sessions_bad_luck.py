@@ -136,7 +136,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(guest: Guest) -> 
     """The server's limit is gigabytes: what says that it has more is refused by what it says."""
     path = guest.paused("large", 2)
     for method, where in (("PUT", f"{path}/activation"), ("POST", "/v1/sessions/import"), ("POST", "/v1/completions")):
-        with socket.create_connection(("127.0.0.1", guest.port), timeout=10) as client:
+        with socket.create_connection(("127.0.0.1", guest.port), timeout=120) as client:
             request = head(method, where, 1 << 45, "application/json").replace("\n", "\r\n")
             client.sendall(request.encode() + b"\r\n\r\n" + b" " * 1000)
             assert client.recv(100).startswith(b"HTTP/1.1 413 ")
@@ -145,7 +145,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(guest: Guest) -> 
 def test_pages_from_elsewhere_are_refused(guest: Guest) -> None:
     """A web page that somebody looks at on this machine must not reach a server that only listens here."""
     own = {"Origin": guest.base}
-    assert requests.post(guest.base + "/v1/sessions", json={}, headers=own, timeout=30).status_code == 201
+    assert requests.post(guest.base + "/v1/sessions", json={}, headers=own, timeout=120).status_code == 201
     for headers in ({"Origin": "https://elsewhere.example"}, {"Origin": "null"}, {"Host": "rebound.example:80"}):
-        answer = requests.post(guest.base + "/v1/sessions", json={}, headers=headers, timeout=30)
+        answer = requests.post(guest.base + "/v1/sessions", json={}, headers=headers, timeout=120)
         assert answer.status_code == 403 and answer.json()["error"]["code"] == "forbidden"
