@@ -24,7 +24,7 @@ from gpuckpt.service.view import ModelView, PoolView
 # Which process a socket is meant for is said by its number, which only that process knows.
 _LAUNCH = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.executable, sys.argv[1:])"
 _FIRST = 3  # SD_LISTEN_FDS_START
-_READY_SECONDS = 60.0
+_READY_SECONDS = 180.0
 _STOP_SECONDS = 120.0
 
 
@@ -115,7 +115,7 @@ class PoolProcess:
         """One model as it is now."""
         return next(one for one in self.client.state().models if one.name == name)
 
-    def until(self, name: str, holds: Any, seconds: float = 60.0) -> ModelView:
+    def until(self, name: str, holds: Any, seconds: float = 180.0) -> ModelView:
         """Wait until ``holds(model)``; raises GpuckptError after so many seconds."""
         end = time.monotonic() + seconds
         while True:

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ PREFIX = Path(os.environ.get("GPUCKPT_PREFIX", "/opt/gpuckpt"))
 START_S = 120  # importing torch on a loaded machine, a model of a few megabytes
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,6 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.timeout(400))  # several of the waits for what does not come
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +46,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT / "hooks"), "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     script = ROOT / "scripts" / "make_model.py"
     subprocess.run([python, script, "--shape", "tiny", folder / "tiny"], check=True, env=env, timeout=START_S)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    # Bound as long as it runs, so that nobody else is given it; who listens there says SO_REUSEADDR, as asyncio does.
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
     argv: list[str | Path] = [python, "-m", "gpuckpt_guest", "serve", "--model", folder / "tiny", "--port", str(port)]
     # In 32-bit floats what shares a batch does not change greedy tokens here.
     argv += ["--dtype", "float32", "--threads", "1"]
@@ -58,14 +61,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         end = time.monotonic() + START_S
         while True:
             assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{address}/health", timeout=10).close()
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{address}/health", timeout=60).close()
                 break
             time.sleep(0.1)
         yield address
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
+        held.close()
 
 
 @pytest.fixture(scope="session")

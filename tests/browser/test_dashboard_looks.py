@@ -87,6 +87,7 @@ def test_a_tooltip_follows_the_pointer_and_stays_in_the_window(pool: FakePool, l
     for at in (0, -1):
         mark = page.locator("#lanes [data-mark]").nth(at)
         mark.hover()
+        expect(page.locator("#tip")).to_be_visible()
         box = page.locator("#tip").bounding_box()
         assert box and box["x"] >= 0 and box["x"] + box["width"] <= 360
     page.mouse.move(5, 5)
@@ -129,7 +130,7 @@ def test_it_fits_into_any_window(look: Open, width: int) -> None:
             summary.click()
         fits(page)
         page.set_viewport_size({"width": 1000 if width < 900 else 400, "height": 800})
-        page.wait_for_timeout(300)  # the charts are drawn anew
+        page.wait_for_timeout(300)  # for a moment all may fit that will not when the charts are drawn anew
         fits(page)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from gpuckpt_guest.engine.engine import Engine, Request
+from gpuckpt_guest.engine.errors import EngineError
 from gpuckpt_guest.engine.model import Loaded, prepare
 from gpuckpt_guest.engine.session import Event, Session, Turn
 from gpuckpt_guest.kv.arena import Arena
@@ -16,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 199
 LAYERS = 4
-WAIT = 30.0
+WAIT = 60.0  # seconds: bounds what hangs, and nothing else
+At = tuple[int, Callable[[], Any]]  # how many tokens, and what to do then
 
 
 class Letters:
@@ -81,10 +86,23 @@ class Driver:
         session: Session = self.do(self.engine.create, name, **options)
         return session
 
-    def begin(self, session: Session, read: list[int], max_tokens: int = 12, **options: Any) -> Running:
-        running = Running(self)
+    def begin(
+        self, session: Session, read: list[int], max_tokens: int = 12, *, at: At | None = None, **options: Any
+    ) -> Running:
+        running: Running = self.do(self.launch, session, read, max_tokens, at=at, **options)
+        return running
+
+    def launch(
+        self, session: Session, read: list[int], max_tokens: int = 12, *, at: At | None = None, **options: Any
+    ) -> Running:
+        """The same for the engine's thread: what it launches without coming back begins together.
+
+        ``at``: once so many tokens have come, in the midst of the next pass, the engine's thread calls the function. A
+        test that waited for the token and asked then would often be late on a loaded machine.
+        """
+        running = Running(self, at)
         request = Request(read=read, max_tokens=max_tokens, ignore_stops=True, **options)
-        running.turn = self.do(self.engine.generate, session, request, running)
+        running.turn = self.engine.generate(session, request, running)
         return running
 
     def resume(self, session: Session) -> Running:
@@ -92,6 +110,26 @@ class Driver:
         running.turn = session.turn
         self.do(self.engine.resume, session, running)
         return running
+
+    def midway(self, function: Callable[[], Any]) -> Future[Any]:
+        """Have the engine's thread call it behind the first layer that runs next."""
+        called: Future[Any] = Future()
+        stepper: Any = self.loaded.stepper
+        real = stepper.step
+
+        def ask() -> None:
+            try:
+                called.set_result(function())
+            except Exception as error:
+                called.set_exception(error)
+
+        def step(*given: Any) -> None:
+            stepper.step = real
+            real(*given)
+            self.engine.do(ask)
+
+        stepper.step = step
+        return called
 
     def write(self, read: list[int], max_tokens: int = 12, **options: Any) -> list[int]:
         """What a session of its own writes, undisturbed."""
@@ -115,20 +153,37 @@ class Running:
 
     turn: Turn
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, at: At | None = None) -> None:
         self._changed = threading.Condition()
         self.events: list[Event] = []
         self._driver = driver
+        self._at = at
+        self._called: Future[Any] | None = None
 
     def __call__(self, event: Event) -> None:
+        if self._at and event["type"] == "token" and event["step"] + 1 == self._at[0]:
+            self._called = self._driver.midway(self._at[1])
         with self._changed:
             self.events.append(event)
             self._driver.events.append(event)
             self._changed.notify_all()
 
     def wait(self, kind: str, count: int = 1) -> Turn:
-        """Until so many events of that kind have come."""
+        """Until so many events of that kind have come, and what they tell of is so."""
         with self._changed:
             came = self._changed.wait_for(lambda: sum(e["type"] == kind for e in self.events) >= count, WAIT)
         assert came, f"no {kind!r}; {self.events[-3:]}"
+        # The event is told in the midst of a quantum: a session that tells it is done is not idle yet.
+        with contextlib.suppress(EngineError):  # it has stopped
+            self._driver.do(lambda: None)
+        if self._called is not None and kind == "done":
+            self._called.result(WAIT)
         return self.turn
+
+
+def until(driver: Driver, reached: Callable[[], bool]) -> None:
+    """Until the engine's thread finds it so."""
+    ends = time.monotonic() + WAIT
+    while not driver.do(reached):
+        assert time.monotonic() < ends, "it does not come"
+        time.sleep(0.005)

@@ -60,7 +60,7 @@ class Plan:
 
     def until(self, reached: Callable[[], bool]) -> None:
         while not reached():
-            assert self.wakes.wait(10)
+            assert self.wakes.wait(60)
             self.wakes.clear()
             self.pager.poll()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from gpuckpt_guest.engine.sampling import Sampling
 from gpuckpt_guest.engine.session import Session, State
 from gpuckpt_guest.engine.steering import Edit
 
-from tests.guest.driving import LAYERS, VOCABULARY, Driver, loaded
+from tests.guest.driving import LAYERS, VOCABULARY, Driver, Running, loaded, until
 
 PROMPT = [5, 17, 3, 99, 42, 7, 7, 150]
 
@@ -30,6 +29,14 @@ def driver(model: Any) -> Iterator[Driver]:
     made = Driver(model)
     yield made
     made.engine.stop()
+
+
+def together(driver: Driver, sessions: list[Session], prompts: list[list[int]], tokens: int) -> list[Running]:
+    """Generations that begin at one moment, however the threads are scheduled."""
+    running: list[Running] = driver.do(
+        lambda: [driver.launch(session, prompt, tokens) for session, prompt in zip(sessions, prompts, strict=True)]
+    )
+    return running
 
 
 def test_a_session_writes_what_generate_writes(driver: Driver) -> None:
@@ -165,9 +172,9 @@ def test_together_each_writes_what_it_writes_alone(driver: Driver) -> None:
     prompts = [PROMPT[: 2 + index] for index in range(6)]
     alone = [driver.plain(prompt, 20) for prompt in prompts]
     sessions = [driver.new() for _ in prompts]
-    running = [driver.begin(session, prompt, 20) for session, prompt in zip(sessions, prompts, strict=True)]
+    running = together(driver, sessions, prompts, 20)
     assert [one.wait("done").generated for one in running] == alone
-    assert driver.engine.scheduler.largest_batch > 1
+    assert driver.engine.scheduler.largest_batch == 6
     # Their caches came home from the lanes.
     again = [driver.begin(session, [1], 5).wait("done").generated for session in sessions]
     assert again == [driver.plain([*p, *a, 1], 5) for p, a in zip(prompts, alone, strict=True)]
@@ -178,7 +185,7 @@ def test_one_of_a_batch_stops_and_the_others_go_on(driver: Driver) -> None:
     alone = [driver.plain(prompt, 20) for prompt in prompts]
     sessions = [driver.new() for _ in prompts]
     driver.do(driver.engine.stop_at, sessions[1], layer=2, step=6, once=True)
-    running = [driver.begin(session, prompt, 20) for session, prompt in zip(sessions, prompts, strict=True)]
+    running = together(driver, sessions, prompts, 20)
     assert [running[index].wait("done").generated for index in (0, 2, 3)] == [alone[index] for index in (0, 2, 3)]
     running[1].wait("paused")
     driver.resume(sessions[1])
@@ -190,10 +197,12 @@ def test_sampling_is_the_seed_s_whoever_shares_the_batch(driver: Driver) -> None
     alone = driver.write(PROMPT, 16, sampling=how, seed=7)
     assert alone != driver.write(PROMPT, 16, sampling=how, seed=8)
     sessions = [driver.new() for _ in range(3)]
-    running = [
-        driver.begin(session, PROMPT, 16, sampling=how, seed=seed)
-        for session, seed in zip(sessions, (7, 8, 7), strict=True)
-    ]
+    running = driver.do(
+        lambda: [
+            driver.launch(session, PROMPT, 16, sampling=how, seed=seed)
+            for session, seed in zip(sessions, (7, 8, 7), strict=True)
+        ]
+    )
     written = [one.wait("done").generated for one in running]
     assert written[0] == written[2] == alone != written[1]
 
@@ -239,8 +248,7 @@ def test_branches_share_what_was_read_and_go_their_own_ways(driver: Driver, step
     variants = [Variant(edits=(Edit("scale", 2, factor),)) for factor in factors]
     before = session.cache.bytes()
     children = driver.do(driver.engine.branch, session, variants, resume=True)
-    while any(child.turn for child in children):
-        time.sleep(0.01)
+    until(driver, lambda: not any(child.turn for child in children))
     written = [child.tokens[len(PROMPT) :] for child in children]
     assert written[0] == driver.plain(PROMPT)
     assert len({tuple(tokens) for tokens in written}) == 3
@@ -268,11 +276,8 @@ def test_a_branch_of_an_idle_session(driver: Driver) -> None:
 
 def test_cancelled_a_session_keeps_what_it_has(driver: Driver) -> None:
     session = driver.new()
-    running = driver.begin(session, PROMPT, 400)
-    running.wait("token", 5)
-    driver.do(driver.engine.cancel, session)
-    turn = running.wait("done")
-    assert turn.reason == "cancelled" and 5 <= len(turn.generated) < 400
+    turn = driver.begin(session, PROMPT, 400, at=(5, lambda: driver.engine.cancel(session))).wait("done")
+    assert turn.reason == "cancelled" and len(turn.generated) == 5
     assert session.state is State.IDLE
     read = list(session.tokens)
     assert driver.begin(session, [4], 6).wait("done").generated == driver.plain([*read, 4], 6)
@@ -287,16 +292,20 @@ def test_cancelled_a_session_keeps_what_it_has(driver: Driver) -> None:
 
 
 def test_deleted_in_every_state(driver: Driver) -> None:
-    idle, running, stopped = driver.new("idle"), driver.new("running"), driver.new("stopped")
-    together = driver.begin(driver.new("other"), PROMPT, 60)
-    work = driver.begin(running, PROMPT, 400)
+    idle, running, stopped, other = (driver.new(name) for name in ("idle", "running", "stopped", "other"))
     driver.do(driver.engine.stop_at, stopped, layer=1, step=1)
     driver.begin(stopped, PROMPT).wait("paused")
-    work.wait("token", 3)
-    for session in (idle, running, stopped):
-        driver.do(driver.engine.delete, session)
+
+    def delete() -> None:
+        for session in (idle, running, stopped):
+            driver.engine.delete(session)
+
+    def begin() -> tuple[Running, Running]:
+        return driver.launch(running, PROMPT, 400, at=(3, delete)), driver.launch(other, PROMPT, 60)
+
+    work, beside = driver.do(begin)
     assert work.wait("done").reason == "cancelled"
-    assert together.wait("done").generated == driver.plain(PROMPT, 60)
+    assert beside.wait("done").generated == driver.plain(PROMPT, 60)
     assert list(driver.do(lambda: dict(driver.engine.sessions))) == ["other"]
 
 
@@ -397,15 +406,15 @@ def test_numbers_that_went_wrong_do_not_stay(driver: Driver) -> None:
 def test_taken_out_of_a_batch_with_a_breakpoint_ahead(driver: Driver, how: str) -> None:
     alone = driver.plain(PROMPT, 200)
     victim, other = driver.new("victim"), driver.new()
-    beside, running = driver.begin(other, PROMPT, 200), driver.begin(victim, PROMPT, 200)
 
     def at_the_last_moment() -> None:
-        assert victim.turn is not None
         driver.engine.stop_at(victim, layer=LAYERS)  # would be hit at the end of this very pass
         (driver.engine.delete if how == "delete" else driver.engine.cancel)(victim)
 
-    running.wait("token", 5)
-    driver.do(at_the_last_moment)
+    def begin() -> tuple[Running, Running]:
+        return driver.launch(other, PROMPT, 200), driver.launch(victim, PROMPT, 200, at=(5, at_the_last_moment))
+
+    beside, running = driver.do(begin)
     assert running.wait("done").reason == "cancelled"
     assert beside.wait("done").generated == alone
     assert ("victim" in driver.do(lambda: dict(driver.engine.sessions))) == (how == "cancel")
@@ -414,15 +423,12 @@ def test_taken_out_of_a_batch_with_a_breakpoint_ahead(driver: Driver, how: str) 
 
 def test_a_pause_that_came_too_late_is_not_for_the_next_generation(driver: Driver) -> None:
     session = driver.new()
-    running = driver.begin(session, PROMPT, 50)
-    running.wait("token", 2)
 
     def ask() -> None:
         driver.engine.pause(session, LAYERS)
         driver.engine.cancel(session)
 
-    driver.do(ask)
-    running.wait("done")
+    assert driver.begin(session, PROMPT, 50, at=(2, ask)).wait("done").reason == "cancelled"
     assert not session.breakpoints
     assert driver.begin(session, [1], 3).wait("done").reason == "length"
 
@@ -450,9 +456,9 @@ def test_a_draw_that_fails_ends_that_generation_only(driver: Driver, monkeypatch
 
 def test_what_batches_hold_is_handed_back_when_all_is_idle(driver: Driver) -> None:
     sessions = [driver.new() for _ in range(3)]
-    for running in [driver.begin(session, PROMPT[: 3 + i], 10) for i, session in enumerate(sessions)]:
+    for running in together(driver, sessions, [PROMPT[: 3 + i] for i in range(3)], 10):
         running.wait("done")
-    assert driver.engine.scheduler.largest_batch > 1
+    assert driver.engine.scheduler.largest_batch == 3
     assert not driver.do(lambda: len(driver.engine.scheduler.batches))
 
 
@@ -469,11 +475,13 @@ def test_a_prompt_of_one_token_beside_others_of_a_recurrent_model(kind: str) -> 
     made = Driver(loaded(kind, **more))
     assert made.loaded.verdict.batching and made.loaded.verdict.recurrent
     wanted = made.plain([5], 10), made.plain([6], 10), made.plain(PROMPT, 30)
-    early = made.new()  # made before the other, begun behind it: it comes first in a batch
-    beside = made.begin(made.new(), PROMPT, 30)
-    beside.wait("token", 4)
-    one, two = made.begin(early, [5], 10), made.begin(made.new(), [6], 10)
-    assert tuple(running.wait("done").generated for running in (one, two, beside)) == wanted
+    early, first, late = (made.new() for _ in range(3))  # the early one begins behind the first, and leads the batch
+    joined: list[Running] = []
+    beside = made.begin(
+        first, PROMPT, 30, at=(4, lambda: joined.extend([made.launch(early, [5], 10), made.launch(late, [6], 10)]))
+    ).wait("done")
+    assert (*(running.wait("done").generated for running in joined), beside.generated) == wanted
+    assert made.engine.scheduler.largest_batch == 3
     made.engine.stop()
 
 
@@ -494,12 +502,9 @@ def test_a_layer_that_did_not_run_stops_the_engine(model: Any, monkeypatch: pyte
     monkeypatch.setattr(made.engine.loaded.stepper, "step", lazy)
     turn = made.begin(made.new(), PROMPT).wait("done")
     assert not turn.generated
-    for _ in range(100):
-        if made.engine.fault:
-            break
-        time.sleep(0.02)
     with pytest.raises(EngineError, match="layers ran"):
         made.do(lambda: None)
+    made.engine.stop()  # before the hook is what it was: the thread may only now be about to end
 
 
 def test_more_sessions_than_allowed(model: Any) -> None:

@@ -211,19 +211,20 @@ def test_a_damaged_header(at: int, bytes_: bytes, said: str, file: int) -> None:
 def test_an_error_of_one_thread_ends_the_others(lanes: Any, what: str, file: int) -> None:
     memory = Memory([200 * CHUNK])
     flat.write(file, memory.regions)
-    made: list[Any] = []
+    made: list[threading.Thread] = []
     moved: list[int] = []
 
     def failing() -> Any:
         lane = lanes()
         move, bad = getattr(lane, what), not made
-        made.append(lane)
+        made.append(threading.current_thread())
 
         def some(*chunk: int) -> None:
             if bad and len(moved) > 2:
                 raise OSError(5, "of the machine")
             moved.append(chunk[1])
-            time.sleep(0.001)
+            if not bad and len(moved) > 20:
+                made[0].join(60)  # it has failed then: the machine may be long in letting it
             move(*chunk)
 
         setattr(lane, what, some)

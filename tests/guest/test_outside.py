@@ -24,7 +24,7 @@ from gpuckpt_guest.engine.sleep import handlers
 from gpuckpt_guest.outside import HostRegion, OutsideWeights
 
 from tests.guest import driving
-from tests.guest.driving import LAYERS, Driver, Letters
+from tests.guest.driving import LAYERS, WAIT, Driver, Letters
 from tests.guest.test_control import Host
 
 PROMPT = [5, 9, 2, 7, 7, 1]
@@ -207,7 +207,7 @@ def test_what_is_asked_asleep_waits_and_is_answered_with_the_same_bits(driver: D
     assert bits(asked.wait("done")) == wanted
     assert bits(more.wait("done")) == wanted_more
     assert bits(running.wait("done")) == wanted
-    assert isinstance(looked.exception(10), EngineError)  # it has gone on meanwhile: as when asked awake
+    assert isinstance(looked.exception(WAIT), EngineError)  # it has gone on meanwhile: as when asked awake
     assert host.ask({"do": "wake"}, [file])["bytes"] == 0
     assert host.ask({"do": "state"}) == {"asleep": False}
     assert written(driver, PROMPT) == wanted and seen
@@ -224,7 +224,7 @@ def test_a_look_that_needs_weights_waits(driver: Driver, host: Host, file: int) 
     driver.do(lambda: None)
     assert not looked.done()
     host.ask({"do": "wake"}, [file])
-    assert looked.result(10) == seen
+    assert looked.result(WAIT) == seen
 
 
 def test_a_pass_that_is_on_its_way_goes_on(driver: Driver, host: Host, file: int) -> None:
@@ -437,7 +437,7 @@ def test_an_engine_that_is_stopped_asleep_answers_everybody(file: int) -> None:
     asked = driver.begin(driver.new(), PROMPT)
     driver.close()
     with pytest.raises(EngineError, match="stopped"):
-        looked.result(10)
+        looked.result(WAIT)
     assert asked.wait("done").reason == "error"
 
 

@@ -161,7 +161,7 @@ def test_the_copy_is_made_elsewhere() -> None:
         """One whose place in memory takes its time to come."""
 
         def home(self) -> Any:
-            gate.wait(10)
+            gate.wait(60)
             return Checkpoint.home(self)
 
     source = torch.zeros(100_000)

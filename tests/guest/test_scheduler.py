@@ -6,7 +6,6 @@ import itertools
 from typing import Any
 
 import pytest
-from gpuckpt_guest.engine.engine import Request
 
 from tests.guest.driving import LAYERS, Driver, Running, loaded
 
@@ -27,13 +26,14 @@ def test_long_prompts_hold_a_token_up_by_one_layer_at_most(driver: Driver, monke
         return real(flight)
 
     monkeypatch.setattr(driver.engine.scheduler, "_advance", noted)
-    writer = driver.begin(driver.new(), [1, 2], 120)
-    writer.wait("token", 3)
     prompt = [*range(1, 180), *range(1, 121)]  # too long to be read together with others
-    readers = [driver.begin(driver.new(), prompt, 1) for _ in range(5)]
+    sessions = [driver.new() for _ in range(5)]
+    readers: list[Running] = []
+    driver.begin(
+        driver.new(), [1, 2], 120, at=(3, lambda: readers.extend(driver.launch(one, prompt, 1) for one in sessions))
+    ).wait("done")
     for reader in readers:
         reader.wait("done")
-    writer.wait("done")
     first = ran.index(299)
     last = len(ran) - ran[::-1].index(299)
     between = ran[first:last]
@@ -44,10 +44,14 @@ def test_long_prompts_hold_a_token_up_by_one_layer_at_most(driver: Driver, monke
 
 
 def test_sessions_that_become_ready_join_at_the_next_token(driver: Driver) -> None:
-    first = driver.begin(driver.new(), [1, 2, 3], 60)
-    first.wait("token", 5)
-    rest = [driver.begin(driver.new(), [4, 5, index], 40) for index in range(3)]
-    for running in (first, *rest):
+    sessions = [driver.new() for _ in range(3)]
+    rest: list[Running] = []
+
+    def begin() -> None:
+        rest.extend(driver.launch(session, [4, 5, index], 40) for index, session in enumerate(sessions))
+
+    driver.begin(driver.new(), [1, 2, 3], 60, at=(5, begin)).wait("done")
+    for running in rest:
         running.wait("done")
     assert driver.engine.scheduler.largest_batch == 4
 
@@ -62,15 +66,11 @@ def test_short_prompts_of_one_length_are_read_together(driver: Driver, monkeypat
 
     monkeypatch.setattr(driver.engine.scheduler.passes, "begin", noted)
     prompts = [[7, index, 3] for index in range(1, 5)] + [[9, 8, 7, 6, 5]]
-    running = [Running(driver) for _ in prompts]
     sessions = [driver.new() for _ in prompts]
     driver.do(driver.engine.stop_at, sessions[1], layer=2, phase="prefill", once=True)
-
-    def begin() -> None:
-        for session, prompt, sink in zip(sessions, prompts, running, strict=True):
-            sink.turn = driver.engine.generate(session, Request(read=prompt, max_tokens=6, ignore_stops=True), sink)
-
-    driver.do(begin)
+    running = driver.do(
+        lambda: [driver.launch(session, prompt, 6) for session, prompt in zip(sessions, prompts, strict=True)]
+    )
     running[1].wait("paused")  # one of them stops; the others go on
     turns = [one.wait("done") for index, one in enumerate(running) if index != 1]
     assert read[:2] == [(4, 3), (1, 5)]
@@ -82,7 +82,10 @@ def test_short_prompts_of_one_length_are_read_together(driver: Driver, monkeypat
 def test_a_small_limit_on_the_batch_still_serves_all(driver: Driver) -> None:
     driver.engine.scheduler._max_batch = 2
     prompts = [[7, index] for index in range(1, 6)]
-    running = [driver.begin(driver.new(), prompt, 15) for prompt in prompts]
+    sessions = [driver.new() for _ in prompts]
+    running = driver.do(
+        lambda: [driver.launch(session, prompt, 15) for session, prompt in zip(sessions, prompts, strict=True)]
+    )
     assert [one.wait("done").generated for one in running] == [driver.plain(prompt, 15) for prompt in prompts]
     assert driver.engine.scheduler.largest_batch == 2
 

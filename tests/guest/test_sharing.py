@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -18,10 +19,10 @@ from gpuckpt_guest.engine.memory import Budgets
 from gpuckpt_guest.engine.session import Session
 from gpuckpt_guest.kv.memory import HostRange
 
-from tests.guest.driving import WAIT, Driver, loaded
-from tests.guest.test_memory import away, kept, made, model, prompt, until, where_now
+from tests.guest.driving import WAIT, Driver, loaded, until
+from tests.guest.test_memory import away, cheap_copies, kept, made, model, prompt, where_now
 
-__all__ = ["made", "model"]  # fixtures
+__all__ = ["cheap_copies", "made", "model"]  # fixtures
 Made = Callable[..., Driver]
 
 
@@ -191,6 +192,7 @@ def test_who_cannot_have_room_while_others_are_pinned_does_not_keep_it(made: Mad
     until(driver, lambda: where_now(driver, big) == "device")
 
 
+@pytest.mark.usefixtures("cheap_copies")
 def test_who_was_brought_back_in_time_is_not_the_first_to_go(made: Made) -> None:
     driver = made(8, max_batch=1)
     announced, other = driver.new(), driver.new()
@@ -204,7 +206,7 @@ def test_who_was_brought_back_in_time_is_not_the_first_to_go(made: Made) -> None
     driver.do(driver.engine.expect, announced, 0.01)
     until(driver, lambda: where_now(driver, announced) == "device")
     driver.begin(driver.new(), prompt(3, 40), 1).wait("done")
-    assert where_now(driver, announced) == "device" and where_now(driver, other) == "away"
+    assert driver.do(lambda: [where_now(driver, one) for one in (announced, other)]) == ["device", "away"]
 
 
 def test_an_evicted_state_is_charged_to_nobody() -> None:
@@ -305,31 +307,34 @@ def test_what_is_kept_is_the_session_that_was_meant(
 ) -> None:
     """It is deleted, or goes on, while it is written."""
     driver = made(64, max_batch=1, folder=tmp_path, disk=64)
-    Durable(driver.engine).find()
-    real, slowly = durable.publish, [True]
+    keeper = Durable(driver.engine)
+    keeper.find()
+    real = durable.publish
+    begun, go = [Event(), Event()], [Event(), Event()]
+    writes = itertools.count()
 
     def publish(target: Path, content: bytes) -> None:
-        if slowly:
-            time.sleep(0.4)
+        if (number := next(writes)) < 2:
+            begun[number].set()
+            assert go[number].wait(WAIT)
         real(target, content)
 
     monkeypatch.setattr(durable, "publish", publish)
     gone = driver.new("name")
     driver.begin(gone, prompt(1, 20), 1).wait("done")
     driver.do(lambda: driver.engine.suspend(gone, durable=True))
-    until(driver, lambda: where_now(driver, gone) == "away")
-    time.sleep(0.1)
+    assert begun[0].wait(WAIT)
     driver.do(driver.engine.delete, gone)
     session = driver.new("name")
     driver.begin(session, prompt(9, 25), 1).wait("done")
     driver.do(lambda: driver.engine.suspend(session, durable=True))
-    until(driver, lambda: where_now(driver, session) == "away")
-    time.sleep(0.1)
+    go[0].set()
+    assert begun[1].wait(WAIT)
     driver.do(driver.engine.wake, session)
     driver.begin(session, [3], 6).wait("done")
     away(driver, session)
-    slowly.clear()
-    time.sleep(1.0)
+    go[1].set()
+    until(driver, lambda: not keeper._publishing)
     assert not session.durable  # what was written then is old
     kept(driver, session)
     tokens = list(session.tokens)

@@ -12,7 +12,7 @@ from gpuckpt_guest.engine.probe import decoder_layers
 from gpuckpt_guest.weights import PagedWeights, room
 
 from tests.guest import driving
-from tests.guest.driving import LAYERS, Driver, Letters
+from tests.guest.driving import LAYERS, Driver, Letters, Running
 
 PROMPT = [5, 9, 2, 7, 7, 1]
 
@@ -42,7 +42,8 @@ def test_the_same_tokens(twins: tuple[Any, Any], slots: int) -> None:
             LAYERS - slots + 2 if slots < LAYERS else 0
         ) and weights.bytes > weights.largest * (LAYERS - 1)
         wanted = [whole.write([*PROMPT, seed], 10) for seed in range(3)]
-        running = [some.begin(some.new(), [*PROMPT, seed], 10) for seed in range(3)]  # they take turns, or fly together
+        several = [some.new() for _ in range(3)]
+        running = some.do(lambda: [some.launch(one, [*PROMPT, seed], 10) for seed, one in enumerate(several)])
         assert [one.wait("done").generated for one in running] == wanted
         # Stopped between layers, with others in between.
         session = some.new()
@@ -70,12 +71,18 @@ def test_those_that_compute_at_a_time_share_what_comes(twins: tuple[Any, Any]) -
         alone = weights.loaded - before
         assert alone >= 9 * LAYERS
         sessions = [driver.new() for _ in range(4)]
-        driver.do(lambda: None)
         before = weights.loaded
-        running = [driver.begin(session, [*PROMPT, seed], 10) for seed, session in enumerate(sessions)]
+        running: list[Running] = []
+
+        def begin(seed: int) -> None:
+            """They do not begin at the same time, nor are they at the same layer then."""
+            then = (1, lambda: begin(seed + 1)) if seed + 1 < len(sessions) else None
+            running.append(driver.launch(sessions[seed], [*PROMPT, seed], 10, at=then))
+
+        driver.do(begin, 0)
         for one in running:
             one.wait("done")
-        # They do not begin at the same time, nor are they at the same layer then.
+        assert len(running) == 4
         assert weights.loaded - before < 2 * alone
     finally:
         driver.close()

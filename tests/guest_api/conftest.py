@@ -27,9 +27,19 @@ import requests
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, LAYERS, WIDTH = "tiny", 4, 256  # and its features
 PROMPT = "def read(self):"
-START_S = 120  # importing torch on a loaded machine, a model of a few megabytes
+START_S = 300  # importing torch on a loaded machine, a model of a few megabytes
 # Elsewhere there is no guest to start; `make test` runs this folder with the server's interpreter.
 collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test may start several servers, each of which imports torch; on a loaded machine that has taken half a minute.
+
+    What hangs is told by limits of its own.
+    """
+    for item in items:
+        if Path(__file__).parent in item.path.parents and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1200))
 
 
 class Guest:
@@ -47,7 +57,7 @@ class Guest:
         given: dict[str, Any] = {"json": body}
         if isinstance(body, bytes):
             given = {"data": body, "headers": {"Content-Type": kind}}
-        return requests.request(method, self.base + path, stream=stream, timeout=60, **given)
+        return requests.request(method, self.base + path, stream=stream, timeout=120, **given)
 
     def ok(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON of an answer that must be a good one."""
@@ -138,17 +148,30 @@ class Guest:
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
-    def vanish(self, head: str, body: bytes = b"", *, read: int = 0, reset: bool = False) -> None:
-        """Send a request, read some bytes of the answer, and hang up; with ``reset``, without a farewell."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as client:
+    def vanish(
+        self,
+        head: str,
+        body: bytes = b"",
+        *,
+        read: int = 0,
+        when: Callable[[], bool] | None = None,
+        reset: bool = False,
+    ) -> None:
+        """Send a request, read some bytes of the answer, and hang up; with ``reset``, without a farewell.
+
+        ``when``: not before that is so. A server that has not read a request may never read it.
+        """
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as client:
             client.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
             got = 0
             while got < read:
                 piece = client.recv(read - got)
                 assert piece, "the server hung up first"
                 got += len(piece)
-            if not read:
-                time.sleep(0.3)  # let the server take the request up
+            if when is not None:
+                until(when)
+            elif not read:
+                time.sleep(0.3)  # most likely it has been taken up by then; if not, that must do no harm either
             if reset:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -157,7 +180,7 @@ def _no_constant(name: str) -> Any:
     raise AssertionError(f"{name} is no JSON: browsers refuse it")
 
 
-def until(true: Callable[[], bool], seconds: float = 30) -> None:
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until ``true`` is."""
     end = time.monotonic() + seconds
     while not true():
@@ -186,8 +209,21 @@ def _environment() -> dict[str, str]:
 @contextlib.contextmanager
 def serving(model: Path, log: Path, *options: str) -> Iterator[Guest]:
     """A server of ``model``; ended by SIGTERM, to which it must answer with exit code 0."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with reserved() as port:
+        yield from _serving(model, log, port, options)
+
+
+@contextlib.contextmanager
+def reserved() -> Iterator[int]:
+    """A port for a server to listen at. Nobody else is given it meanwhile: it is bound, in a way that lets one listen
+    there who says SO_REUSEADDR, as asyncio's servers do."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def _serving(model: Path, log: Path, port: int, options: tuple[str, ...]) -> Iterator[Guest]:
     argv = [
         sys.executable,
         "-m",
@@ -215,7 +251,7 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[Guest]:
         yield guest
         assert process.poll() is None, f"the server has ended:\n{log.read_text()[-3000:]}"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) in (0, -signal.SIGTERM), log.read_text()[-3000:]
+        assert process.wait(60) in (0, -signal.SIGTERM), log.read_text()[-3000:]
     finally:
         process.kill()
         process.wait()

@@ -57,14 +57,14 @@ def ask(operation: Any, mode: GenerationMode, guest: Guest) -> int:
         # Half of the requests are for a session that is there, stopped.
         if present and not endless and "id" in case.path_parameters:
             case.path_parameters["id"] = FUZZED
-        case.call_and_validate(checks=CHECKS, timeout=30)
+        case.call_and_validate(checks=CHECKS, timeout=120)
         assert guest.ok("GET", "/health")["ok"] is True
 
     requests()
     return sent
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["as described", "otherwise"])
 def test_made_up_requests(described: Any, small: Guest, mode: GenerationMode, subtests: pytest.Subtests) -> None:
     sent = 0

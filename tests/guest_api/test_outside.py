@@ -13,7 +13,7 @@ import pytest
 
 from tests.guest.test_control import Host
 
-from .conftest import _environment, serving
+from .conftest import START_S, _environment, serving, until
 
 
 def test_asleep_it_is_healthy_and_requests_wait(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,11 +32,12 @@ def test_asleep_it_is_healthy_and_requests_wait(model: Path, tmp_path: Path, mon
         answers: list[list[int]] = []
         asking = threading.Thread(target=lambda: answers.append(guest.tokens("a prompt", 12)))
         asking.start()
-        time.sleep(0.5)
+        until(lambda: guest.metrics()["gpuckpt_guest_requests_running"] == 1)
+        time.sleep(0.2)  # if it were not held it would be answered by now
         assert guest.ok("GET", "/health")["ok"] is True and answers == []
         assert guest.metrics()["gpuckpt_guest_requests_running"] == 1
         assert host.ask({"do": "wake"}, [file])["bytes"] > 1 << 20
-        asking.join(30)
+        asking.join(60)
         assert answers == [wanted]
         assert guest.ok("POST", f"{pause}/resume", {})["state"] == "done"
     os.close(file)
@@ -72,7 +73,7 @@ def test_nowhere_to_take_orders(model: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=START_S,
     )
     assert done.returncode == 4
     assert "no orders can be taken at" in done.stderr

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 SERVER = HERE / "server.py"
 PREFIX = Path(os.environ.get("GPUCKPT_PREFIX", "/opt/gpuckpt"))
 GPUCKPT = [str(PREFIX / "venv" / "bin" / "python"), "-m", "gpuckpt"]
+PATIENCE = 180.0  # seconds: bounds what hangs, and nothing else
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -37,6 +41,40 @@ class Done:
     def json(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self.out)
         return document
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports in a row that nobody listens at, below those that the kernel gives to whoever asks for any."""
+    while True:
+        found = list(range(first := random.randrange(20_000, 30_000), first + count))
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for port in found:
+                held.enter_context(socket.create_server(("", port)))
+            return found
+
+
+class Halt:
+    """A hook that waits until it is let go: what is to happen meanwhile does, however slow the machine is."""
+
+    def __init__(self, bench: Bench, stage: str) -> None:
+        self._reached, self._gone = bench.folder / f"{stage}.reached", bench.folder / f"{stage}.gone"
+        self._hook = bench.folder / "hooks.d" / stage / "10-halt"
+        self._hook.parent.mkdir(parents=True)
+        self._hook.write_text(
+            f"#!/bin/sh\ntouch {self._reached}\nuntil [ -e {self._gone} ]; do sleep 0.05; done\nexit 0\n"
+        )
+        self._hook.chmod(0o755)
+
+    def wait(self, child: subprocess.Popen[str]) -> None:
+        """Until the command stands there."""
+        deadline = time.monotonic() + PATIENCE
+        while not self._reached.exists():
+            assert child.poll() is None and time.monotonic() < deadline, "it did not come so far"
+            time.sleep(0.02)
+
+    def go(self) -> None:
+        """Nobody waits there any more."""
+        self._gone.touch()
 
 
 @dataclass
@@ -109,7 +147,7 @@ class Bench:
         return Endpoint(socket=self.folder / "state" / "replicas" / replica / "socket" / "server.sock")
 
     def get(self, replica: str, path: str) -> str:
-        return self.endpoint(replica).request("GET", path, timeout=10).body.decode()
+        return self.endpoint(replica).request("GET", path, timeout=60).body.decode()
 
     def left(self) -> list[str]:
         """Everything of ours that exists: containers, mounts (but the store), half-made folders."""

@@ -86,10 +86,16 @@ class Answer:
 
 
 def ask(
-    made: PoolProcess, path: str, body: Any = None, *, headers: dict[str, str] | None = None, timeout: float = 60
+    made: PoolProcess,
+    path: str,
+    body: Any = None,
+    *,
+    headers: dict[str, str] | None = None,
+    timeout: float = 180,
+    into: Answer | None = None,
 ) -> Answer:
-    """One request; whatever becomes of it is in the answer."""
-    answer = Answer()
+    """One request; whatever becomes of it is in the answer. ``into``: one to which others look meanwhile."""
+    answer = into or Answer()
     connection = http.client.HTTPConnection("127.0.0.1", made.port, timeout=timeout)
     try:
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
@@ -124,10 +130,18 @@ class Asking(threading.Thread):
     def run(self) -> None:
         self.answer = self._work()
 
-    def done(self, timeout: float = 90) -> Answer:
+    def done(self, timeout: float = 200) -> Answer:
         self.join(timeout)
         assert not self.is_alive(), "the request has not ended"
         return self.answer
+
+
+def reload(bench: Bench, made: PoolProcess, before: str, after: str) -> None:
+    """Have a part of the configuration be another one."""
+    text = made.config.read_text()
+    assert before in text
+    made.config.write_text(text.replace(before, after))
+    bench.ok("pool", "reload", "--socket", str(made.admin))
 
 
 def kill(pid: int | None) -> None:

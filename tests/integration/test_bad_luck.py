@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from gpuckpt import proc
 from gpuckpt.containers.leftovers import restores
-from tests.integration.conftest import GPUCKPT, THP, Bench
+from tests.integration.conftest import GPUCKPT, PATIENCE, THP, Bench, Halt
 
 
 def hook(bench: Bench, stage: str, script: str) -> None:
@@ -25,7 +25,7 @@ def hook(bench: Bench, stage: str, script: str) -> None:
     path.chmod(0o755)
 
 
-def until(condition: Callable[[], object], timeout: float = 60) -> None:
+def until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -115,16 +115,14 @@ _MOMENTS = ["container", "server start", "first token", "dump"]
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_create_that_is_interrupted(bench: Bench, moment: str, number: signal.Signals) -> None:
     name = bench.name()
-    reached = bench.folder / "reached"
     server: tuple[str, ...] = ("--megabytes", "64")
     if moment == "server start":
         server = ("--never-healthy",)
-    if moment == "dump":
-        hook(bench, "pre-dump", f"touch {reached}; sleep 3")
+    halt = Halt(bench, "pre-dump")  # it cannot end before the signal comes
     child = bench.start(*bench.creation(name, *server))
     try:
         if moment == "dump":
-            until(reached.exists)
+            halt.wait(child)
         else:
             assert child.stderr is not None
             wanted = {"server start": "container"}.get(moment, moment)
@@ -134,7 +132,10 @@ def test_create_that_is_interrupted(bench: Bench, moment: str, number: signal.Si
             if moment == "server start":
                 time.sleep(0.3)
         child.send_signal(number)
-        child.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            child.wait()
+        halt.go()
+        child.communicate(timeout=PATIENCE)
     finally:
         child.kill()
     if number == signal.SIGKILL:
@@ -154,21 +155,22 @@ def test_create_that_is_interrupted(bench: Bench, moment: str, number: signal.Si
 def test_restore_that_is_interrupted(bench: Bench, number: signal.Signals) -> None:
     name = bench.name()
     bench.create(name, options=("--mode", "copy"))  # only copying borrows huge pages
-    reached = bench.folder / "reached"
-    hook(bench, "pre-restore", f"touch {reached}; sleep 2")
+    halt = Halt(bench, "pre-restore")
     before = THP.read_text()
     child = bench.start("restore", name)
-    until(reached.exists)
+    halt.wait(child)
     assert "[always]" in THP.read_text()
     child.send_signal(number)
-    child.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        child.wait()
+    halt.go()
+    child.communicate(timeout=PATIENCE)
     if number == signal.SIGKILL:
         assert bench.run("prune").code == 0
     else:
         assert child.returncode == 130
     assert bench.left() == []
     assert THP.read_text() == before
-    (bench.folder / "hooks.d" / "pre-restore" / "10-test").unlink()
     bench.ok("restore", name)
     assert bench.get(name, "/health") == "ok"
 
@@ -177,10 +179,9 @@ def test_a_criu_that_hangs_is_ended_by_the_next_command(bench: Bench) -> None:
     """podman's service outlives the command that asked it, and would hold the container's lock for as long."""
     name = bench.name()
     bench.create(name)
-    reached = bench.folder / "reached"
-    hook(bench, "pre-restore", f"touch {reached}; sleep 1")
+    halt = Halt(bench, "pre-restore")
     child = bench.start("restore", name)
-    until(reached.exists)
+    halt.wait(child)
     (runtime,) = restores(f"gpuckpt-{name}")
     criu = [pid for pid in proc.processes_below(runtime) if pid != runtime]
     assert criu
@@ -188,10 +189,8 @@ def test_a_criu_that_hangs_is_ended_by_the_next_command(bench: Bench) -> None:
         os.kill(pid, signal.SIGSTOP)
     child.kill()
     child.communicate()
-    (bench.folder / "hooks.d" / "pre-restore" / "10-test").unlink()
-    began = time.monotonic()
-    bench.ok("restore", name)
-    assert time.monotonic() - began < 30
+    halt.go()
+    bench.ok("restore", name)  # which ends in five minutes, or has failed
     assert bench.get(name, "/health") == "ok"
 
 
@@ -202,7 +201,7 @@ def test_a_hook_that_hangs_is_ended(bench: Bench) -> None:
     child = bench.start(*bench.creation(name))
     until(reached.exists)
     child.send_signal(signal.SIGINT)
-    child.communicate(timeout=30)
+    child.communicate(timeout=PATIENCE)
     assert child.returncode == 130
     assert bench.left() == []
     failed = bench.run(*bench.creation(name), env={"GPUCKPT_CRIU__HOOK_TIMEOUT": "1s"})
@@ -242,13 +241,12 @@ def test_lower_limits_of_one_shell_do_not_stay(bench: Bench) -> None:
 
 def test_the_next_command_sweeps_without_being_asked(bench: Bench) -> None:
     name, other = bench.name(), bench.name("other")
-    reached = bench.folder / "reached"
-    hook(bench, "pre-dump", f"touch {reached}; sleep 1")
+    halt = Halt(bench, "pre-dump")
     child = bench.start(*bench.creation(name))
-    until(reached.exists)
+    halt.wait(child)
     child.kill()
     child.communicate()
-    (bench.folder / "hooks.d" / "pre-dump" / "10-test").unlink()
+    halt.go()
     done = bench.create(other)
     assert f"removed the half-made golden {name}" in done.err
     assert bench.left() == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpuckpt.golden import replica as replicas
-from tests.integration.conftest import Bench
+from tests.integration.conftest import PATIENCE, Bench, Halt, free_ports
 
 
 def restored(bench: Bench, golden: str, *names: str) -> dict[str, dict[str, object]]:
@@ -78,12 +77,14 @@ def test_what_was_prepared_for_a_replaced_golden_is_not_used(bench: Bench) -> No
     assert bench.ok("restore", golden, "--format", "json").json["canary_match"]
 
 
-def halt_while_making(bench: Bench, child: subprocess.Popen[str], names: list[str], stage: str) -> None:
-    """Halt the command (SIGSTOP) as soon as one of the replicas is at the stage, and see that none is ready by then.
+def halted_while_making(bench: Bench, golden: str, names: list[str], stage: str) -> tuple[subprocess.Popen[str], Halt]:
+    """A restore that was halted (SIGSTOP) as soon as one of the replicas was at the stage. None is ready: a hook waits.
 
     ``made``: it is recorded; ``prepared``: it has its container, and its processes are about to be restored.
     """
-    limit = time.monotonic() + 60
+    hook = Halt(bench, "pre-restore")
+    child = bench.start("restore", golden, *(word for name in names for word in ("--as", name)))
+    limit = time.monotonic() + PATIENCE
 
     def found() -> list[replicas.Replica]:
         loaded = [replicas.load(bench.folder / "state" / "replicas" / name) for name in names]
@@ -97,6 +98,7 @@ def halt_while_making(bench: Bench, child: subprocess.Popen[str], names: list[st
         assert time.monotonic() < limit
         time.sleep(0.001)
     assert {one.state for one in found()} == {"making"}
+    return child, hook
 
 
 @pytest.mark.parametrize("stage", ["made", "prepared"])
@@ -106,10 +108,10 @@ def test_a_restore_that_is_killed_leaves_the_other_replicas_alone(bench: Bench, 
     kept = bench.name("kept")
     bench.ok("restore", golden, "--as", kept)
     names = [bench.name(f"k{number}") for number in range(3)]
-    child = bench.start("restore", golden, *(word for name in names for word in ("--as", name)))
-    halt_while_making(bench, child, names, stage)
+    child, hook = halted_while_making(bench, golden, names, stage)
     child.kill()
     child.communicate()
+    hook.go()
     bench.run("prune")
     assert bench.get(kept, "/health") == "ok"
     # None was ready: nothing is left of them, and their names are free.
@@ -125,20 +127,20 @@ def test_an_interrupt_takes_all_of_them_back(bench: Bench, stage: str) -> None:
     golden = bench.name()
     bench.create(golden, options=("--mode", "mapped"))
     names = [bench.name(f"i{number}") for number in range(3)]
-    child = bench.start("restore", golden, *(word for name in names for word in ("--as", name)))
-    halt_while_making(bench, child, names, stage)
+    child, hook = halted_while_making(bench, golden, names, stage)
     child.send_signal(signal.SIGINT)
     child.send_signal(signal.SIGCONT)
-    _, err = child.communicate(timeout=60)
+    hook.go()
+    _, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 130, err
     assert bench.left() == []
 
 
 def test_clones_with_ports_of_their_own(bench: Bench) -> None:
     golden = bench.name()
-    first = 20000 + os.getpid() % 10000
-    bench.create(golden, options=("--publish", f"{first}:8000", "--mode", "mapped"))
-    names, ports = [bench.name("p0"), bench.name("p1")], [first, first + 1]
+    ports = free_ports(2)
+    bench.create(golden, options=("--publish", f"{ports[0]}:8000", "--mode", "mapped"))
+    names = [bench.name("p0"), bench.name("p1")]
     words = [word for name, port in zip(names, ports, strict=True) for word in ("--as", name, "--publish", str(port))]
     document = bench.ok("restore", golden, *words, "--format", "json").json
     assert [one["url"] for one in document["replicas"]] == [f"http://127.0.0.1:{port}" for port in ports]

@@ -96,7 +96,7 @@ def test_models_take_turns_on_a_gpu_that_has_room_for_one(
     with pool(bench, f'[budget]\ngpu = "{ALL + 20}MiB"', *tables) as made:
         digests: dict[str, str] = {}
         for one in "ababab":
-            answer = ask(made, f"/upstream/{one}/digest", timeout=90)
+            answer = ask(made, f"/upstream/{one}/digest", timeout=180)
             assert answer.status == 200, answer.body
             assert digests.setdefault(one, answer.body.decode()) == answer.body.decode()
             here = [each for model in "ab" for each in made.model(model).replicas if each.pid]

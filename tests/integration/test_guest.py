@@ -86,7 +86,7 @@ def served(folder: Path, model: Path, *arguments: str, env: dict[str, str]) -> I
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 500
         while not adapter.healthy(endpoint):
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.5)
@@ -141,7 +141,7 @@ def a_plugin_of_the_users(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{HOOKS}:{folder}", "VLLM_PLUGINS": "witness,gpuckpt", "WITNESS": str(folder / "log")}
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 def test_a_server_draws_as_the_replica_that_it_is(tmp_path: Path, tiny_model: Path) -> None:
     identity = tmp_path / "identity"
     env = {"GPUCKPT_IDENTITY": str(identity)} | a_plugin_of_the_users(tmp_path / "plugin")

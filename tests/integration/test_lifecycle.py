@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
 
-from tests.integration.conftest import PREFIX, THP, Bench
+from tests.integration.conftest import PATIENCE, PREFIX, THP, Bench, Halt, free_ports
 
 
 @pytest.mark.parametrize(("mode", "memory"), [("auto", "mapped"), ("copy", "copy")])
@@ -37,12 +36,15 @@ def test_from_create_to_rm(bench: Bench, mode: str, memory: str) -> None:
     assert bench.ok("verify", name, "--format", "json").json["verified"][0]["ok"] is True
 
     before = THP.read_text()
-    for _ in range(2):
+    unaccounted: list[float] = []
+    # The phases make up the time; a machine that was busy with others may have taken its share of one restore.
+    while len(unaccounted) < 2 or (min(unaccounted) >= 0.05 and len(unaccounted) < 10):
         restored = bench.ok("restore", name, "--format", "json").json
         assert restored["canary_match"] is True
         assert (restored["tier"], restored["memory"]) == ("tmpfs", memory)
         assert sum(row["seconds"] for row in restored["phases"]) == pytest.approx(restored["wall_s"], abs=1e-4)
-        assert abs(restored["phases"][-1]["seconds"]) < 0.2 * restored["wall_s"]  # unaccounted
+        assert restored["phases"][-1]["name"] == "unaccounted"
+        unaccounted.append(abs(restored["phases"][-1]["seconds"]) / restored["wall_s"])
         assert THP.read_text() == before
         # The counter shows that the process goes on from its frozen state, and each time from the same one.
         assert [bench.get(name, "/count") for _ in range(2)] == ["1", "2"]
@@ -56,6 +58,7 @@ def test_from_create_to_rm(bench: Bench, mode: str, memory: str) -> None:
         assert replica["listens"] == f"unix:{bench.folder}/state/replicas/{name}/socket/server.sock"
         bench.ok("stop", name)
         assert bench.left() == []
+    assert min(unaccounted) < 0.05
     assert bench.ok("df", "--format", "json").json["goldens"][0]["allocated"] > 8 << 20
     bench.ok("rm", name)
     assert bench.goldens() == []
@@ -117,14 +120,14 @@ def test_open_connections(bench: Bench) -> None:
 
 def test_published_port(bench: Bench) -> None:
     name = bench.name()
-    port = 20000 + os.getpid() % 10000
+    (port,) = free_ports(1)
     bench.create(name, options=("--publish", f"{port}:8000"))
     for options in ((), ("--ignore-static-ip", "--ignore-static-mac")):
         restored = bench.ok("restore", name, "--format", "json", *options).json
         assert restored["url"] == f"http://127.0.0.1:{port}"
         for _ in range(2):
             answer = subprocess.run(
-                ["curl", "-sfm", "10", f"http://127.0.0.1:{port}/health"], capture_output=True, text=True, check=True
+                ["curl", "-sfm", "60", f"http://127.0.0.1:{port}/health"], capture_output=True, text=True, check=True
             )
             assert answer.stdout == "ok"
             # One that wants the same port is refused, and does not cut off who has it.
@@ -291,26 +294,17 @@ def small_image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_two_creates_of_one_name(bench: Bench) -> None:
     name = bench.name()
-    hook = bench.folder / "hooks.d" / "pre-dump" / "wait"
-    hook.parent.mkdir(parents=True)
-    hook.write_text("#!/bin/sh\nsleep 2\n")
-    hook.chmod(0o755)
+    halt = Halt(bench, "pre-dump")
     first = bench.start(*bench.creation(name))
-    _until((bench.store / "staging" / name).is_dir)
+    halt.wait(first)
     second = bench.run(*bench.creation(name))
+    halt.go()
     assert second.code == 7
     assert "another command" in second.err
-    first.communicate(timeout=60)
+    first.communicate(timeout=PATIENCE)
     assert first.returncode == 0
     third = bench.run(*bench.creation(name))
     assert third.code == 7
     assert "--replace" in third.err
     bench.create(name, options=("--replace",))
     assert bench.goldens() == [name]
-
-
-def _until(condition: object, timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)

@@ -39,7 +39,7 @@ def requests() -> list[tuple[str, str, str]]:
 
 
 def ask(endpoint: Endpoint, method: str, path: str, body: Any = None) -> Any:
-    answer = endpoint.request(method, path, "" if body is None else json.dumps(body), timeout=60)
+    answer = endpoint.request(method, path, "" if body is None else json.dumps(body), timeout=120)
     assert 200 <= answer.status < 300, answer.body
     return json.loads(answer.body)
 
@@ -61,7 +61,7 @@ def never_dumped(folder: Path, model: Path) -> Iterator[Endpoint]:
         yield endpoint
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(60)
 
 
 def resumed(endpoint: Endpoint) -> dict[str, Any]:
@@ -75,7 +75,6 @@ def resumed(endpoint: Endpoint) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(300)
 def test_stopped_sessions_go_on_in_two_clones(bench: Bench, lively_model: Path) -> None:
     name = bench.name()
     options = [word for request in requests() for word in ("--warmup-request", " ".join(request))]
@@ -123,7 +122,6 @@ def written(endpoint: Endpoint, name: str) -> dict[str, Any]:
             if key in ("tokens", "logprobs", "text")}  # fmt: skip
 
 
-@pytest.mark.timeout(300)
 def test_sessions_that_are_paged_out_are_a_part_of_the_golden(bench: Bench, lively_model: Path) -> None:
     """Most lie in host memory or in files when the server is frozen; one of them is to outlive it."""
     name = bench.name()
@@ -158,7 +156,6 @@ def test_sessions_that_are_paged_out_are_a_part_of_the_golden(bench: Bench, live
     bench.ok("stop", *clones)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("folder", "workdir"), [("/kept/sessions", None), ("sessions", "/kept")])
 def test_durable_sessions_outlive_their_replica_on_a_volume(
     bench: Bench, lively_model: Path, folder: str, workdir: str | None

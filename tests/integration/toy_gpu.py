@@ -66,7 +66,7 @@ class ToyDriver:
 
     def _hostname(self, pid: int) -> str:
         # uname(2) of another process: its namespace's, which only a process in it can ask for.
-        done = proc.run(["nsenter", "-t", str(pid), "-u", "hostname"], timeout=10)
+        done = proc.run(["nsenter", "-t", str(pid), "-u", "hostname"], timeout=60)
         return done.stdout.strip()
 
     def _notes(self, pid: int) -> Path:
@@ -84,7 +84,7 @@ class ToyDriver:
         file = self._notes(pid) / f"toy-{proc.inside(pid)}.json"
         before = _read(file).get("number")
         os.kill(pid, signal.SIGRTMIN + number)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while time.monotonic() < until:
             if (found := _read(file)) and found["number"] != before:
                 return found
