@@ -169,8 +169,8 @@ class World:
     def __init__(self, rules: dict[str, Rules], hands: FakeHands, **options: Any) -> None:
         self.hands = hands
         self.events: list[Event] = []
-        clock = asyncio.get_running_loop().time
-        self.owner = Owner(hands, tell=self.events.append, **({"retry": 0.01, "clock": clock} | options))
+        settings: dict[str, Any] = {"retry": 0.01, "clock": asyncio.get_running_loop().time}
+        self.owner = Owner(hands, tell=self.events.append, **(settings | options))
         self._rules = rules
 
     async def __aenter__(self) -> World:

@@ -38,7 +38,7 @@ def processes() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
     with ExitStack() as stack:
 
         def make() -> subprocess.Popen[bytes]:
-            made = stack.enter_context(subprocess.Popen(["sleep", "60"]))
+            made = stack.enter_context(subprocess.Popen(["sleep", "600"]))
             stack.callback(made.kill)
             return made
 
