@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from gpuckpt.errors import (
 )
 from gpuckpt.manifest import Held
 from tests.cuda_fake import H100, MIB, FakeDriver, gpu
+from tests.interrupts import interrupts
 
 PIDS = (11, 12, 13)
 
@@ -171,20 +171,10 @@ def test_an_interrupt_in_the_midst_leaves_the_server_running(
     before = free(driver)
     driver.hang[step, pid] = late
 
-    def interrupted(now: str, one: int) -> None:
-        if (now, one) == (step, pid) and not late.is_set():
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-
-    def interrupt(number: int, frame: object) -> None:
-        raise InterruptedByUser("interrupted")
-
-    driver.before = interrupted
-    previous = signal.signal(signal.SIGUSR1, interrupt)
-    try:
+    with interrupts() as interrupt:
+        driver.before = lambda now, one: interrupt() if (now, one) == (step, pid) else None
         with pytest.raises(InterruptedByUser):
             suspend(driver, PIDS)
-    finally:
-        signal.signal(signal.SIGUSR1, previous)
     assert states(driver) == {"running"} and free(driver) == before
 
 
