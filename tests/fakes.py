@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -661,6 +661,7 @@ class UnixServer:
             self.asked.append(asked)
             data = self.answer(asked)
             if data is None:
-                self._stop.wait(10)
+                self._stop.wait(60)
             else:
-                connection.sendall(data)
+                with suppress(OSError):  # who has waited long enough has gone
+                    connection.sendall(data)
