@@ -181,7 +181,7 @@ def test_events_come_as_they_happen(client: Client, guest: FakeGuest) -> None:
 
     def slowly(connection: socket.socket) -> None:
         connection.sendall(stream(TOKEN, ends=False))
-        assert go.wait(5)
+        assert go.wait(60)
         connection.sendall(stream(DONE).partition(b"\r\n\r\n")[2])
 
     guest.on("POST /v1/sessions/demo/generate", slowly)
@@ -204,7 +204,7 @@ def test_a_stream_that_is_closed_hangs_up(client: Client, guest: FakeGuest) -> N
     next(found)
     assert not hung_up.is_set()
     found.close()  # type: ignore[attr-defined]
-    assert hung_up.wait(5)
+    assert hung_up.wait(60)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_over_tcp() -> None:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         assert Client(f"http://127.0.0.1:{listener.getsockname()[1]}").engine().model == "tiny"
-        thread.join(5)
+        thread.join(60)
 
 
 def test_importing_it_needs_no_library_for_numbers() -> None:
