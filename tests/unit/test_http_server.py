@@ -123,7 +123,13 @@ def test_a_client_that_takes_nothing_is_cut() -> None:
 def test_a_client_that_takes_little_is_not() -> None:
     async def test(patience: float) -> None:
         async with world(answer(b"x" * 10_000_000), guard=Guard(stalled_seconds=0.3 * patience)) as here:
-            client = await here.client()
+            # With small buffers: what is taken makes room at once.
+            here.server._sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+            own = socket.socket()
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            own.connect(("127.0.0.1", here.port))
+            client = Client(*await asyncio.open_connection(sock=own, limit=1 << 14))
+            here._stack.push_async_callback(client.close)
             await client.send(request(ASK))
             await client.head()
             for _ in range(40):
