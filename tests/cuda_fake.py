@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -106,6 +107,7 @@ class FakeDriver:
         self.before(step, pid)
         if over := self.hang.get((step, pid)):
             over.wait(60)  # until the test lets it go on
+            time.sleep(0.02)  # who does not wait for it now is sooner
         if error := self.refuse.get((step, pid)):
             raise error
         with self._lock:

@@ -125,15 +125,27 @@ class _Calls:
         self.errors: dict[int, BaseException] = {}
         self._work = work
         self._over: dict[int, threading.Event] = {}
+        self._begun: set[int] = set()
+        self._beginning = threading.Lock()
 
     def begin(self, pids: Sequence[int]) -> _Calls:
-        """Make them. An interrupt may come between two of them: what was begun by then is known to :meth:`wait`."""
-        for pid in pids:
-            over = self._over[pid] = threading.Event()
-            threading.Thread(target=self._call, args=(pid, over), name=f"gpuckpt-cuda-{pid}", daemon=True).start()
+        """Make them. If an interrupt comes before all are begun the rest never is, and :meth:`wait` knows the others."""
+        try:
+            self._over = {pid: threading.Event() for pid in pids}
+            for pid in pids:
+                threading.Thread(target=self._call, args=(pid,), name=f"gpuckpt-cuda-{pid}", daemon=True).start()
+        except BaseException:
+            with self._beginning:
+                self._over = {pid: over for pid, over in self._over.items() if pid in self._begun}
+            raise
         return self
 
-    def _call(self, pid: int, over: threading.Event) -> None:
+    def _call(self, pid: int) -> None:
+        with self._beginning:
+            over = self._over.get(pid)
+            if over is None:
+                return
+            self._begun.add(pid)
         try:
             self._work(pid)
         except BaseException as error:  # told by whoever waits

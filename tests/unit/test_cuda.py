@@ -76,6 +76,13 @@ def quick(monkeypatch: pytest.MonkeyPatch, step: str, pid: int) -> Limits:
     return structs.replace(Limits(), **{step: 0.1})
 
 
+def join(name: str) -> None:
+    """Wait for the threads that are called so."""
+    for thread in threading.enumerate():
+        if name in thread.name:
+            thread.join(60)
+
+
 def states(driver: FakeDriver, but: int | None = None) -> set[str | None]:
     return {driver.state(pid) for pid in PIDS if pid != but}
 
@@ -167,7 +174,6 @@ def test_a_call_that_stays_out_is_told_of(
 def test_an_interrupt_in_the_midst_leaves_the_server_running(
     driver: FakeDriver, late: threading.Event, step: str, pid: int
 ) -> None:
-    """While the calls are begun, too: the first one's comes before there are others."""
     before = free(driver)
     driver.hang[step, pid] = late
 
@@ -175,6 +181,28 @@ def test_an_interrupt_in_the_midst_leaves_the_server_running(
         driver.before = lambda now, one: interrupt() if (now, one) == (step, pid) else None
         with pytest.raises(InterruptedByUser):
             suspend(driver, PIDS)
+    join("gpuckpt-cuda")  # nothing that was begun comes behind
+    assert states(driver) == {"running"} and free(driver) == before
+
+
+@pytest.mark.parametrize(("step", "calls"), [("lock", 0), ("checkpoint", 3)])
+def test_an_interrupt_before_all_calls_are_begun_leaves_the_server_running(
+    driver: FakeDriver, late: threading.Event, monkeypatch: pytest.MonkeyPatch, step: str, calls: int
+) -> None:
+    before, start = free(driver), threading.Thread.start
+    driver.hang[step, 11] = late
+
+    def begin(thread: threading.Thread) -> None:
+        if thread.name == "gpuckpt-cuda-12" and len(driver.calls) == calls:
+            threading.Event().wait(60)  # the interrupt comes here
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", begin)
+    with interrupts() as interrupt:
+        driver.before = lambda now, one: interrupt() if (now, one) == (step, 11) else None
+        with pytest.raises(InterruptedByUser):
+            suspend(driver, PIDS)
+    join("gpuckpt-cuda")  # nothing that was begun comes behind
     assert states(driver) == {"running"} and free(driver) == before
 
 
@@ -436,9 +464,7 @@ def test_who_hangs_up_leaves_no_files_open(served: Path) -> None:
 
     def opened() -> list[str]:
         Remote(served).version()  # they are accepted in turn: all who connected before it have a thread now
-        for thread in threading.enumerate():
-            if "(_answer)" in thread.name:
-                thread.join(60)
+        join("(_answer)")
         return sorted(os.listdir("/proc/self/fd"))
 
     before = opened()
