@@ -129,7 +129,7 @@ class _Calls:
         self._beginning = threading.Lock()
 
     def begin(self, pids: Sequence[int]) -> _Calls:
-        """Make them. If an interrupt comes before all are begun the rest never is, and :meth:`wait` knows the others."""
+        """Make them. If an interrupt comes before all are begun, the rest never is, and :meth:`wait` knows of it."""
         try:
             self._over = {pid: threading.Event() for pid in pids}
             for pid in pids:

@@ -191,11 +191,9 @@ def test_an_interrupt_before_all_calls_are_begun_leaves_the_server_running(
 ) -> None:
     before, start = free(driver), threading.Thread.start
     driver.hang[step, 11] = late
-    held = threading.Event()
 
     def begin(thread: threading.Thread) -> None:
-        if thread.name == "gpuckpt-cuda-12" and len(driver.calls) == calls and not held.is_set():
-            held.set()
+        if thread.name == "gpuckpt-cuda-12" and len(driver.calls) == calls and not late.is_set():
             threading.Event().wait(60)  # the interrupt comes here
         start(thread)
 
