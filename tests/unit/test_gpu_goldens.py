@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -546,7 +547,7 @@ def test_an_interrupt_ends_the_wait_for_room_of_several(world: World, monkeypatc
     made(world)
     world.driver.processes[4242].state = "checkpointed"
     world.driver.devices[gpu(0).uuid] = gpu(0, free=100)
-    requests = [RestoreRequest("gold", replica=name, gpu_wait=600.0) for name in ("one", "two")]
+    requests = [RestoreRequest("gold", replica=name, gpu_wait=60.0) for name in ("one", "two")]
     main, looking, waited_for = threading.get_ident(), set[int](), threading.Event()
     gpus = world.driver.gpus
 
@@ -565,8 +566,10 @@ def test_an_interrupt_ends_the_wait_for_room_of_several(world: World, monkeypatc
     monkeypatch.setattr(world.driver, "gpus", looked)
     monkeypatch.setattr("gpuckpt.golden.several.as_completed", waiting)
 
+    began = time.monotonic()
     with interrupts() as interrupt, pytest.raises(InterruptedByUser, match=r"^interrupted$"):
         restore_all(requests, world.tools, PhaseTable())
+    assert time.monotonic() - began < 50  # not the sixty that they would wait
     assert replicas.all_of(world.layout.replicas) == []
 
 
