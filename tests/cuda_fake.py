@@ -35,7 +35,7 @@ class FakeDriver:
     processes: dict[int, Process] = field(default_factory=dict)
     calls: list[tuple[str, int]] = field(default_factory=list)
     refuse: dict[tuple[str, int], DriverError] = field(default_factory=dict)
-    hang: dict[tuple[str, int], float] = field(default_factory=dict)
+    hang: dict[tuple[str, int], threading.Event] = field(default_factory=dict)
     before: Callable[[str, int], None] = lambda step, pid: None
     shares: bool = True
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -105,8 +105,9 @@ class FakeDriver:
 
     def _step(self, step: str, pid: int, wanted: State, then: State) -> None:
         self.before(step, pid)
-        if seconds := self.hang.get((step, pid)):
-            time.sleep(seconds)
+        if over := self.hang.get((step, pid)):
+            over.wait(60)  # until the test lets it go on
+            time.sleep(0.02)  # who does not wait for it now is sooner
         if error := self.refuse.get((step, pid)):
             raise error
         with self._lock:

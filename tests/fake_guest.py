@@ -143,6 +143,7 @@ class FakeGuest:
         self.path = path
         self.replies: dict[str, list[Reply]] = {}
         self.asked: list[tuple[str, Any]] = []
+        self.answered: list[str] = []  # what has its whole answer
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen()
@@ -167,7 +168,7 @@ class FakeGuest:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=60)
 
     def _accept(self) -> None:
         while True:
@@ -197,6 +198,7 @@ class FakeGuest:
                 reply(connection)
             else:
                 connection.sendall(reply)
+            self.answered.append(what)
 
 
 @contextmanager

@@ -57,6 +57,8 @@ class Helper:
                     connection, _ = listener.accept()
                 except TimeoutError:
                     continue
+                with self._lock:
+                    self._busy += 1  # not only once its thread runs: who has just been let in keeps it from its end
                 threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
         if self._is(mine):
             self._path.unlink(missing_ok=True)
@@ -72,8 +74,6 @@ class Helper:
             return False
 
     def _answer(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._busy += 1
         try:
             with connection:
                 while (asked := received(connection)) is not None:

@@ -121,28 +121,44 @@ def _expect(driver: Driver, pids: Sequence[int], state: State, kind: type[Gpuckp
 class _Calls:
     """The calls of one step, each in a thread, which no command waits for when it ends: the driver may never answer."""
 
-    def __init__(self, pids: Sequence[int], work: Callable[[int], None]) -> None:
+    def __init__(self, work: Callable[[int], None]) -> None:
         self.errors: dict[int, BaseException] = {}
         self._work = work
-        self._threads = {
-            pid: threading.Thread(target=self._call, args=(pid,), name=f"gpuckpt-cuda-{pid}", daemon=True)
-            for pid in pids
-        }
-        for thread in self._threads.values():
-            thread.start()
+        self._over: dict[int, threading.Event] = {}
+        self._begun: set[int] = set()
+        self._beginning = threading.Lock()
+
+    def begin(self, pids: Sequence[int]) -> _Calls:
+        """Make them. If an interrupt comes before all are begun, the rest never is, and :meth:`wait` knows of it."""
+        try:
+            self._over = {pid: threading.Event() for pid in pids}
+            for pid in pids:
+                threading.Thread(target=self._call, args=(pid,), name=f"gpuckpt-cuda-{pid}", daemon=True).start()
+        except BaseException:
+            with self._beginning:
+                self._over = {pid: over for pid, over in self._over.items() if pid in self._begun}
+            raise
+        return self
 
     def _call(self, pid: int) -> None:
+        with self._beginning:
+            over = self._over.get(pid)
+            if over is None:
+                return
+            self._begun.add(pid)
         try:
             self._work(pid)
         except BaseException as error:  # told by whoever waits
             self.errors[pid] = error
+        finally:
+            over.set()
 
     def wait(self, limit: float) -> list[int]:
         """Wait until all have ended, at most so many seconds; the processes of those that have not."""
         until = time.monotonic() + limit
-        for thread in self._threads.values():
-            thread.join(max(0.0, until - time.monotonic()))
-        return [pid for pid, thread in self._threads.items() if thread.is_alive()]
+        for over in self._over.values():
+            over.wait(max(0.0, until - time.monotonic()))
+        return [pid for pid, over in self._over.items() if not over.is_set()]
 
 
 def _all(
@@ -150,8 +166,8 @@ def _all(
 ) -> None:
     """One step for all processes; raises _Failed once all have ended or the time is up. Its calls go to ``made``."""
     begin = time.monotonic_ns()
-    made.append(_Calls(pids, work))
-    why = _why(made[-1], limit + _SPARE)
+    made.append(_Calls(work))  # before they begin: an interrupt while they do must find them there
+    why = _why(made[-1].begin(pids), limit + _SPARE)
     steps.append(Step(name, begin, time.monotonic_ns()))
     if why:
         raise _Failed(name, why)
@@ -159,7 +175,7 @@ def _all(
 
 def _each(pids: Sequence[int], limit: float, work: Callable[[int], None]) -> dict[int, str]:
     """Call ``work`` for each side by side; why it failed, by process id."""
-    return _why(_Calls(pids, work), limit)
+    return _why(_Calls(work).begin(pids), limit)
 
 
 def _why(calls: _Calls, limit: float) -> dict[int, str]:

@@ -15,7 +15,7 @@ import pytest
 from gpuckpt.cuda.devices import Devices
 from gpuckpt.cuda.driver import Driver, DriverError, Gpu
 from gpuckpt.cuda.program import Program
-from gpuckpt.cuda.suspend import Limits, resume, suspend
+from gpuckpt.cuda.suspend import resume, suspend
 from gpuckpt.errors import CheckpointError, DaemonUnreachableError, GpuckptError, PreflightError, RestoreError
 from gpuckpt.manifest import Held
 from tests import stub_driver
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.stubs
 # Each byte another, and one with letters in capitals in none of NVIDIA's tools.
 FIRST = Gpu("GPU-00112233-4455-6677-8899-aabbccddeeff", H100, 80_000 * MIB, 80_000 * MIB)
 SECOND = Gpu("GPU-ffeeddcc-bbaa-9988-7766-554433221100", H100, 80_000 * MIB, 80_000 * MIB)
-QUICK = Limits(lock=0.2, checkpoint=0.2, restore=0.2, unlock=0.2)
 
 
 @pytest.fixture(params=["bindings", "program"])
@@ -278,7 +277,7 @@ def test_a_driver_that_has_no_checkpoints_is_told(own: World, tmp_path: Path) ->
 # ---------------------------------------------------------------------- the helper
 
 
-def devices(world: World, tmp_path: Path, driver: Driver, limits: Limits = QUICK) -> Devices:
+def devices(world: World, tmp_path: Path, driver: Driver) -> Devices:
     """Those of a server with the processes 11 and 12, which have the devices' files open."""
     for pid in (11, 12):
         folder = tmp_path / "proc" / str(pid) / "fd"
@@ -289,7 +288,6 @@ def devices(world: World, tmp_path: Path, driver: Driver, limits: Limits = QUICK
         tmp_path / "room",
         below=lambda first: [10, 11, 12],
         files=tmp_path / "proc",
-        limits=limits,
     )
 
 
@@ -337,14 +335,13 @@ def test_a_call_that_hangs_keeps_no_other_waiting(two: World) -> None:
     slow = threading.Thread(target=one.lock, args=(11, 1.0))
     slow.start()
     two.wait_for("lock 11")
-    began = time.monotonic()
     for remote in (one, other):
         suspend(remote, [12])
         resume(remote, [12])
         assert remote.state(12) == "running" and remote.gpus() and remote.memory(12)
-    assert time.monotonic() - began < 5 and slow.is_alive() and two.state(11) == "running"
+    assert slow.is_alive() and two.state(11) == "running"
     kept.unlink()
-    slow.join(10)
+    slow.join(60)
     assert two.state(11) == "locked"
 
 
@@ -388,7 +385,7 @@ def test_a_helper_that_is_killed_in_the_midst_of_a_call(own: World) -> None:
     asking.start()
     own.wait_for("checkpoint 12")
     os.kill(first, signal.SIGKILL)
-    asking.join(10)
+    asking.join(60)
     assert isinstance(failed[0], DaemonUnreachableError)
     kept.unlink()
     # Another one goes on from where the driver is.
@@ -403,7 +400,7 @@ def test_a_helper_that_is_killed_in_the_midst_of_a_call(own: World) -> None:
 
 def test_a_helper_that_is_killed_in_the_midst_of_a_suspend(own: World, tmp_path: Path) -> None:
     two_processes(own)
-    mine = devices(own, tmp_path, own.remote(own.folder / "helper.sock"), Limits())
+    mine = devices(own, tmp_path, own.remote(own.folder / "helper.sock"))
     mine.driver.version()
     first = own.helper_pid()
     kept = own.hang("checkpoint", 12)
@@ -413,8 +410,8 @@ def test_a_helper_that_is_killed_in_the_midst_of_a_suspend(own: World, tmp_path:
         own.wait_for("checkpoint 11")
         while own.state(11) != "checkpointed":
             time.sleep(0.002)
+        os.kill(first, signal.SIGKILL)  # before the call may go on: it could still be answered
         kept.unlink()
-        os.kill(first, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()

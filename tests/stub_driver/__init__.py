@@ -120,7 +120,7 @@ class World:
 
     def wait_for(self, call: str) -> None:
         """Until the driver was called so."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while not any(line == call or line.startswith(f"{call} ") for line in self.calls()):
             assert time.monotonic() < until, self.calls()
             time.sleep(0.002)

@@ -38,7 +38,7 @@ def guest() -> Iterator[FakeGuest]:
 @pytest.fixture
 def client(guest: FakeGuest) -> Client:
     """A client of it."""
-    return Client(f"unix:{guest.path}", timeout=5)
+    return Client(f"unix:{guest.path}", timeout=60)
 
 
 @pytest.fixture

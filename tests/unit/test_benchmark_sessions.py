@@ -290,8 +290,8 @@ def runner(tmp_path: Path, python: str = sys.executable) -> Runner:
 
 def test_a_process_that_fails_is_noted_and_one_that_hangs_is_ended(tmp_path: Path) -> None:
     made = runner(tmp_path)
-    assert made.run("good", [sys.executable, "-c", ""], 20)
-    assert not made.run("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20)
+    assert made.run("good", [sys.executable, "-c", ""], 60)
+    assert not made.run("bad", [sys.executable, "-c", "raise SystemExit(3)"], 60)
     assert not made.run("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0.3)
     assert made.failures == {"bad": "it ended with status 3", "slow": "it took more than 0.3 s"}
 

@@ -142,13 +142,15 @@ def test_completion_waits_for_nobody(pool: FakePool, monkeypatch: pytest.MonkeyP
     over = threading.Event()
 
     def say_nothing(connection: socket.socket) -> None:
-        over.wait(5)
+        over.wait(60)
 
     pool.on(STATE, say_nothing)
     begin = time.monotonic()
-    assert completed("pool", "wake", "") == []
-    assert time.monotonic() - begin < 3
-    over.set()
+    try:
+        assert completed("pool", "wake", "") == []
+        assert time.monotonic() - begin < 50  # not 60
+    finally:
+        over.set()
 
 
 def test_starting_stays_cheap() -> None:

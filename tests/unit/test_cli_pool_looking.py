@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -15,6 +16,7 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
@@ -140,7 +142,7 @@ def on_a_terminal(*words: str, columns: int, until: str = "", **environ: str) ->
                 child.send_signal(signal.SIGINT)
                 until = ""
     os.close(terminal)
-    return child.wait(timeout=30), shown.decode()
+    return child.wait(timeout=60), shown.decode()
 
 
 def test_top_on_a_terminal(pool: FakePool) -> None:
@@ -234,21 +236,49 @@ def test_events(pool: FakePool) -> None:
     assert nothing.returncode == 0 and nothing.stdout == "" and "nothing has happened" in nothing.stderr
 
 
+@contextlib.contextmanager
+def meanwhile(work: Callable[[], None]) -> Iterator[None]:
+    """Do this in a thread, while the body runs."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def told_the_past(pool: FakePool) -> bool:
+    return any(what.startswith("GET /v1/events") for what in pool.answered)
+
+
 def test_following_events_until_the_daemon_goes(pool: FakePool) -> None:
     def live() -> None:
+        wait_until(lambda: told_the_past(pool))
         pool.happen(event(3, "woken", "qwen", "qwen.1"), event(4, "woken", "phi", "phi.1"))
         pool.go_down()
 
-    threading.Timer(0.3, live).start()
-    done = do("events", "--follow", "--limit", "1")
+    with meanwhile(live):
+        done = do("events", "--follow", "--limit", "1")
     assert done.returncode == 0 and "no more events" in done.stderr
     assert [line.split()[2] for line in done.stdout.splitlines()] == ["failed", "woken", "woken"]
 
 
 def test_following_events_as_json_until_interrupted(pool: FakePool) -> None:
-    threading.Timer(0.2, lambda: pool.happen(event(3, "woken", "qwen"), event(4, "woken", "phi"))).start()
-    threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    done = do("events", "-f", "--model", "qwen", "--format", "json")
+    def live() -> None:
+        wait_until(lambda: told_the_past(pool))
+        pool.happen(event(3, "woken", "qwen"), event(4, "woken", "phi"))
+        wait_until(lambda: isinstance(sys.stdout, io.StringIO) and '"seq":3' in sys.stdout.getvalue().replace(" ", ""))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with meanwhile(live):
+        done = do("events", "-f", "--model", "qwen", "--format", "json")
     assert (done.returncode, done.stderr) == (0, "")
     documents = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["event"]["seq"] for one in documents] == [1, 3] and documents[0]["version"] == 1

@@ -25,6 +25,7 @@ def listening(tmp_path: Path) -> Iterator[Callable[[bytes | None], tuple[Control
     """A server on a Unix socket that answers every request with the same bytes; what it was asked, and its files."""
     asked: list[Any] = []
     sockets: list[socket.socket] = []
+    threads: list[threading.Thread] = []
 
     def start(answer: bytes | None) -> tuple[Control, list[Any]]:
         path = tmp_path / "control.sock"
@@ -44,12 +45,16 @@ def listening(tmp_path: Path) -> Iterator[Callable[[bytes | None], tuple[Control
                 else:
                     connection.recv(1)
 
-        threading.Thread(target=serve, daemon=True).start()
-        return Control(path, timeout=0.3), asked
+        threads.append(threading.Thread(target=serve, daemon=True))
+        threads[-1].start()
+        return Control(path, timeout=0.3 if answer is None else 60), asked
 
     yield start
     for one in sockets:
+        one.shutdown(socket.SHUT_RDWR)  # who waits in accept(2) wakes up
         one.close()
+    for thread in threads:
+        thread.join(60)
 
 
 def test_files_go_along_with_a_request(listening: Any, tmp_path: Path) -> None:

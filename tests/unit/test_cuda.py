@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from gpuckpt.cuda.helper import Helper
 from gpuckpt.cuda.holders import holders
 from gpuckpt.cuda.remote import Remote
 from gpuckpt.cuda.room import Room, place
-from gpuckpt.cuda.suspend import Limits, resume, suspend
+from gpuckpt.cuda.suspend import Limits, _Calls, _late, resume, suspend
 from gpuckpt.errors import (
     CheckpointError,
     DaemonUnreachableError,
@@ -34,8 +33,8 @@ from gpuckpt.errors import (
 )
 from gpuckpt.manifest import Held
 from tests.cuda_fake import H100, MIB, FakeDriver, gpu
+from tests.interrupts import interrupts
 
-QUICK = Limits(lock=0.2, checkpoint=0.2, restore=0.2, unlock=0.2)
 PIDS = (11, 12, 13)
 
 
@@ -50,9 +49,38 @@ def driver() -> FakeDriver:
     return made
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """What hangs until this is set comes late: it is set when a step is over and who has not answered is waited for."""
+    over = threading.Event()
+
+    def waiting(made: Sequence[_Calls], limits: Limits) -> dict[int, str]:
+        over.set()
+        return _late(made, limits)
+
+    monkeypatch.setattr("gpuckpt.cuda.suspend._late", waiting)
+    return over
+
+
+def quick(monkeypatch: pytest.MonkeyPatch, step: str, pid: int) -> Limits:
+    """Limits of which this step's is short for this process, and for no other one, however slow the machine is."""
+    wait = _Calls.wait
+
+    def waited(self: _Calls, limit: float) -> list[int]:
+        for one, over in self._over.items():
+            assert one == pid or over.wait(60)
+        return wait(self, limit)
+
+    monkeypatch.setattr(_Calls, "wait", waited)
     monkeypatch.setattr("gpuckpt.cuda.suspend._SPARE", 0.1)
+    return structs.replace(Limits(), **{step: 0.1})
+
+
+def join(name: str) -> None:
+    """Wait for the threads that are called so."""
+    for thread in threading.enumerate():
+        if name in thread.name:
+            thread.join(60)
 
 
 def states(driver: FakeDriver, but: int | None = None) -> set[str | None]:
@@ -84,7 +112,7 @@ def test_each_step_is_made_side_by_side(driver: FakeDriver) -> None:
 
     def meet(step: str, pid: int) -> None:
         if step != "state":
-            meeting.wait(5)  # all are at the same step, or nobody gets on
+            meeting.wait(60)  # all are at the same step, or nobody gets on
 
     driver.before = meet
     suspend(driver, PIDS)
@@ -102,63 +130,89 @@ def test_a_server_without_cuda_has_nothing_to_move() -> None:
 
 @pytest.mark.parametrize(("step", "pid"), list(product(("lock", "checkpoint"), PIDS)))
 @pytest.mark.parametrize("how", ["refused", "hangs"])
-def test_a_suspend_that_fails_leaves_the_server_running(driver: FakeDriver, step: str, pid: int, how: str) -> None:
-    before = free(driver)
+def test_a_suspend_that_fails_leaves_the_server_running(
+    driver: FakeDriver, late: threading.Event, monkeypatch: pytest.MonkeyPatch, step: str, pid: int, how: str
+) -> None:
+    before, limits = free(driver), Limits()
     if how == "refused":
         driver.refuse[step, pid] = DriverError("CUDA_ERROR_NOT_SUPPORTED", "peers")
     else:
-        driver.hang[step, pid] = 0.5
+        driver.hang[step, pid], limits = late, quick(monkeypatch, step, pid)
     with pytest.raises(CheckpointError, match=f"{step} failed") as caught:
-        suspend(driver, PIDS, QUICK)
+        suspend(driver, PIDS, limits)
     assert caught.value.cause and f"process {pid}:" in caught.value.cause
     if how == "refused":
         assert "CUDA_ERROR_NOT_SUPPORTED: peers" in caught.value.cause
         assert caught.value.remedy and caught.value.remedy.startswith("the server runs on")
         assert states(driver) == {"running"} and free(driver) == before
         driver.refuse.clear()
-        suspend(driver, PIDS, QUICK)  # and it can be tried again
+        suspend(driver, PIDS)  # and it can be tried again
     else:
         assert "did not answer within" in caught.value.cause
         # It came late, was waited for, and undone.
         assert caught.value.remedy and caught.value.remedy.startswith("the server runs on")
-        time.sleep(0.6)
         assert states(driver) == {"running"} and free(driver) == before
 
 
 @pytest.mark.parametrize(("step", "pid"), list(product(("lock", "checkpoint"), PIDS)))
-def test_a_call_that_stays_out_is_told_of(driver: FakeDriver, step: str, pid: int) -> None:
-    driver.hang[step, pid] = 1.0
-    with pytest.raises(CheckpointError) as caught:
-        suspend(driver, PIDS, structs.replace(QUICK, late=0.05))
-    remedy = caught.value.remedy or ""
-    assert "could not be undone" in remedy and f"process {pid}: the driver is still at it" in remedy
-    assert states(driver, but=pid) == {"running"}
-
-
-@pytest.mark.parametrize("step", ["lock", "checkpoint"])
-def test_an_interrupt_in_the_midst_leaves_the_server_running(driver: FakeDriver, step: str) -> None:
-    before = free(driver)
-    driver.hang[step, 11] = 0.3
-    timer = threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1))
-
-    def interrupt(number: int, frame: object) -> None:
-        raise InterruptedByUser("interrupted")
-
-    previous = signal.signal(signal.SIGUSR1, interrupt)
+def test_a_call_that_stays_out_is_told_of(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, step: str, pid: int
+) -> None:
+    over = driver.hang[step, pid] = threading.Event()
+    limits = structs.replace(quick(monkeypatch, step, pid), late=0.05)
     try:
-        timer.start()
+        with pytest.raises(CheckpointError) as caught:
+            suspend(driver, PIDS, limits)
+        remedy = caught.value.remedy or ""
+        assert "could not be undone" in remedy and f"process {pid}: the driver is still at it" in remedy
+        assert states(driver, but=pid) == {"running"}
+    finally:
+        over.set()
+
+
+@pytest.mark.parametrize(("step", "pid"), list(product(("lock", "checkpoint"), PIDS)))
+def test_an_interrupt_in_the_midst_leaves_the_server_running(
+    driver: FakeDriver, late: threading.Event, step: str, pid: int
+) -> None:
+    before = free(driver)
+    driver.hang[step, pid] = late
+
+    with interrupts() as interrupt:
+        driver.before = lambda now, one: interrupt() if (now, one) == (step, pid) else None
         with pytest.raises(InterruptedByUser):
             suspend(driver, PIDS)
-    finally:
-        signal.signal(signal.SIGUSR1, previous)
+    join("gpuckpt-cuda")  # nothing that was begun comes behind
     assert states(driver) == {"running"} and free(driver) == before
 
 
-def test_a_restore_that_comes_late_is_taken_off_again(driver: FakeDriver) -> None:
+@pytest.mark.parametrize(("step", "calls"), [("lock", 0), ("checkpoint", 3)])
+def test_an_interrupt_before_all_calls_are_begun_leaves_the_server_running(
+    driver: FakeDriver, late: threading.Event, monkeypatch: pytest.MonkeyPatch, step: str, calls: int
+) -> None:
+    before, start = free(driver), threading.Thread.start
+    driver.hang[step, 11] = late
+
+    def begin(thread: threading.Thread) -> None:
+        if thread.name == "gpuckpt-cuda-12" and len(driver.calls) == calls and not late.is_set():
+            threading.Event().wait(60)  # the interrupt comes here
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", begin)
+    with interrupts() as interrupt:
+        driver.before = lambda now, one: interrupt() if (now, one) == (step, 11) else None
+        with pytest.raises(InterruptedByUser):
+            suspend(driver, PIDS)
+    join("gpuckpt-cuda")  # nothing that was begun comes behind
+    assert states(driver) == {"running"} and free(driver) == before
+
+
+def test_a_restore_that_comes_late_is_taken_off_again(
+    driver: FakeDriver, late: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     suspend(driver, PIDS)
-    driver.hang["restore", 12] = 0.5
+    driver.hang["restore", 12] = late
     with pytest.raises(RestoreError) as caught:
-        resume(driver, PIDS, limits=QUICK)
+        resume(driver, PIDS, limits=quick(monkeypatch, "restore", 12))
     assert "none of it is on a device" in (caught.value.remedy or "")
     assert states(driver) == {"checkpointed"} and free(driver) == [80_000, 80_000]
 
@@ -168,7 +222,7 @@ def test_a_restore_that_fails_takes_the_others_off_again(driver: FakeDriver, pid
     suspend(driver, PIDS)
     driver.refuse["restore", pid] = DriverError("CUDA_ERROR_UNKNOWN", "")
     with pytest.raises(RestoreError, match="restore failed") as caught:
-        resume(driver, PIDS, limits=QUICK)
+        resume(driver, PIDS)
     assert caught.value.remedy and "none of it is on a device" in caught.value.remedy
     assert states(driver) == {"checkpointed"} and free(driver) == [80_000, 80_000]
     driver.refuse.clear()
@@ -181,7 +235,7 @@ def test_an_unlock_that_fails_is_told(driver: FakeDriver, pid: int) -> None:
     suspend(driver, PIDS)
     driver.refuse["unlock", pid] = DriverError("CUDA_ERROR_UNKNOWN", "")
     with pytest.raises(RestoreError, match="unlock failed"):
-        resume(driver, PIDS, limits=QUICK)
+        resume(driver, PIDS)
 
 
 @pytest.mark.parametrize("pid", PIDS)
@@ -189,7 +243,7 @@ def test_what_cannot_be_undone_is_said(driver: FakeDriver, pid: int) -> None:
     driver.refuse["checkpoint", 12] = DriverError("CUDA_ERROR_UNKNOWN", "")
     driver.refuse["unlock", pid] = DriverError("CUDA_ERROR_UNKNOWN", "stuck")
     with pytest.raises(CheckpointError) as caught:
-        suspend(driver, PIDS, QUICK)
+        suspend(driver, PIDS)
     assert (
         caught.value.remedy
         and "could not be undone" in caught.value.remedy
@@ -391,7 +445,7 @@ def served(tmp_path: Path, driver: FakeDriver) -> Iterator[Path]:
         time.sleep(0.005)
     yield path
     path.unlink(missing_ok=True)
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -413,18 +467,23 @@ def test_the_helper_says_what_the_driver_says(served: Path, driver: FakeDriver) 
 def test_the_choreography_is_the_same_through_the_helper(served: Path, driver: FakeDriver) -> None:
     driver.refuse["checkpoint", 12] = DriverError("CUDA_ERROR_NOT_SUPPORTED", "")
     with pytest.raises(CheckpointError, match="checkpoint failed"):
-        suspend(Remote(served), PIDS, QUICK)
+        suspend(Remote(served), PIDS)
     assert states(driver) == {"running"}
 
 
 def test_one_call_that_hangs_keeps_nobody_else(served: Path, driver: FakeDriver) -> None:
-    driver.hang["lock", 11] = 0.5
+    begun, over = threading.Event(), threading.Event()
+    driver.hang["lock", 11] = over
+    driver.before = lambda step, pid: begun.set() if (step, pid) == ("lock", 11) else None
     slow = threading.Thread(target=Remote(served).lock, args=(11, 1.0))
     slow.start()
-    began = time.monotonic()
-    Remote(served).lock(12, 1.0)
-    assert time.monotonic() - began < 0.4
-    slow.join()
+    try:
+        assert begun.wait(60)
+        Remote(served).lock(12, 1.0)
+        assert driver.calls == [("lock", 12)] and slow.is_alive()
+    finally:
+        over.set()
+        slow.join()
 
 
 def test_who_hangs_up_leaves_no_files_open(served: Path) -> None:
@@ -432,9 +491,7 @@ def test_who_hangs_up_leaves_no_files_open(served: Path) -> None:
 
     def opened() -> list[str]:
         Remote(served).version()  # they are accepted in turn: all who connected before it have a thread now
-        for thread in threading.enumerate():
-            if "(_answer)" in thread.name:
-                thread.join(10)
+        join("(_answer)")
         return sorted(os.listdir("/proc/self/fd"))
 
     before = opened()
@@ -476,13 +533,13 @@ class Dies(FakeDriver):
 driver = Dies()
 driver.start(11, 100)
 driver.processes[12] = driver.processes[11]
-Helper(driver, Path(sys.argv[1]), idle={idle}).serve()
+Helper(driver, Path(sys.argv[1]), idle=60.0).serve()
 """
 
 
-def command(tmp_path: Path, idle: float = 20.0) -> tuple[str, ...]:
+def command(tmp_path: Path) -> tuple[str, ...]:
     script = tmp_path / "helper.py"
-    script.write_text(_SCRIPT.format(path=[str(Path(__file__).parents[2])], idle=idle))
+    script.write_text(_SCRIPT.format(path=[str(Path(__file__).parents[2])]))
     return (sys.executable, str(script))
 
 
@@ -509,18 +566,22 @@ def test_a_crash_in_the_midst_of_a_suspend_is_told(tmp_path: Path) -> None:
     path = tmp_path / "gpu.sock"
     remote = Remote(path, argv=command(tmp_path))
     with pytest.raises(CheckpointError, match="checkpoint failed") as caught:
-        suspend(remote, [11], QUICK)
+        suspend(remote, [11])
     assert caught.value.cause and "ended while it was asked" in caught.value.cause
     path.unlink(missing_ok=True)
 
 
-def test_the_helper_ends_when_nobody_asks(tmp_path: Path) -> None:
+def test_the_helper_ends_when_nobody_asks(tmp_path: Path, driver: FakeDriver) -> None:
     path = tmp_path / "gpu.sock"
-    assert Remote(path, argv=command(tmp_path, idle=0.1)).version()
-    until = time.monotonic() + 10
-    while path.exists():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    helper = Helper(driver, path, idle=60)
+    thread = threading.Thread(target=helper.serve, daemon=True)
+    thread.start()
+    while not listening(path):
+        time.sleep(0.005)
+    assert Remote(path).version()
+    helper._idle = 0.05  # of which it would hardly have lived to be asked
+    thread.join(60)
+    assert not thread.is_alive() and not path.exists()
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_answers_end_before_the_service_does() -> None:
             client, idle = await here.client(), await here.client()
             await client.send(request(STREAMED))
             await client.head()
-            closing = asyncio.create_task(here.server.close(5.0))
+            closing = asyncio.create_task(here.server.close(50.0))
             assert await idle.ended() == b""
             assert await client.reader.readuntil(b"0\r\n\r\n") == chunk(EVENT) + chunk(EVENT) + b"0\r\n\r\n"
             await closing

@@ -129,7 +129,10 @@ def test_who_gets_comments(ask: dict[str, Any], target: str, head: str, told: bo
             client = await here.client()
             await client.send(request(ask, target=target, head=head))
             await until(lambda: here.pool.waiting)
-            await asyncio.sleep(0.06)
+            if told:
+                await until(lambda: client.reader._buffer)  # type: ignore[attr-defined]
+            else:
+                await asyncio.sleep(0.06)
             here.pool.gate.set()
             got = await client.answer()
             assert got.body.startswith(b": waiting") == told and got.body.endswith(EVENT)
@@ -164,11 +167,13 @@ def test_a_model_that_thinks_for_long_gives_comments_too(silent: str) -> None:
 
 def test_a_stream_that_was_promised_and_is_refused() -> None:
     async def test() -> None:
-        async with world(limits=Limits(keep_alive=0.02, deadline=0.1)) as here:
+        async with world(limits=Limits(keep_alive=0.02)) as here:
             here.pool.gate.clear()
             client = await here.client()
             await client.send(request(STREAMED))
             await _comments(client, 2)
+            here.pool.refusal = RefusedError("no replica was free", retry_after=5)
+            here.pool.gate.set()
             rest = await _rest(client)
             assert json.loads(rest.removeprefix(b"data: "))["error"]["code"] == "not_available"
             await here.settled()
@@ -229,7 +234,7 @@ def test_a_client_that_goes_away_between_comments() -> None:
             await client.send(request(STREAMED))
             await _comments(client, 1)
             await client.close()
-            await until(lambda: here.records, 1.0)
+            await until(lambda: here.records)
             assert here.records[0].outcome == "gone"
             await here.settled()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
+from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from msgspec import structs
 from gpuckpt import manifest as manifests
 from gpuckpt.containers import freezer
 from gpuckpt.cuda import nodes
+from gpuckpt.cuda.driver import Gpu
 from gpuckpt.errors import (
     CheckpointError,
     GpuckptError,
@@ -32,7 +33,6 @@ from gpuckpt.golden import weights
 from gpuckpt.golden.mapping import Outcome
 from gpuckpt.golden.restore import RestoreRequest
 from gpuckpt.golden.several import restore_all
-from gpuckpt.golden.tools import Silent
 from gpuckpt.manifest import Memory, Mount
 from gpuckpt.timing import PhaseTable
 from tests.cuda_fake import MIB, gpu
@@ -52,6 +52,7 @@ from tests.gpu_world import (
     wake,
     world,
 )
+from tests.interrupts import interrupts
 
 __all__ = ["frozen", "running", "server", "world"]  # fixtures
 
@@ -542,28 +543,33 @@ def test_a_gpu_that_stays_full_is_no_reason_to_start_cold(world: World) -> None:
         restored(world, gpu_wait=0.1, fallback="cold")
 
 
-def test_an_interrupt_ends_the_wait_for_room_of_several(world: World) -> None:
+def test_an_interrupt_ends_the_wait_for_room_of_several(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     made(world)
     world.driver.processes[4242].state = "checkpointed"
     world.driver.devices[gpu(0).uuid] = gpu(0, free=100)
     requests = [RestoreRequest("gold", replica=name, gpu_wait=60.0) for name in ("one", "two")]
+    main, looking, waited_for = threading.get_ident(), set[int](), threading.Event()
+    gpus = world.driver.gpus
 
-    class Interrupting(Silent):
-        def stage(self, text: str) -> None:
-            if text == "restore 2":  # both are about to begin
-                threading.Timer(0.3, signal.pthread_kill, [threading.get_ident(), signal.SIGUSR1]).start()
+    def looked() -> tuple[Gpu, ...]:
+        """Interrupt once both look for room, of which there is none, and are waited for."""
+        if threading.get_ident() != main and len(looking) < 2:
+            looking.add(threading.get_ident())
+            if len(looking) == 2 and waited_for.wait(60):
+                interrupt()
+        return gpus()
 
-    def interrupt(*_: object) -> None:
-        raise InterruptedByUser("interrupted")
+    def waiting(running: Any) -> Any:
+        waited_for.set()
+        return as_completed(running)
 
-    before = signal.signal(signal.SIGUSR1, interrupt)
+    monkeypatch.setattr(world.driver, "gpus", looked)
+    monkeypatch.setattr("gpuckpt.golden.several.as_completed", waiting)
+
     began = time.monotonic()
-    try:
-        with pytest.raises(InterruptedByUser, match=r"^interrupted$"):
-            restore_all(requests, structs.replace(world.tools, report=Interrupting()), PhaseTable())
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert time.monotonic() - began < 10
+    with interrupts() as interrupt, pytest.raises(InterruptedByUser, match=r"^interrupted$"):
+        restore_all(requests, world.tools, PhaseTable())
+    assert time.monotonic() - began < 50  # not the sixty that they would wait
     assert replicas.all_of(world.layout.replicas) == []
 
 

@@ -127,12 +127,12 @@ def test_threads_of_one_process_count_separately(run_dir: Path, sysfs: Sysfs) ->
     def work() -> None:
         with hugepages.transparent_huge_pages_always(run_dir, file=sysfs.file):
             inside.set()
-            leave.wait(10)
+            leave.wait(60)
 
     thread = threading.Thread(target=work)
     with hugepages.transparent_huge_pages_always(run_dir, file=sysfs.file):
         thread.start()
-        assert inside.wait(10)
+        assert inside.wait(60)
     assert sysfs.mode == "always"
     leave.set()
     thread.join()

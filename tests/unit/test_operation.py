@@ -130,11 +130,12 @@ def test_stages_are_noted_in_order_on_the_monotonic_clock(operation: Operation, 
         done = call(operation, stage)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     end = time.monotonic_ns()
-    marks = operation.marks()
+    # Two clocks are read one after the other; who is kept waiting in between finds later times.
+    marks = min((operation.marks() for _ in range(50)), key=lambda marks: marks[0][1])
     assert [label for label, _ in marks] == list(STAGES.values())
     times = [at for _, at in marks]
     assert times == sorted(times)
-    slack = 5_000_000  # two clocks are read one after the other
+    slack = 5_000_000
     assert begin - slack <= times[0] and times[-1] <= end + slack
 
 

@@ -34,7 +34,7 @@ Answer = Callable[[Asked], bytes | None]
 
 
 @contextmanager
-def served(tmp_path: Path, answer: bytes | Answer | None, timeout: float = 10) -> Iterator[tuple[Podman, UnixServer]]:
+def served(tmp_path: Path, answer: bytes | Answer | None, timeout: float = 60) -> Iterator[tuple[Podman, UnixServer]]:
     """A podman service that gives the same answer to everything, or what a function says."""
     function: Answer = answer if callable(answer) else lambda asked: answer
     with UnixServer(tmp_path / "podman.sock", function) as server:

@@ -38,11 +38,19 @@ def processes() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
     with ExitStack() as stack:
 
         def make() -> subprocess.Popen[bytes]:
-            made = stack.enter_context(subprocess.Popen(["sleep", "60"]))
+            made = stack.enter_context(subprocess.Popen(["sleep", "600"]))
             stack.callback(made.kill)
             return made
 
         yield make
+
+
+def kill(*processes: subprocess.Popen[bytes]) -> None:
+    """Kill them, and wait until they are dead: the world's own time does not wait for the kernel."""
+    for one in processes:
+        one.kill()
+    for one in processes:
+        one.wait()
 
 
 class Watched(World):
@@ -107,10 +115,9 @@ def test_the_kernel_says_when_a_process_ends(processes: Callable[[], subprocess.
             await world.until(lambda: world.owner.sleep("a", release=False))  # as soon as it is not looked at
         await world.until_phases(phase)
         await world.until(lambda: world.health._processes)
-        process.kill()
+        kill(process)
         await world.until(lambda: world.lost() == ["dead"])
         await world.until_phases()
-        process.wait()
 
     watched(work, structs.replace(LOOKS, interval=100.0))
 
@@ -118,8 +125,7 @@ def test_the_kernel_says_when_a_process_ends(processes: Callable[[], subprocess.
 def test_one_that_is_dead_already_when_it_is_first_looked_at(processes: Callable[[], subprocess.Popen[bytes]]) -> None:
     async def work(world: Watched) -> None:
         process = processes()
-        process.kill()
-        process.wait()
+        kill(process)
         world.hands.pids["a.1"] = process.pid
         await world.hot()  # that one, or the next if it was found out at once
         await world.until(lambda: world.lost() == ["dead"])
@@ -136,8 +142,7 @@ def test_many_that_die_at_once_are_given_up_each_once(processes: Callable[[], su
         leases = [await world.owner.acquire("a", 5) for _ in range(6)]
         await world.until(lambda: len(world.health._processes) == 3)
         world.hands.pids.clear()
-        for one in made:
-            one.kill()
+        kill(*made)
         await world.until(lambda: len(world.lost()) == 3)
         for lease in leases:
             world.owner.release(lease.replica)
@@ -161,7 +166,7 @@ def test_without_a_descriptor_the_others_are_looked_at_and_it_is_tried_again(
             await world.hot()
             await world.until(lambda: world.looked("healthy a.1") > 1)
         await world.until(lambda: world.health._processes)
-        process.kill()
+        kill(process)
         await world.until(lambda: world.lost() == ["dead"])
 
     watched(work)
@@ -433,7 +438,7 @@ def test_one_that_dies_while_it_is_looked_at_is_lost_once(
         world.hands.differences["a.1"] = ("other words",)
         await world.hot()
         await world.until(lambda: world.looked(f"{what} a.1") == 1)
-        process.kill()
+        kill(process)
         await world.until(lambda: world.lost() == ["dead"])
         world.hands.fails[what] = [GpuckptError("the connection broke")]
         world.hands.gates[what].set()
@@ -479,7 +484,7 @@ def test_adopted_ones_are_looked_after_like_others(processes: Callable[[], subpr
     async def work(world: Watched) -> None:
         held: Held = world.owner.models["a"].replicas["a.1"]
         await world.until(lambda: held in world.health._processes and world.looked("doomed a.1"))
-        process.kill()
+        kill(process)
         await world.until(lambda: world.lost() == ["dead"])
 
     watched(work, hands=FakeHands(a=Found("a", Golden.TMPFS, 4, 1, None, (left,))))

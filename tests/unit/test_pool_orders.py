@@ -20,6 +20,7 @@ def test_a_wake_counts_as_asked_and_gives_its_lease_back() -> None:
             model = world.owner.models["a"]
             begun = model.asked
             assert not model.requested
+            await asyncio.sleep(0.01)
             lease = await world.owner.wake("a", 5)
             assert lease.tier == "tmpfs" and lease.replica.requests == 0
             assert model.asked > begun and model.requested

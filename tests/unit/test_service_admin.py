@@ -318,7 +318,7 @@ def test_a_drain_of_everything_is_answered_before_it_begins() -> None:
         async with running() as made:
             found = await made.admin("POST", "/v1/drain")
             assert found.status == 202 and found.body == b"{}"
-            await asyncio.wait_for(made.stopped.wait(), 5)
+            await asyncio.wait_for(made.stopped.wait(), 50)
 
     run(work())
 
@@ -326,7 +326,7 @@ def test_a_drain_of_everything_is_answered_before_it_begins() -> None:
 def test_while_it_goes_down_it_says_so() -> None:
     async def work() -> None:
         async with running(hands=hands_for(pool(a=MODEL, rich=MODEL), Golden.TMPFS)) as made:
-            lease = await made.service.acquire("a", 5)
+            lease = await made.service.acquire("a", 50)
             closing = asyncio.ensure_future(made.service.close(5))
             await until(lambda: made.service.owner.draining)
             found = await made.admin("POST", "/v1/models/a/wake")

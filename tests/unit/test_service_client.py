@@ -39,7 +39,7 @@ def pool() -> Iterator[FakePool]:
 
 @pytest.fixture
 def client(pool: FakePool) -> Client:
-    return Client(pool.path, timeout=5)
+    return Client(pool.path, timeout=60)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_a_silent_daemon(pool: FakePool) -> None:
     over = threading.Event()
 
     def say_nothing(connection: socket.socket) -> None:
-        over.wait(5)
+        over.wait(60)
 
     pool.on(STATE, say_nothing)
     try:
@@ -255,12 +255,18 @@ def test_a_wake_may_take_longer_than_a_look(pool: FakePool, monkeypatch: pytest.
         over.wait(0.4)
         connection.sendall(raw({"replica": "qwen.1", "tier": "cold", "seconds": 70.0}))
 
-    pool.on(WAKE, late)
+    def never(connection: socket.socket) -> None:
+        over.wait(60)
+        connection.sendall(raw({"replica": "qwen.1", "tier": "cold", "seconds": 70.0}))
+
+    pool.on(WAKE, late, never)
     client = Client(pool.path, timeout=0.1)
     assert client.wake("qwen").seconds == 70.0
-    with pytest.raises(DeadlineError):
-        client.wake("qwen", deadline=0.05)
-    over.set()
+    try:
+        with pytest.raises(DeadlineError):
+            client.wake("qwen", deadline=0.05)
+    finally:
+        over.set()
 
 
 def test_another_user_s_socket_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ async def daemon(site: Site) -> AsyncIterator[tuple[_Daemon, Notified]]:
         await until(lambda: running.done() or any(word.startswith("ready") for word in notified.said))
         yield made, notified
         os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 50)
     finally:
         running.cancel()
         await asyncio.wait([running])
@@ -134,7 +134,7 @@ def test_a_drain_by_the_admin_api_is_its_end(site: Site, hands: FakeHands) -> No
         running = asyncio.ensure_future(made.run())
         await until(lambda: running.done() or (site.admin.exists() and made._service.state == "ready"))
         await ask(Client(site.admin).drain)
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 50)
         assert hands.closed
 
     run(work())
@@ -262,7 +262,7 @@ def test_the_end_waits_for_a_reload_and_leaves_nothing_of_it(site: Site, hands: 
         await asyncio.sleep(0.03)
         assert not running.done()
         hands.gates["adopt"].set()
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 50)
         assert made._service.state == "closed"
         await until(lambda: not made._reloads)
 
@@ -287,7 +287,7 @@ def test_a_signal_before_it_is_ready_does_not_make_it_so(
         hands.gates["open"].set()
         await until(lambda: any(word.startswith("ready") for word in notified.said))
         made._stop.set()
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 50)
 
     run(work())
 

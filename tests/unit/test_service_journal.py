@@ -23,7 +23,7 @@ def journald(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket
     monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as made:
         made.bind("journal")
-        made.settimeout(5)
+        made.settimeout(60)
         yield made
 
 

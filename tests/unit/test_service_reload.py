@@ -241,7 +241,7 @@ def test_a_reload_that_cannot_be_changes_nothing(config: Pool, error: type[Excep
 def test_a_model_that_is_still_going_cannot_come_back_yet() -> None:
     async def work() -> None:
         async with running() as made:
-            lease = await made.service.acquire("rich", 5)
+            lease = await made.service.acquire("rich", 50)
             await reloaded(made, pool(a=MODEL))
             for _ in range(2):
                 with pytest.raises(BusyError, match="still going, as asked: rich"):
@@ -404,7 +404,7 @@ def test_the_view_says_what_is_and_what_went_wrong() -> None:
             assert second.golden.name == "rich" and set(first.rules) >= {"max_replicas", "pin", "idle_disk"}
             made.service.owner.operations.retry = 30.0
             made.hands.fails["restore"] = [GpuckptError("no room", cause="full")]
-            waiting = asyncio.ensure_future(made.service.acquire("rich", 5))
+            waiting = asyncio.ensure_future(made.service.acquire("rich", 50))
             await until(lambda: made.service.view().models[1].trouble)
             troubled = made.service.view().models[1]
             assert troubled.trouble == "no room: full" and troubled.waiting == 1
@@ -444,12 +444,12 @@ def test_its_end_gives_up_what_is_made_and_waits_for_what_is_at_work() -> None:
         hands.models["b"] = Found("b", Golden.NONE)
         hands.gates["make"] = asyncio.Event()
         async with running(config, hands=hands) as made:
-            lease = await made.service.acquire("a", 5)
+            lease = await made.service.acquire("a", 50)
             await until(lambda: made.phases("b") == ["starting"])
             closing = asyncio.ensure_future(made.service.close(10))
             await until(lambda: made.hands.interrupted and made.phases("b") == [])
             with pytest.raises(RefusedError, match="going down"):
-                await made.service.acquire("a", 5)
+                await made.service.acquire("a", 50)
             assert made.phases("a") == ["hot"] and not closing.done()
             made.service.release(lease.replica)
             await closing
@@ -461,7 +461,7 @@ def test_its_end_gives_up_what_is_made_and_waits_for_what_is_at_work() -> None:
 def test_its_patience_ends() -> None:
     async def work() -> None:
         async with running() as made:
-            lease = await made.service.acquire("a", 5)
+            lease = await made.service.acquire("a", 50)
             await made.service.close(0.05)
             assert made.service.state == "closed" and made.phases("a") == []
             made.service.release(lease.replica)

@@ -67,7 +67,7 @@ def test_health_is_the_service_s_state() -> None:
             assert await body(made, "/v1/models")  # what is configured is known
             await made.service.open()
             assert await body(made, "/health") == {"status": "ready"}
-            lease = await made.service.acquire("a", 5)
+            lease = await made.service.acquire("a", 50)
             closing = asyncio.ensure_future(made.service.close(5))
             await until(lambda: made.service.state == "draining")
             assert (await made.site("/health")).status == 503
@@ -183,11 +183,11 @@ def test_a_dashboard_hears_of_changes_and_that_nothing_changes(monkeypatch: pyte
             quiet = await view()
             assert quiet.models == first.models and quiet.now - first.now > 0.15
             await made.hot("a")
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(50):
                 while (await view()).models[0].tier != "hot":
                     pass
             await made.service.close(0.1)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(50):
                 await client.reader.readuntil(b"\r\n0\r\n\r\n")  # the stream ends with the service
             await client.close()
 

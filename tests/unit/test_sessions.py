@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -181,7 +182,7 @@ def test_events_come_as_they_happen(client: Client, guest: FakeGuest) -> None:
 
     def slowly(connection: socket.socket) -> None:
         connection.sendall(stream(TOKEN, ends=False))
-        assert go.wait(5)
+        assert go.wait(60)
         connection.sendall(stream(DONE).partition(b"\r\n\r\n")[2])
 
     guest.on("POST /v1/sessions/demo/generate", slowly)
@@ -196,15 +197,16 @@ def test_a_stream_that_is_closed_hangs_up(client: Client, guest: FakeGuest) -> N
 
     def until_gone(connection: socket.socket) -> None:
         connection.sendall(stream(TOKEN, ends=False))
-        if connection.recv(1) == b"":
-            hung_up.set()
+        with suppress(ConnectionResetError):  # of what it has not read
+            assert connection.recv(1) == b""
+        hung_up.set()
 
     guest.on("POST /v1/sessions/demo/generate", until_gone)
     found = client.stream("demo")
     next(found)
     assert not hung_up.is_set()
     found.close()  # type: ignore[attr-defined]
-    assert hung_up.wait(5)
+    assert hung_up.wait(60)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_over_tcp() -> None:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         assert Client(f"http://127.0.0.1:{listener.getsockname()[1]}").engine().model == "tiny"
-        thread.join(5)
+        thread.join(60)
 
 
 def test_importing_it_needs_no_library_for_numbers() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -81,16 +81,24 @@ def test_nobody_listens(tmp_path: Path) -> None:
 
 
 def test_silence_is_waited_for_only_where_a_generation_is(guest: FakeGuest) -> None:
+    over = threading.Event()
+
     def later(connection: socket.socket) -> None:
-        time.sleep(0.5)
+        over.wait(0.5)
         connection.sendall(answer(RESULT))
 
+    def never(connection: socket.socket) -> None:
+        over.wait(60)
+
     client = Client(f"unix:{guest.path}", timeout=0.1)
-    guest.on("POST /v1/sessions/demo/generate", later)
+    guest.on("POST /v1/sessions/demo/generate", later, never)
     assert client.generate("demo").state == "done"
-    for wait, timeout in ((False, None), (True, 0.1)):
-        with pytest.raises(errors.DeadlineError, match=r"silent for 0\.1 s"):
-            client.generate("demo", wait=wait, timeout=timeout)
+    try:
+        for wait, timeout in ((False, None), (True, 0.1)):
+            with pytest.raises(errors.DeadlineError, match=r"silent for 0\.1 s"):
+                client.generate("demo", wait=wait, timeout=timeout)
+    finally:
+        over.set()
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../engine"])

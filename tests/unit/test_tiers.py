@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import stat
-import threading
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,10 +115,10 @@ def test_one_failure_ends_the_whole_copy(tmp_path: Path, monkeypatch: pytest.Mon
     source.mkdir()
     for number in range(20):
         (source / str(number)).write_bytes(bytes(1 << 20))
-    pwrite = os.pwrite
+    pwrite, written = os.pwrite, count()
 
     def full(handle: int, data: memoryview, at: int) -> int:
-        if threading.current_thread().name.endswith("_1"):
+        if next(written) == 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return pwrite(handle, data, at)
 

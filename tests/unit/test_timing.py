@@ -85,4 +85,6 @@ def test_a_real_table_adds_up() -> None:
 def test_this_process_began_before_now_and_not_long_ago() -> None:
     age = (timing.now_ns() - timing.process_started_ns()) / 1e9
     assert 0 <= age < 24 * 3600
-    assert abs(timing.process_started_ns() - timing.process_started_ns()) < 0.02 * S
+    # Who is kept waiting between the two clocks' readings finds a later time: some of many are not.
+    once, again = (min(timing.process_started_ns() for _ in range(50)) for _ in range(2))
+    assert abs(once - again) < 0.02 * S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -242,8 +243,6 @@ def test_who_waits_for_an_answer_can_be_cancelled() -> None:
 
 
 def test_a_queue_that_is_full_is_waited_for(tmp_path_factory: pytest.TempPathFactory) -> None:
-    import socket
-
     path = tmp_path_factory.mktemp("q") / "s"
 
     async def test() -> None:
@@ -263,8 +262,10 @@ def test_a_queue_that_is_full_is_waited_for(tmp_path_factory: pytest.TempPathFac
             assert not task.done()
             for _ in clients:
                 stack.enter_context(busy.accept()[0])
-            await asyncio.sleep(0.05)
-            accepted = stack.enter_context(busy.accept()[0])
+            busy.setblocking(False)
+            loop = asyncio.get_running_loop()
+            accepted = stack.enter_context((await loop.sock_accept(busy))[0])
+            assert await loop.sock_recv(accepted, 4096)
             accepted.sendall(OK + b"content-length: 2\r\n\r\nok")
             assert (await task)[1] == b"ok"
             upstream.close()
@@ -285,8 +286,10 @@ def test_tcp_and_nobody() -> None:
         assert (await ask(upstream, Endpoint(port=port)))[1] == b"ok"
         server.close()
         upstream.close()
-        for endpoint in (Endpoint(port=port), Endpoint(socket=Path("/nowhere/at/all"))):
-            with pytest.raises(UpstreamError, match="no connection"):
-                await ask(upstream, endpoint)
+        with socket.socket() as nobody:  # who has the port, and does not listen at it
+            nobody.bind(("127.0.0.1", 0))
+            for endpoint in (Endpoint(port=nobody.getsockname()[1]), Endpoint(socket=Path("/nowhere/at/all"))):
+                with pytest.raises(UpstreamError, match="no connection"):
+                    await ask(upstream, endpoint)
 
     run(test())

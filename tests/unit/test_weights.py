@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,6 +95,16 @@ def test_weights_come_back_after_the_device_state(world: World, server: FakeCont
 def test_weights_are_on_their_way_before_the_processes_are(world: World, server: FakeControl) -> None:
     made(world, weights="outside")
     world.journal.events.clear()
+    begun, noted = threading.Event(), world.driver.before
+
+    def note(step: str, pid: int) -> None:
+        noted(step, pid)
+        if step == "carry":
+            begun.set()
+        if step == "unlock":
+            begun.wait(20)  # a thread may begin late: the processes wait for it here, and it for nothing
+
+    world.driver.before = note
     before = set(os.listdir("/proc/self/fd"))
     restored(world)
     events = world.journal.events
@@ -156,7 +166,9 @@ def test_a_restore_that_fails_lets_go_of_what_was_carried(world: World, server: 
     world.driver.refuse["restore", 4242] = REFUSED
     with pytest.raises(RestoreError):
         restored(world)
-    time.sleep(0.05)
+    for thread in threading.enumerate():
+        if thread.name == "gpuckpt-carried":  # nobody else waits for it
+            thread.join(60)
     assert set(os.listdir("/proc/self/fd")) <= before
     assert not list((world.folder / "run" / "room").glob("*.json"))
 

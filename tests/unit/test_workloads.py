@@ -520,7 +520,7 @@ def metrics(running: float, waiting: float) -> bytes:
 
 def test_quiesce_waits_until_nothing_runs(tmp_path: Path) -> None:
     with served(tmp_path, metrics(1.0, 0.0), metrics(0.0, 2.0), metrics(0.0, 0.0)) as (endpoint, asked):
-        MODEL.quiesce(endpoint, timeout=10)
+        MODEL.quiesce(endpoint, timeout=60)
     assert len(asked) == 3
 
 
