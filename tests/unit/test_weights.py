@@ -98,11 +98,11 @@ def test_weights_are_on_their_way_before_the_processes_are(world: World, server:
     begun, noted = threading.Event(), world.driver.before
 
     def note(step: str, pid: int) -> None:
+        if step == "unlock":
+            begun.wait(20)  # a thread may begin late: the processes wait for it here, and it for nothing
         noted(step, pid)
         if step == "carry":
             begun.set()
-        if step == "unlock":
-            begun.wait(20)  # a thread may begin late: the processes wait for it here, and it for nothing
 
     world.driver.before = note
     before = set(os.listdir("/proc/self/fd"))
