@@ -4,7 +4,7 @@ The tiers of a model, the fastest first: hot, standby (frozen; no GPU memory), g
 Requests that wait pull a model up; idle time, and what others need, let it sink. :func:`decide` is called after every
 change; what it orders is in the next state, so it orders nothing twice.
 
-Space comes before need: a replica begins when what it needs is free *now*. What has been told to go is waited for, and
+Room comes before need: a replica begins when what it needs is free *now*. What has been told to go is waited for, and
 only what is lacking beyond that is taken from others: from models of lower or the same priority, first from those who
 hold more than their minimum, first the one that has been idle the longest. Pinned ones and those at work are spared;
 so the minimum of a more important model can keep a less important one waiting.
