@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -21,6 +22,11 @@ PREFIX = Path(os.environ.get("PREFIX") or os.environ.get("GPUCKPT_PREFIX") or "/
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 NEVER_SKIPPED_IN_CI = ("browser", "integration", "stubs", "vllm")
 INTEGRATION_TIMEOUT = 600  # seconds; a cold start of a server is a minute, a loaded machine doubles it
+
+# A shell without job control has what it runs in the background ignore interrupts, and so would all that is started
+# here and has to notice them: what is ignored stays so across an exec, what is handled does not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine is slow at times: how long an example takes says nothing about the code.
 settings.register_profile("gpuckpt", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
