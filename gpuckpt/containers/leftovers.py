@@ -12,6 +12,8 @@ from gpuckpt import proc
 from gpuckpt.containers.checks import RUNTIMES
 from gpuckpt.errors import GpuckptError
 
+_CRIU = "criu"
+_ROOTS = Path("/tmp")  # where CRIU makes them, whatever TMPDIR says
 _RUN = Path("/run")  # below it OCI runtimes keep their records
 
 
@@ -36,6 +38,8 @@ def end_restore(container: str, owner: Path) -> bool:
             _unmount(identity)
         finally:
             _signal(monitor, signal.SIGKILL)
+    if found:
+        _remove_roots()
     return bool(found)
 
 
@@ -48,6 +52,34 @@ def _unmount(container: str) -> None:
         root = _RUN / runtime / container / "criu-root"
         if os.path.ismount(root):
             proc.run(["umount", "--lazy", root], check=False)
+
+
+def unmount_yards(bundle: Path) -> None:
+    """Take away the control groups that a killed CRIU has left mounted in a container's bundle (its "cgroup yard").
+
+    podman removes the bundle with all that is below it: it cannot remove a group's files, so the container stays, and
+    could remove groups of others in which there is nobody at the moment.
+    """
+    for yard in bundle.glob(".criu.cgyard.*"):
+        if os.path.ismount(yard):
+            proc.run(["umount", "--lazy", yard], check=False)  # with what is mounted below
+
+
+def _remove_roots() -> None:
+    """Remove the empty folders in which killed CRIUs were to put mounts together, once no CRIU is at work.
+
+    Nobody can tell whose they are, and one that is mounted would be unmounted by that (rmdir(2)). So they are listed
+    first: whoever works in one of these is there.
+    """
+    roots = list(_ROOTS.glob(".criu.mntns.*"))
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            working = entry.isdigit() and Path(f"/proc/{entry}/comm").read_text().strip() == _CRIU
+            if working and not proc.is_killed(int(entry)):
+                return
+    for root in roots:
+        with contextlib.suppress(OSError):
+            root.rmdir()
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

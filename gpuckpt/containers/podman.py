@@ -192,6 +192,7 @@ class Podman:
                 # what podman has paused itself it also thaws, and fails where that is done.
                 with contextlib.suppress(GpuckptError, OSError):
                     freezer.thaw(found.pid, found.id)
+            leftovers.unmount_yards(found.bundle)
             try:
                 self._delete(container)
             except GpuckptError as error:

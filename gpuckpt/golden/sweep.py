@@ -64,7 +64,8 @@ def guarded(what: str, remove: Callable[[], bool]) -> list[str]:
     except BusyError:
         return []  # somebody took the name in the meantime
     except (GpuckptError, OSError) as error:
-        return [f"could not remove {what}: {error}"]
+        why = ": ".join(filter(None, (str(error), getattr(error, "cause", None))))
+        return [f"could not remove {what}: {why}"]
 
 
 def _remove_replica(layout: Layout, folder: Path, tools: Callable[[], Tools]) -> bool:

@@ -220,6 +220,25 @@ def test_a_restore_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monke
     assert caught.value.cause is not None and "runc was killed" in caught.value.cause
 
 
+def test_control_groups_that_criu_left_in_the_bundle_are_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, steps = tmp_path / "bundle", list[str]()
+    for name in (".criu.cgyard.abc", ".criu.cgyard.not-mounted", "attach"):
+        (bundle / name).mkdir(parents=True)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == ".criu.cgyard.abc")
+    monkeypatch.setattr("gpuckpt.proc.run", lambda argv, **_: steps.append(" ".join(map(str, argv))))
+
+    def answer(asked: Asked) -> bytes:
+        steps.append(asked.method)
+        return response(200, INSPECTED | {"StaticDir": str(bundle)})
+
+    with served(tmp_path, answer) as (podman, _):
+        podman.remove("gpuckpt-gold", OURS)
+    # podman would remove what is below: the files of everybody's control groups.
+    assert steps == ["GET", f"umount --lazy {bundle}/.criu.cgyard.abc", "DELETE"]
+
+
 @pytest.mark.parametrize("runtime", [True, False])
 def test_what_the_runtime_keeps_of_a_container_goes_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: bool
