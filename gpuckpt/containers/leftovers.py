@@ -12,8 +12,6 @@ from gpuckpt import proc
 from gpuckpt.containers.checks import RUNTIMES
 from gpuckpt.errors import GpuckptError
 
-_CRIU = "criu"
-_ROOTS = Path("/tmp")  # where CRIU makes them, whatever TMPDIR says
 _RUN = Path("/run")  # below it OCI runtimes keep their records
 
 
@@ -38,8 +36,6 @@ def end_restore(container: str, owner: Path) -> bool:
             _unmount(identity)
         finally:
             _signal(monitor, signal.SIGKILL)
-    if found:
-        _remove_roots()
     return bool(found)
 
 
@@ -63,23 +59,6 @@ def unmount_yards(bundle: Path) -> None:
     for yard in bundle.glob(".criu.cgyard.*"):
         if os.path.ismount(yard):
             proc.run(["umount", "--lazy", yard], check=False)  # with what is mounted below
-
-
-def _remove_roots() -> None:
-    """Remove the empty folders in which killed CRIUs were to put mounts together, once no CRIU is at work.
-
-    Nobody can tell whose they are, and one that is mounted would be unmounted by that (rmdir(2)). So they are listed
-    first: whoever works in one of these is there.
-    """
-    roots = list(_ROOTS.glob(".criu.mntns.*"))
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
-            working = entry.isdigit() and Path(f"/proc/{entry}/comm").read_text().strip() == _CRIU
-            if working and not proc.is_killed(int(entry)):
-                return
-    for root in roots:
-        with contextlib.suppress(OSError):
-            root.rmdir()
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from gpuckpt import proc
-from gpuckpt.containers import leftovers
 from gpuckpt.containers.leftovers import end_restore
 
 # A shell that is called like conmon, below it one with the runtime's words, below that somebody who sleeps.
@@ -39,24 +37,6 @@ def test_a_restore_is_ended_with_all_that_belongs_to_it(tmp_path: Path) -> None:
         assert end_restore("gpuckpt-a", tmp_path / "state") is True
         assert made.wait(10) == -signal.SIGKILL
         assert all(proc.is_killed(pid) for pid in below)
-
-
-def test_what_a_killed_criu_has_made_goes_once_none_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    roots, bundle = tmp_path / "tmp", tmp_path / "bundle"
-    for name in (".criu.mntns.abcdef", ".criu.mntns.in-use/file", "somebody's"):
-        (roots / name).mkdir(parents=True)
-    bundle.mkdir()
-    monkeypatch.setattr(leftovers, "_ROOTS", roots)
-    criu = tmp_path / "criu-of-test"  # as this machine may run another one at any time
-    monkeypatch.setattr(leftovers, "_CRIU", criu.name)
-    shutil.copy(shutil.which("sleep") or "", criu)
-    with subprocess.Popen([criu, "60"]) as another, monitor(bundle, "gpuckpt-a", "restore"):
-        assert end_restore("gpuckpt-a", bundle / "state") is True
-        assert len(list(roots.iterdir())) == 3  # whose they are nobody can tell
-        another.kill()
-        with monitor(bundle, "gpuckpt-a", "restore"):
-            assert end_restore("gpuckpt-a", bundle / "state") is True
-    assert sorted(path.name for path in roots.iterdir()) == [".criu.mntns.in-use", "somebody's"]
 
 
 @pytest.mark.parametrize(
