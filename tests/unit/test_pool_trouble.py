@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from gpuckpt.errors import BusyError, GpuckptError, RestoreError, VerificationError
+from gpuckpt.errors import BusyError, GpuckptError, IncompatibleError, RestoreError, VerificationError
+from gpuckpt.manifest import Held
 from gpuckpt.pool.book import LateError, RefusedError
 from gpuckpt.pool.hands import Found
 from gpuckpt.pool.state import Golden
@@ -54,6 +55,24 @@ def test_a_golden_that_somebody_has_removed_is_made_again() -> None:
             lease = await world.owner.acquire("a", 5)
             assert world.hands.done == ["restore a.1", "restore a.1", "make a", "restore a.1"]
             assert lease.replica.phase is HOT
+
+    run(work())
+
+
+def test_a_golden_that_somebody_has_made_anew_is_looked_at_again() -> None:
+    async def work() -> None:
+        async with one() as world:
+            model = world.owner.models["a"]
+            model.gpus, model.fixed = (Held("GPU-0", "H100", 1),), True
+            there = Found("a", Golden.TMPFS, gpus=(Held("GPU-1", "H100", 2),), carried=1)
+            world.hands.models["a"] = there
+            world.hands.fails["restore"] = [IncompatibleError("there is no GPU for it")]
+            assert (await world.owner.acquire("a", 5)).replica.phase is HOT
+            assert (model.gpus, model.fixed, model.carried) == (there.gpus, False, 1)
+            model.found(Found("a", Golden.NONE))  # another one will be like it
+            assert model.gpus == there.gpus
+            model.found(Found("a", Golden.DISK))
+            assert not model.gpus and not model.carried
 
     run(work())
 

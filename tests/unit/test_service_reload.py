@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -144,6 +145,30 @@ def test_the_room_on_gpus_is_what_others_leave_of_each(monkeypatch: pytest.Monke
             assert hands.looks.count("gpus") <= asked + 1
 
     run(work())
+
+
+def test_a_driver_that_does_not_answer_is_asked_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    paused: list[float] = []
+
+    async def work() -> None:
+        hands = hands_for(pool(a=MODEL))
+        async with running(Pool(models={"a": MODEL}, budget=Limits(gpu=GB)), hands=hands) as made:
+            looks = made.service._watch_gpus()
+
+            async def sleep(seconds: float) -> None:
+                paused.append(seconds)
+                hands.devices = (Gpu("GPU-0", "H100", GB, GB),) if len(paused) == 9 else None
+                if len(paused) == 11:
+                    raise TimeoutError
+
+            with monkeypatch.context() as patched:
+                patched.setattr(module, "asyncio", SimpleNamespace(sleep=sleep))
+                with pytest.raises(TimeoutError):
+                    await looks
+            assert made.service.owner.budget.gpus  # what was known last holds
+
+    run(work())
+    assert paused == [1, 2, 4, 8, 16, 32, 60, 60, 60, 1, 2]
 
 
 # ---------------------------------------------------------------------- reloads
