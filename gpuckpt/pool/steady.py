@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Callable
 
@@ -14,9 +13,7 @@ async def again_and_again(work: Callable[[], object], pause: float) -> None:
     """Do it every ``pause`` seconds, until cancelled. What fails is a fault of ours: the log has it, and it goes on."""
     while True:
         try:
-            done = work()
-            if inspect.isawaitable(done):
-                await done
+            work()
         except Exception:
             _log.exception("%s failed unexpectedly", getattr(work, "__qualname__", work))
         await asyncio.sleep(pause)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -311,9 +310,7 @@ class Service:
         total = tmpfs.memory_total()
         budget = self.owner.budget
         held = [one for model in self.owner.models.values() for one in model.replicas.values()]
-        on_gpus: Counter[str] = Counter()
-        for one in held:
-            on_gpus.update(one.on_gpus)
+        _, on_gpus = self.owner.on_gpus()
         most = self.config.budget.gpu
         gpus = [
             GpuView(
