@@ -26,6 +26,7 @@ from gpuckpt_guest.outside import HostRegion, OutsideWeights
 from tests.guest import driving
 from tests.guest.driving import LAYERS, WAIT, Driver, Letters
 from tests.guest.test_control import Host
+from tests.opened import left_open, opened
 
 PROMPT = [5, 9, 2, 7, 7, 1]
 
@@ -271,14 +272,11 @@ def copied(file: int) -> int:
     return made
 
 
-def opened() -> int:
-    """How many files this process has open, once the server has closed its last connection, which it answers before."""
-    found, since = -1, time.monotonic()
-    while time.monotonic() - since < 0.1:
-        if (now := len(os.listdir("/proc/self/fd"))) != found:
-            found, since = now, time.monotonic()
-        time.sleep(0.005)
-    return found
+def other(handle: int) -> None:
+    """No file at all in its place."""
+    made = os.eventfd(0)
+    os.dup2(made, handle)
+    os.close(made)
 
 
 def test_weights_that_are_on_the_device_already(driver: Driver, host: Host, file: int) -> None:
@@ -298,7 +296,7 @@ def test_weights_that_are_on_the_device_already(driver: Driver, host: Host, file
             assert "told" not in told
             assert written(driver, PROMPT) == wanted
         assert host.ask({"do": "wake", "carried": 1}, [file, handle])["bytes"] == 0
-        assert opened() == before
+        assert not left_open(before)
         host.ask({"do": "sleep"})
         assert set(host.ask({"do": "wake", "carried": 0}, [file])["phases"]) == {"map", "stream", "kv"}
         assert written(driver, PROMPT) != wanted
@@ -312,7 +310,7 @@ def test_weights_that_are_on_the_device_already(driver: Driver, host: Host, file
         (lambda handle: os.ftruncate(handle, os.fstat(handle).st_size - 1), "bytes of"),
         (lambda handle: os.ftruncate(handle, 0), "it has 0 bytes of"),
         (lambda handle: os.pwrite(handle, b"x", 40), "other bytes than the file"),
-        (lambda handle: os.dup2(os.eventfd(0), handle), "it has 0 bytes of"),
+        (other, "it has 0 bytes of"),
     ],
 )
 def test_where_the_device_has_something_else_the_file_is_read(
@@ -328,7 +326,7 @@ def test_where_the_device_has_something_else_the_file_is_read(
         told = host.ask({"do": "wake", "carried": 1}, [file, handle])
         assert set(told["phases"]) == {"map", "stream", "kv"} and said in told["told"]
         assert written(driver, PROMPT) == wanted
-        assert opened() == before
+        assert not left_open(before)
     finally:
         os.close(handle)
 

@@ -22,6 +22,7 @@ from hooks.gpuckpt_guest.carried import Streamed
 from hooks.gpuckpt_guest.control import ControlError
 from hooks.gpuckpt_guest.flat import FlatError, HostLane, Region
 from hooks.gpuckpt_guest.vllm_control import Orders
+from tests.opened import left_open, opened
 from tests.unit.test_guest_vllm import Pool, Worker, pool
 
 SOCKET = "carried-"
@@ -99,13 +100,13 @@ def test_memory_that_ends_while_it_is_copied(weights: Weights, monkeypatch: pyte
 def test_a_file_is_handed_over_as_often_as_it_is_asked_for(tmp_path: Path) -> None:
     file = os.memfd_create("x")
     os.write(file, b"content")
-    before = os.listdir("/proc/self/fd")
+    before = opened()
     with handing.offered(file, str(tmp_path)) as path:
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600 and os.listdir(tmp_path) == [os.path.basename(path)]
         for _ in range(3):
             with handing.taken(path) as mine:
                 assert mine != file and os.pread(mine, 9, 0) == b"content"
-    assert os.listdir(tmp_path) == [] and os.listdir("/proc/self/fd") == before
+    assert os.listdir(tmp_path) == [] and not left_open(before)
     with pytest.raises(FileNotFoundError), handing.taken(path):
         raise AssertionError
     os.close(file)
@@ -126,7 +127,7 @@ def test_nobody_asks_and_what_was_left_by_one_that_was_killed(tmp_path: Path) ->
 def test_one_that_hands_nothing_over_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handing, "_PATIENCE", 0.1)
     monkeypatch.setattr(handing, "_hand", lambda listener, file: None)
-    before = os.listdir("/proc/self/fd")
+    before = opened()
     with (
         handing.offered(0, str(tmp_path)) as path,
         pytest.raises(TimeoutError),
@@ -137,7 +138,7 @@ def test_one_that_hands_nothing_over_is_not_waited_for(tmp_path: Path, monkeypat
     monkeypatch.setattr(handing, "_hand", lambda listener, file: listener.accept()[0].close())
     with handing.offered(0, str(tmp_path)) as path, pytest.raises(OSError, match="no file"), handing.taken(path):
         raise AssertionError
-    assert os.listdir("/proc/self/fd") == before
+    assert not left_open(before)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -251,14 +252,14 @@ def asleep(orders: Orders, client: Remote) -> None:
 
 def test_a_handle_reaches_the_worker(client: Remote, held: tuple[Orders, int, int], tmp_path: Path) -> None:
     orders, file, handle = held
-    before, opened = client.do("content")
+    before, files = client.do("content")
     for _ in range(2):
         asleep(orders, client)
-        mine = os.listdir("/proc/self/fd")
+        mine = opened()
         told = ask(orders, "wake", [file, handle], carried=1)
         assert told["bytes"] == 70_301 and list(told["phases"]) == ["map", "kv", "copy"] and "told" not in told
-        assert client.do("content") == (before, opened)
-        assert os.listdir("/proc/self/fd") == mine and os.listdir(tmp_path) == []
+        assert client.do("content") == (before, files)
+        assert not left_open(mine) and os.listdir(tmp_path) == []
     (offer,) = {args[2] for method, args in client.asked if method == "gpuckpt_wake"}
     assert Path(offer).parent == tmp_path
     assert ask(orders, "state") == {"asleep": False}
@@ -279,10 +280,10 @@ def test_a_handle_that_is_no_use(client: Remote, held: tuple[Orders, int, int], 
     orders, file, handle = held
     os.ftruncate(handle, 4096)
     asleep(orders, client)
-    _, opened = client.do("content")
+    _, files = client.do("content")
     told = ask(orders, "wake", [file, handle], carried=1)
     assert "stream" in told["phases"] and "it has 4096 bytes of" in told["told"]
-    assert client.do("content")[1] == opened and os.listdir(tmp_path) == []
+    assert client.do("content")[1] == files and os.listdir(tmp_path) == []
 
 
 def test_no_room_beside_it(client: Remote, held: tuple[Orders, int, int], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,6 +20,7 @@ from gpuckpt.pool.config import Health as HealthRules
 from gpuckpt.pool.hands import Found, Made
 from gpuckpt.pool.health import Health
 from gpuckpt.pool.state import Golden, Phase, Rules
+from tests.opened import left_open, opened
 from tests.pool_world import NOT_EXPECTED, RULES, FakeHands, World, run
 
 LOOKS = HealthRules(interval=0.01, timeout=0.5, failures=3, stalled=1000.0, canary=1000.0)
@@ -62,7 +62,7 @@ class Watched(World):
         self.health = Health(self.owner, self.hands, looks, lambda *told: self.outcomes.append(told))
 
     async def __aenter__(self) -> Watched:
-        self._files = open_files()
+        self._files = opened()
         await super().__aenter__()
         self._looking = asyncio.ensure_future(self.health.run())
         return self
@@ -78,7 +78,7 @@ class Watched(World):
         await asyncio.sleep(0)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert not [one for one in others if "Health" in repr(one)]
-        assert open_files() == self._files
+        assert not left_open(self._files, 0)
 
     def looked(self, what: str) -> int:
         """How often that was done."""
@@ -87,11 +87,6 @@ class Watched(World):
     def lost(self) -> list[str]:
         """Why replicas were given up."""
         return [event.reason for event in self.events if event.kind == "lost"]
-
-
-def open_files() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
 
 
 def watched(work: Callable[[Watched], Awaitable[None]], *arguments: Any, **options: Any) -> None:

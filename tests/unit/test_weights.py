@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +39,7 @@ from tests.gpu_world import (
     wake,
     world,
 )
+from tests.opened import left_open, opened
 
 __all__ = ["frozen", "server", "vllm", "world"]  # fixtures
 
@@ -105,12 +104,12 @@ def test_weights_are_on_their_way_before_the_processes_are(world: World, server:
             begun.set()
 
     world.driver.before = note
-    before = set(os.listdir("/proc/self/fd"))
+    before = opened()
     restored(world)
     events = world.journal.events
     assert events.index("carry 0") < events.index("unlock 4242")
     assert server.carried == [server.content]
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert not left_open(before)
 
 
 @pytest.mark.parametrize("why", ["no room", "no way", "refused", "not usable", "two ranks"])
@@ -140,8 +139,8 @@ def test_a_server_without_room_for_both_reads_once_the_carried_memory_is_free(
     original, seen = server.wake, list[tuple[int, int]]()
 
     def wake(files: Sequence[int], carried: Sequence[int] = (), *, caches: bool = False) -> Woken:
-        opened = sum("device memory" in target for target in _open_files())
-        seen.append((len(carried), opened))
+        handles = sum("device memory" in target for _, target in opened())
+        seen.append((len(carried), handles))
         if carried:
             raise ControlRefused("there is no room", cause="8 GB are free")
         return original(files)
@@ -152,24 +151,16 @@ def test_a_server_without_room_for_both_reads_once_the_carried_memory_is_free(
     assert "there is no room: 8 GB are free" in world.report.notes[0]
 
 
-def _open_files() -> list[str]:
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one by which they are listed
-            found.append(os.readlink(f"/proc/self/fd/{name}"))
-    return found
-
-
 def test_a_restore_that_fails_lets_go_of_what_was_carried(world: World, server: FakeControl) -> None:
     made(world, weights="outside")
-    before = set(os.listdir("/proc/self/fd"))
+    before = opened()
     world.driver.refuse["restore", 4242] = REFUSED
     with pytest.raises(RestoreError):
         restored(world)
     for thread in threading.enumerate():
         if thread.name == "gpuckpt-carried":  # nobody else waits for it
             thread.join(60)
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert not left_open(before)
     assert not list((world.folder / "run" / "room").glob("*.json"))
 
 
