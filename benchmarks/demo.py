@@ -17,12 +17,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from benchmarks import environment, harness, models
+from benchmarks import environment, harness, memory, models
 from benchmarks.harness import CommandFailed, Outcome
 from benchmarks.statistics import Summary
 from benchmarks.terminal import Terminal
+from gpuckpt import proc
 from gpuckpt.errors import (
     BusyError,
     GpuckptError,
@@ -30,7 +32,6 @@ from gpuckpt.errors import (
     PreflightError,
     VerificationError,
 )
-from gpuckpt.host.tmpfs import available_memory
 
 JSON_VERSION = 1
 LEAST_RESTORES = 5
@@ -190,23 +191,22 @@ class Demo:
         names = [f"{self.name}-{number}" for number in range(1, CLONES + 1)]
         words = [word for name in names for word in ("--as", name)]
         say(f"  $ gpuckpt restore {self.name} {' '.join(words)}")
-        before = available_memory()
         with terminal.waiting(lambda: f"{CLONES} clones") as tick:
             outcome = harness.run(["restore", self.name, *words, "--format", "json"], cwd=self.output, tick=tick)
-        taken = before - available_memory()
         made = outcome.document["replicas"]
         times = [(one["first_token_monotonic_ns"] - outcome.spawned_ns) / 1e9 for one in made]
         equal = len(made) == CLONES and all(one["canary_match"] for one in made)
         for one, at in zip(made, times, strict=True):
             verdict = terminal.green("answer equal") if one["canary_match"] else terminal.red("another answer")
             say(f"  {one['replica']:<10} first token after {terminal.bold(f'{at:.3f} s')}   {verdict}")
-        say(f"  together they took {taken / 1e6:.0f} MB of memory, {taken / CLONES / 1e6:.0f} MB each")
+        own = [proc.own_memory_of(proc.processes_below(memory.pid_of(name))) for name in names]
+        say(f"  each holds {mean(own) / 1e6:.0f} MB of memory of its own")
         self._gpuckpt("stop", *names)
         return {
             "replicas": len(made),
             "ttft_s": [round(at, 6) for at in times],
             "all_answered_s": round(max(times, default=0.0), 6),
-            "bytes_per_replica": taken // CLONES,
+            "bytes_per_replica": round(mean(own)),
             "canary_match": equal,
         }
 
@@ -315,7 +315,7 @@ def table(result: dict[str, Any]) -> list[str]:
         f"  {'restore, memory mapped (default)':<34} {restore['p50']:9.3f} s {restore['p95']:9.3f} s "
         f"{cold / restore['p50']:8.1f} × faster",
         f"  {str(clones['replicas']) + ' clones at once, the last':<34} {clones['all_answered_s']:9.3f} s"
-        f"   {clones['bytes_per_replica'] / 1e6:.0f} MB of memory each",
+        f"   {clones['bytes_per_replica'] / 1e6:.0f} MB of its own each",
         "",
         f"  Where the time goes (mapped restore: the middle one of {restore['n']}); both columns add up",
     ]

@@ -25,8 +25,6 @@ from benchmarks.journal import Document, Sample, answers_equal, summary
 from benchmarks.ours import Goldens
 from benchmarks.statistics import median
 from benchmarks.suite import Run
-from gpuckpt import proc
-from gpuckpt.containers.podman import container_name
 
 BUDGET = 2400.0
 COUNTS = (1, 2, 4, 8, 16)
@@ -70,8 +68,8 @@ class Clones:
                     )
                 )
             after = settled()
-            taken = [memory.below(pid_of(str(document["replica"]))) for document in documents]
-            groups = [memory.cgroup_of(pid_of(str(document["replica"]))) for document in documents]
+            taken = [memory.below(memory.pid_of(str(document["replica"]))) for document in documents]
+            groups = [memory.cgroup_of(memory.pid_of(str(document["replica"]))) for document in documents]
             return {
                 "replicas": self.count,
                 "wall_s": round(outcome.wall_s, 6),
@@ -104,11 +102,6 @@ def replicas_of(outcome: Outcome) -> list[dict[str, Any]]:
 def tokens(documents: Sequence[dict[str, Any]]) -> list[int]:
     """When each replica's first token came."""
     return [int(document["first_token_monotonic_ns"]) for document in documents]
-
-
-def pid_of(replica: str) -> int:
-    argv = ["podman", "inspect", "--format", "{{.State.Pid}}", container_name(replica)]
-    return int(proc.run(argv, timeout=60).stdout)
 
 
 def settled(*, samples: int = 5, pause: float = 0.2) -> int:

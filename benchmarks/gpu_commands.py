@@ -8,11 +8,11 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.asking import Answered, until_answered
-from benchmarks.density import pid_of
 from benchmarks.driver import Gpuckpt, Server
 from benchmarks.gpu_context import Context
 from benchmarks.gpu_record import Document
 from benchmarks.harness import CommandFailed, Outcome
+from benchmarks.memory import pid_of
 from gpuckpt import proc
 from gpuckpt.cuda.driver import Driver
 from gpuckpt.errors import NotFoundError

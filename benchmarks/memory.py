@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpuckpt.proc import processes_below
+from gpuckpt import proc
+from gpuckpt.containers.podman import container_name
 
 _ROLLUP = ("Rss", "Pss", "Pss_Anon", "Pss_File", "Pss_Shmem", "Private_Clean", "Private_Dirty", "Swap")
 
@@ -41,9 +42,15 @@ def of_processes(pids: Iterable[int]) -> dict[str, int]:
     return total
 
 
+def pid_of(replica: str) -> int:
+    """The first process of a replica's container, as the host counts; 0 where none runs."""
+    argv = ["podman", "inspect", "--format", "{{.State.Pid}}", container_name(replica)]
+    return int(proc.run(argv, timeout=60).stdout)
+
+
 def below(pid: int) -> dict[str, int]:
     """The memory of a container's processes, by the pid of its first one."""
-    return of_processes(processes_below(pid))
+    return of_processes(proc.processes_below(pid))
 
 
 def cgroup_of(pid: int, *, proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> int | None:

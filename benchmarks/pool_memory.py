@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import memory
-from benchmarks.density import pid_of, settled
+from benchmarks.density import settled
+from benchmarks.memory import pid_of
 from benchmarks.pool_process import PoolProcess
 from gpuckpt.errors import GpuckptError
 from gpuckpt.proc import processes_below
