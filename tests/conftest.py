@@ -11,6 +11,7 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Generator
 from pathlib import Path
 
@@ -61,6 +62,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.integration)
         if item.get_closest_marker("integration") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(INTEGRATION_TIMEOUT))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, of no use but small."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    script = TESTS.parent / "scripts" / "make_model.py"
+    subprocess.run([PREFIX / "server" / "bin" / "python", script, "--shape", "tiny", folder], check=True)
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")

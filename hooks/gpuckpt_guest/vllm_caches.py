@@ -15,7 +15,7 @@ token's, and lie in the cache. Some versions set the model's to 1 when they wake
 
 Where vLLM notes for itself what is unmapped (``is_asleep``), that is kept right.
 
-Written from the source of vLLM 0.32 and its pull requests since 0.20; it has not run on a GPU yet.
+Written from the source of vLLM 0.33 and its pull requests since 0.20; it has not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ It sleeps at level 2: weights and KV cache are dropped, where level 1 would copy
 the dump. Before that the requests that run end, those that come wait, and the prefix cache is emptied. Communicators
 that have device memory of their own are told, where vLLM has words for it (``checkpoint_prepare``).
 
-Where the weights stay and caches alone go, it does not sleep in vLLM's sense. Scheduling is paused
-(``pause_generation``, in versions without it level 0 of sleep), the prefix cache and those of inputs are emptied with
-it, and the workers give the KV cache back by themselves (vllm_caches.py). For the engine it is a pause, no sleep.
+Where the weights stay and caches alone go, it sleeps at level 0, which has requests wait and gives nothing back. The
+caches of prefixes and of inputs are emptied then, and the workers give the KV cache back by themselves
+(vllm_caches.py). Its other pause, ``pause_generation``, refuses requests that come meanwhile (since 0.33).
 
 vLLM may come to know all this itself: its pull requests 54942, 54943 and 54946 (RFC 54940; their descriptions were read
 in November 2026, when they were open and in no release) add ``--snapshot-config``, and ``suspend``, ``device_unlock``
@@ -20,7 +20,7 @@ server was started with it these are called instead, ``device_unlock`` in the se
 its clones, and no weights pass through files: there are no ranks. What arguments they will take is not settled; one
 that cannot do without is named and not called.
 
-Written from the source of vLLM 0.32; the CPU build has been asked, nothing of it has run on a GPU yet.
+Written from the source of vLLM 0.20 to 0.33; the CPU build has been asked, nothing of it has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -125,40 +125,29 @@ class Orders:
 
     async def _drop(self, what: str) -> int:
         held = sum(one["bytes"] for one in await self._all(what, "gpuckpt_held"))
-        # Requests that run are finished; versions without a choice abort them.
-        mode = {"mode": "wait"} if "mode" in inspect.signature(self._client.sleep).parameters else {}
-        await self._client.sleep(level=2, **mode)
+        await self._client.sleep(level=2, mode="wait")
         self._asleep, self._caches_only = True, False
         return held
 
     async def _release_caches(self, what: str) -> int:
-        pausing = self._knows_to_pause()
-        if not pausing and "mode" not in inspect.signature(self._client.sleep).parameters:
-            raise ControlError(what, "this vLLM cannot have requests wait without giving its weights back")
         self._asleep = self._caches_only = True  # and if it cannot be had back where this fails
         try:
-            if pausing:
-                await self._client.pause_generation(mode="wait", clear_cache=True)
-            else:
-                await self._client.sleep(level=0, mode="wait")
-                if await self._client.reset_prefix_cache() is False:
-                    raise ControlError(what, "the prefix cache could not be emptied")
+            await self._client.sleep(level=0, mode="wait")
+            await self._client.reset_mm_cache()
+            await self._client.reset_encoder_cache()
+            # What is kept outside goes too; versions up to 0.22 fail where nothing is.
+            outside = getattr(self._config, "kv_transfer_config", None) is not None
+            if await self._client.reset_prefix_cache(reset_connector=outside) is False:
+                raise ControlError(what, "the prefix cache could not be emptied")
             return sum(one["bytes"] for one in await self._all(what, "gpuckpt_release_caches"))
         except Exception:
             await self._all(what, "gpuckpt_take_caches")
             await self._resume()
             raise
 
-    def _knows_to_pause(self) -> bool:
-        pause = getattr(self._client, "pause_generation", None)
-        return pause is not None and {"mode", "clear_cache"} <= set(inspect.signature(pause).parameters)
-
     async def _resume(self) -> None:
         """Let requests run again that waited for caches."""
-        if self._knows_to_pause():
-            await self._client.resume_generation()
-        else:
-            await self._client.wake_up(tags=["scheduling"])
+        await self._client.wake_up(tags=["scheduling"])
         self._asleep = False
 
     async def _wake(self, request: dict[str, Any], files: Sequence[int]) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def _forget_names(identity: lifecycle.Identity) -> None:
         module._thread_local = threading.local()  # type: ignore[attr-defined]
 
 
-# vLLM 0.20 to 0.32: what is wrapped, by module, and why there. Modules that a process never imports cost it nothing.
+# vLLM 0.20 to 0.33: what is wrapped, by module, and why there. Modules that a process never imports cost it nothing.
 _WRAPPED: dict[str, dict[str, Wrapper]] = {
     "vllm.v1.worker.worker_base": {
         # A worker, whatever its device and model runner: once per step, before requests are added and tokens sampled.

@@ -20,7 +20,7 @@ Caches alone are given back by other means (vllm_caches.py).
 Nothing here raises: where several workers answer, vLLM reads no further than the first exception, and would take what
 the others have answered for answers to its next call.
 
-Written from the source of vLLM 0.32; it has not run on a GPU yet.
+Written from the source of vLLM 0.33; it has not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -172,14 +172,6 @@ class Bench:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    script = HERE.parents[1] / "scripts" / "make_model.py"
-    subprocess.run([PREFIX / "server" / "bin" / "python", script, "--shape", "tiny", folder], check=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def lively_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose greedy text varies."""
     folder = tmp_path_factory.mktemp("models") / "lively"

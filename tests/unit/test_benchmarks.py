@@ -122,7 +122,7 @@ def test_demo_says_when_one_answer_differed(tmp_path: Path) -> None:
 def test_demo_table_shows_both_columns(tmp_path: Path) -> None:
     text = "\n".join(demo.table(made_up(tmp_path)))
     assert "60.00 s" in text and "2.200 s" in text and "27.3 ×" in text
-    assert "5.200 s" in text and "11.5 ×" in text and "2.800 s" in text and "80 MB of memory each" in text
+    assert "5.200 s" in text and "11.5 ×" in text and "2.800 s" in text and "80 MB of its own each" in text
     assert text.count("unaccounted  ") == 2
 
 

@@ -118,8 +118,15 @@ class Client:
         else:
             self.asked.append("level 0")
 
-    async def reset_prefix_cache(self) -> bool:
-        self.asked.append("reset")
+    async def reset_mm_cache(self) -> None:
+        self.asked.append("inputs")
+
+    async def reset_encoder_cache(self) -> None:
+        self.asked.append("encoder")
+
+    async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        assert not reset_running_requests
+        self.asked.append("outside too" if reset_connector else "prefixes")
         return True
 
     async def wake_up(self, tags: list[str] | None = None) -> bool:
@@ -138,24 +145,6 @@ class Checkpointing(Client):
 
     async def checkpoint_restore(self) -> None:
         self.asked.append("restore")
-
-
-class Pausing(Checkpointing):
-    """That can be paused for its own sake."""
-
-    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
-        assert (mode, clear_cache) == ("wait", True)
-        self.asked.append("pause")
-
-    async def resume_generation(self) -> None:
-        self.asked.append("resume")
-
-
-class Older(Client):
-    """Without a choice of what becomes of requests that run."""
-
-    async def sleep(self, level: int = 1) -> None:  # type: ignore[override]
-        await self.collective_rpc("sleep", kwargs={"level": level})
 
 
 def unmap(handle: tuple[int, int, int, int]) -> None:
@@ -214,7 +203,7 @@ def ask(orders: Orders, do: str, files: Sequence[int] = (), **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("kind", [Client, Checkpointing, Older])
+@pytest.mark.parametrize("kind", [Client, Checkpointing])
 def test_there_and_back(ranks: int, kind: type[Client], files: Any) -> None:
     client = kind(*(pool(seed) for seed in range(ranks)))
     orders, held = Orders(client), files(ranks)
@@ -401,14 +390,15 @@ def mapped(client: Client, tag: str) -> list[bool]:
 
 
 RELEASE, TAKE = "gpuckpt_release_caches", "gpuckpt_take_caches"
+EMPTIED = ["level 0", "inputs", "encoder", "prefixes"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     ("kind", "down", "up"),
     [
-        (Client, ["level 0", "reset", RELEASE], [TAKE, "resume"]),
-        (Pausing, ["pause", RELEASE, "prepare"], ["restore", TAKE, "resume"]),
+        (Client, [*EMPTIED, RELEASE], [TAKE, "resume"]),
+        (Checkpointing, [*EMPTIED, RELEASE, "prepare"], ["restore", TAKE, "resume"]),
     ],
 )
 def test_caches_go_and_weights_stay(ranks: int, kind: type[Client], down: list[str], up: list[str]) -> None:
@@ -442,7 +432,7 @@ def test_what_older_versions_keep_beside_the_cache_outlives_it() -> None:
     made.caches.append(None)
     ctypes.memset(cached + 4000, 0, 96)
     was, beside = ctypes.string_at(tables, 512), ctypes.string_at(shared, 2048)
-    client = Pausing(made)
+    client = Checkpointing(made)
     orders = Orders(client)
     assert ask(orders, "sleep", caches=1) == {"released": 4096 + 2048}
     assert (one.mapped, two.mapped, three.mapped) == (False, True, False)
@@ -462,7 +452,7 @@ def size(each: tuple[int, Any]) -> int:
 
 
 def test_vllm_s_own_notes_are_kept_right() -> None:
-    client = Pausing(pool())
+    client = Checkpointing(pool())
     data = list(client.workers[0].pool.pointer_to_data.values())
     for each in data:
         each.is_asleep = False
@@ -474,7 +464,7 @@ def test_vllm_s_own_notes_are_kept_right() -> None:
 
 
 def test_a_model_without_such_a_cache() -> None:
-    client = Pausing(Pool(("weights", 300), ("kv_cache", 64)))
+    client = Checkpointing(Pool(("weights", 300), ("kv_cache", 64)))
     client.workers[0].pool.caches.clear()
     orders = Orders(client)
     assert ask(orders, "sleep", caches=1) == {"released": 0} and ask(orders, "state") == {"asleep": True}
@@ -484,10 +474,11 @@ def test_a_model_without_such_a_cache() -> None:
 @pytest.mark.parametrize(
     ("kind", "step"),
     [
-        (Pausing, "pause_generation"),
         (Client, "sleep"),
+        (Client, "reset_mm_cache"),
+        (Client, "reset_encoder_cache"),
         (Client, "reset_prefix_cache"),
-        (Pausing, "release"),
+        (Checkpointing, "release"),
     ],
 )
 def test_caches_that_cannot_be_given_back_are_had_again(
@@ -496,7 +487,7 @@ def test_caches_that_cannot_be_given_back_are_had_again(
     client = kind(pool(), pool(2))
     orders = Orders(client)
 
-    async def fail(*, mode: str = "", level: int = 0, clear_cache: bool = True) -> None:
+    async def fail(**_: Any) -> None:
         raise OSError("broken")
 
     def fail_on_rank_1(handle: tuple[int, int, int, int]) -> None:
@@ -519,19 +510,26 @@ def test_caches_that_cannot_be_given_back_are_had_again(
 
 def test_a_prefix_cache_that_is_in_use() -> None:
     class Busy(Client):
-        async def reset_prefix_cache(self) -> bool:
+        async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
             return False
 
     client = Busy(pool())
     with pytest.raises(ControlError) as caught:
         ask(Orders(client), "sleep", caches=1)
     assert caught.value.cause == "the prefix cache could not be emptied"
-    assert client.asked == ["level 0", TAKE, "resume"] and all(mapped(client, "kv_cache"))
+    assert client.asked == [*EMPTIED[:-1], TAKE, "resume"] and all(mapped(client, "kv_cache"))
+
+
+def test_what_is_kept_outside_of_the_engine_goes_with_its_caches() -> None:
+    client = Client(pool())
+    client.vllm_config.kv_transfer_config = SimpleNamespace()
+    ask(Orders(client), "sleep", caches=1)
+    assert client.asked[3] == "outside too"
 
 
 @pytest.mark.parametrize("step", ["checkpoint_prepare", "gpuckpt_quiet"])
 def test_a_sleep_that_fails_without_its_caches_is_one(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = Pausing(pool())
+    client = Checkpointing(pool())
     orders = Orders(client)
 
     async def fail() -> None:
@@ -551,7 +549,7 @@ def test_a_sleep_that_fails_without_its_caches_is_one(step: str, monkeypatch: py
 
 def test_caches_that_cannot_be_had_at_all_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be given back on one device may not come back on another."""
-    client = Pausing(pool(), pool(2))
+    client = Checkpointing(pool(), pool(2))
     orders = Orders(client)
 
     def fail_on_rank_1(handle: tuple[int, int, int, int]) -> None:
@@ -576,7 +574,7 @@ def test_caches_that_cannot_be_had_again_stay_away(step: str, monkeypatch: pytes
         random.seed(seed)
         return Pool(("weights", 300), ("kv_cache", 4096), ("kv_cache", 1024))
 
-    client = Pausing(both(1), both(2))
+    client = Checkpointing(both(1), both(2))
     orders = Orders(client)
     ask(orders, "sleep", caches=1)
     cumem, calls = sys.modules["vllm.device_allocator.cumem"], []
@@ -614,15 +612,15 @@ def test_caches_that_cannot_be_had_again_stay_away(step: str, monkeypatch: pytes
 
 
 def test_requests_that_cannot_be_let_run_are_when_it_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = Pausing(pool())
+    client = Checkpointing(pool())
     orders = Orders(client)
     ask(orders, "sleep", caches=1)
 
-    async def fail() -> None:
+    async def fail(tags: Any) -> None:
         raise OSError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "resume_generation", fail)
+        patch.setattr(client, "wake_up", fail)
         with pytest.raises(OSError, match="broken"):
             ask(orders, "wake", caches=1)
     assert ask(orders, "state") == {"asleep": True} and all(mapped(client, "kv_cache"))
@@ -630,26 +628,8 @@ def test_requests_that_cannot_be_let_run_are_when_it_is_asked_again(monkeypatch:
     assert ask(orders, "state") == {"asleep": False} and client.asked.count("restore") == 1
 
 
-def test_a_version_in_which_requests_cannot_wait() -> None:
-    client = Older(pool())
-    with pytest.raises(ControlError) as caught:
-        ask(Orders(client), "sleep", caches=1)
-    assert "cannot have requests wait" in caught.value.cause
-    assert client.asked == [] and ask(Orders(client), "state") == {"asleep": False}
-
-
-def test_a_pause_of_another_kind_is_not_used() -> None:
-    class Other(Client):
-        async def pause_generation(self, *, wait_for_inflight_requests: bool = False) -> None:
-            raise AssertionError
-
-    client = Other(pool())
-    ask(Orders(client), "sleep", caches=1)
-    assert client.asked[:2] == ["level 0", "reset"]
-
-
 def test_it_wakes_up_from_what_it_was_put_to_sleep_by(files: Any) -> None:
-    client, held = Pausing(pool()), files(1)
+    client, held = Checkpointing(pool()), files(1)
     orders = asleep(client, held)
     for do in ("sleep", "wake"):
         with pytest.raises(ControlError, match="the server cannot") as caught:
@@ -674,7 +654,7 @@ def test_it_wakes_up_from_what_it_was_put_to_sleep_by(files: Any) -> None:
 
 @pytest.mark.parametrize("config", [{"sleeps": False}, {"worker_extension_cls": ""}, {"data_parallel_size": 2}])
 def test_caches_of_a_server_that_was_not_started_for_it(config: dict[str, Any]) -> None:
-    client = Pausing(pool(), **config)
+    client = Checkpointing(pool(), **config)
     for do in ("sleep", "wake"):
         with pytest.raises(ControlError):
             ask(Orders(client), do, caches=1)
