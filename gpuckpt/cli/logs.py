@@ -54,6 +54,8 @@ def command(ctx: click.Context, /, name: str, tail: int | None, follow: bool, fa
     if as_json:
         print_json({"replica": one.name, "lines": last(text, tail).splitlines()})
         return
+    if not text:  # as after every restore: what came before was the frozen server's
+        say(f"{one.name} has printed nothing yet")
     click.echo(last(text, tail), nl=False)
     if follow:
         _follow(work, one, text)

@@ -65,3 +65,12 @@ def test_kept_logs_are_those_of_exactly_that_name(machine: Layout) -> None:
     assert run("logs", "a-b", "--failed").stdout == "a-b-server 1\na-b-server 2\n"
     assert run("logs", "a", "--failed", "--tail", "0").stdout == ""
     assert run("logs", "a.*", "--failed").returncode == 6
+
+
+def test_a_replica_that_has_printed_nothing(machine: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica_of(machine, "one", "gold")
+    with_logs(monkeypatch, machine, "")
+    done = run("logs", "one")
+    assert (done.returncode, done.stdout) == (0, "") and "one has printed nothing yet" in done.stderr
+    with_logs(monkeypatch, machine, "a\n")
+    assert run("logs", "one", "--tail", "0").stderr == ""
