@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 
 from msgspec import structs
 
@@ -30,13 +30,22 @@ def restore_all(
         tools.report.stage(f"restore {count}")
         stop_waiting = threading.Event()
         quiet = structs.replace(tools, report=_NotesOnly(tools.report), devices=tools.devices.stopped_by(stop_waiting))
-        # Noted by the threads themselves: an interrupt can come before we know of one that we have started.
+        # Noted by the threads themselves: an interrupt can come before we, or the pool, know of one that was started.
+        beginning, under_way = threading.Lock(), list[threading.Event]()
         made: list[Restored] = []
 
         def work(one: RestoreRequest) -> Restored:
-            restored = from_opened(one, quiet, phases.branch(), source)
-            made.append(restored)
-            return restored
+            over = threading.Event()
+            with beginning:
+                if stop_waiting.is_set():
+                    raise CancelledError
+                under_way.append(over)
+            try:
+                restored = from_opened(one, quiet, phases.branch(), source)
+                made.append(restored)
+                return restored
+            finally:
+                over.set()
 
         running: dict[Future[Restored], RestoreRequest] = {}
         try:
@@ -44,8 +53,11 @@ def restore_all(
             for done, _ in enumerate(as_completed(running), start=1):
                 tools.report.stage(f"restore {count}: {done} done")
         except BaseException:
-            stop_waiting.set()
+            with beginning:
+                stop_waiting.set()
             pool.shutdown(cancel_futures=True)
+            for over in under_way:
+                over.wait()
             _take_back(tools, made)
             raise
     phases.stop()

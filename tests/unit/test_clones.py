@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from msgspec import structs
 from gpuckpt.containers.podman import container_name
 from gpuckpt.criu import view
 from gpuckpt.errors import BusyError, GpuckptError, PreflightError, RestoreError, UsageError, VerificationError
-from gpuckpt.golden import catalogue, prepare
+from gpuckpt.golden import catalogue, prepare, several
 from gpuckpt.golden import replica as replicas
 from gpuckpt.golden.assembly import hostname
 from gpuckpt.golden.prepare import Options
-from gpuckpt.golden.restore import Restored, RestoreRequest, restore
+from gpuckpt.golden.restore import Restored, RestoreRequest, from_opened, restore
 from gpuckpt.golden.several import restore_all
 from gpuckpt.golden.sweep import sweep
 from gpuckpt.host import entropy
@@ -76,6 +78,37 @@ def test_one_that_fails_takes_no_other_with_it(world: World) -> None:
     ready, failed = clones(world, "one", "two", "three")
     assert [one.replica.name for one in ready] == ["one", "three"]
     assert [(name, type(error)) for name, error in failed] == [("two", BusyError)]
+
+
+def test_an_interrupt_while_they_are_started_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a thread's start and the pool's note of it: the pool does not wait for that one."""
+    begun, free, ended = threading.Event(), threading.Event(), list[str]()
+    original = from_opened
+
+    def slow(request: RestoreRequest, *rest: Any) -> Restored:
+        begun.set()
+        assert free.wait(60)
+        try:
+            return original(request, *rest)
+        finally:
+            ended.append(str(request.replica))
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args: Any) -> Any:  # type: ignore[override]
+            super().submit(*args)
+            assert begun.wait(60)
+            self._threads = set()
+            raise KeyboardInterrupt
+
+        def shutdown(self, *args: Any, **options: Any) -> None:
+            super().shutdown(*args, **options)
+            free.set()
+
+    monkeypatch.setattr(several, "from_opened", slow)
+    monkeypatch.setattr(several, "ThreadPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt):
+        clones(world, "one", "two")
+    assert ended == ["one"] and not list(world.layout.replicas.iterdir()) and not world.containers.containers
 
 
 def test_a_damaged_golden_is_nobody_s(world: World) -> None:
