@@ -53,15 +53,24 @@ class Helper:
             listener.listen(64)
             listener.settimeout(1.0)
             while self._wanted(mine):
-                try:
-                    connection, _ = listener.accept()
-                except TimeoutError:
-                    continue
-                with self._lock:
-                    self._busy += 1  # not only once its thread runs: who has just been let in keeps it from its end
-                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
-        if self._is(mine):
-            self._path.unlink(missing_ok=True)
+                self._let_in(listener)
+            if self._is(mine):
+                self._path.unlink(missing_ok=True)
+            listener.setblocking(False)  # nobody comes any more; who is at the door already is answered
+            while late := self._let_in(listener):
+                late.join()
+
+    def _let_in(self, listener: socket.socket) -> threading.Thread | None:
+        """Answer who comes next, in a thread; None if nobody does in the listener's time."""
+        try:
+            connection, _ = listener.accept()
+        except (TimeoutError, BlockingIOError):
+            return None
+        with self._lock:
+            self._busy += 1  # not only once its thread runs: who has just been let in keeps it from its end
+        answering = threading.Thread(target=self._answer, args=(connection,), daemon=True)
+        answering.start()
+        return answering
 
     def _wanted(self, mine: int) -> bool:
         with self._lock:

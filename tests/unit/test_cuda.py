@@ -585,6 +585,22 @@ def test_the_helper_ends_when_nobody_asks(tmp_path: Path, driver: FakeDriver) ->
     assert not thread.is_alive() and not path.exists()
 
 
+def test_who_is_at_the_door_when_it_ends_is_answered(tmp_path: Path, driver: FakeDriver) -> None:
+    path = tmp_path / "gpu.sock"
+    with socket.socket(socket.AF_UNIX) as client:
+
+        class Ending(Helper):
+            def _wanted(self, mine: int) -> bool:
+                client.connect(str(path))
+                client.sendall(b'{"call": "version", "arguments": []}\n')
+                client.shutdown(socket.SHUT_WR)
+                return False
+
+        Ending(driver, path).serve()
+        assert b"570.86.15" in client.recv(1 << 12)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [
