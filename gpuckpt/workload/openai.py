@@ -16,6 +16,10 @@ from gpuckpt.timing import now_ns
 from gpuckpt.workload.base import Replay
 from gpuckpt.workload.endpoint import Endpoint
 
+# A thread of OpenMP (libgomp, as torch brings it) that waits for the next piece of work looks for it for milliseconds
+# before it sleeps: a time slice, which other replicas on the same cores would use. This many looks, a fraction of a
+# millisecond, bridge the gaps within a step, and no more.
+OPENMP = {"GOMP_SPINCOUNT": "20000"}
 _COMPLETIONS = "/v1/completions"
 # One token in most vocabularies: what a restore is judged by should be the restore, not the reading of a prompt.
 _CANARY_PROMPT = "The"

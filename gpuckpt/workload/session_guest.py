@@ -13,7 +13,7 @@ from gpuckpt.workload.base import PROCESSORS, SOCKET_INSIDE, Accelerator, Launch
 from gpuckpt.workload.endpoint import Endpoint
 from gpuckpt.workload.guest import GUEST_ENVIRONMENT, guest_mount
 from gpuckpt.workload.http import send
-from gpuckpt.workload.openai import OpenAI, option, without
+from gpuckpt.workload.openai import OPENMP, OpenAI, option, without
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -53,7 +53,7 @@ class Guest(OpenAI):
         # A server writes and removes the files of its sessions: two would take them away from one another.
         kept = option(arguments, "--kv-dir")
         own = () if kept is None else (kept,)
-        return LaunchLine(words, _ENVIRONMENT | GUEST_ENVIRONMENT, (guest_mount(), folder), own)
+        return LaunchLine(words, _ENVIRONMENT | OPENMP | GUEST_ENVIRONMENT, (guest_mount(), folder), own)
 
     def warm_up(self, endpoint: Endpoint, count: int, prompts: Sequence[str]) -> None:
         """What every OpenAI-compatible server gets, then the user's own requests: to make sessions, and stop them."""

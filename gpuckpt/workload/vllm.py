@@ -17,7 +17,7 @@ from gpuckpt.errors import UsageError
 from gpuckpt.manifest import Mount
 from gpuckpt.workload.base import PROCESSORS, SOCKET_INSIDE, Accelerator, LaunchLine
 from gpuckpt.workload.guest import GUEST_ENVIRONMENT, guest_mount
-from gpuckpt.workload.openai import OpenAI, option, without
+from gpuckpt.workload.openai import OPENMP, OpenAI, option, without
 
 _ENVIRONMENT = {
     # One address that exists in every network namespace: the engine's own sockets bind to it.
@@ -66,7 +66,7 @@ class Vllm(OpenAI):
         self, arguments: Sequence[str], *, port: int | None, python: Path | None, on: Accelerator = PROCESSORS
     ) -> LaunchLine:
         mounts: tuple[Mount, ...] = (guest_mount(),)
-        env = _ENVIRONMENT | (_GPU_ENVIRONMENT if on.gpu else {}) | GUEST_ENVIRONMENT
+        env = _ENVIRONMENT | OPENMP | (_GPU_ENVIRONMENT if on.gpu else {}) | GUEST_ENVIRONMENT
         if on.outside and not on.gpu:
             raise UsageError(
                 "vLLM on processors cannot keep its weights outside of its image",

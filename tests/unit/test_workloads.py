@@ -283,6 +283,13 @@ def test_processors_are_as_ever() -> None:
     assert not {"OMP_NUM_THREADS", "NCCL_IB_DISABLE"} & set(line_on(Accelerator()).env)
 
 
+def test_threads_that_wait_for_work_leave_the_cores_to_other_replicas(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    lines = [line_on(Accelerator()), line_on(GPU)]
+    lines.append(Guest(Workload(kind="guest", model=str(tmp_path))).launch((), port=None, python=None))
+    assert {line.env["GOMP_SPINCOUNT"] for line in lines} == {"20000"}
+
+
 def test_on_a_gpu_it_is_eager_unless_graphs_are_asked_for() -> None:
     eager, graphs = line_on(GPU), line_on(Accelerator(gpu=True, graphs=True))
     assert "--enforce-eager" in eager.argv and "--compilation-config" not in eager.argv
