@@ -9,6 +9,8 @@ So each kind of process asks, in the one place that all its work comes through, 
 that costs a stat(2) per step or request. The workers of one engine must agree on every token, since each rank samples
 by itself: they reseed as one group.
 
+On processors, processes that wait for each other leave the cores to those that compute, their own and other replicas'.
+
 The API server also takes the host's orders to sleep and to wake up (vllm_control.py), from the moment on that its
 application is called first, which is when it starts up.
 """
@@ -20,6 +22,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -30,6 +33,8 @@ from . import lifecycle, nvml, vllm_control
 
 _log = logging.getLogger("gpuckpt_guest")
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+_LOOKING = 0.003  # seconds: between two steps the next order comes sooner, and to be woken up takes longer
+_NAP = 10  # milliseconds
 
 
 def register() -> None:
@@ -96,7 +101,11 @@ def _wrap(module: ModuleType, attributes: dict[str, Wrapper]) -> None:
 
 
 def _warn(name: str) -> None:
-    _log.warning("this vLLM has no %s: its clones may answer alike without a seed, or it may be hard to freeze", name)
+    _log.warning(
+        "this vLLM has no %s: its clones may answer alike without a seed or crowd the processors, "
+        "or it may be hard to freeze",
+        name,
+    )
 
 
 def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,6 +139,38 @@ def _letting_go(original: Callable[..., Any]) -> Callable[..., Any]:
     return slept
 
 
+def _napping(original: Callable[..., None]) -> Callable[..., None]:
+    """The reader of a queue between two processes of an engine looks for a second after each message whether the next
+    one is there, and yields its core for each look only. On processors the model's threads want that core, and those
+    of other replicas. After a moment it sleeps there until the writer says that there is one, as vLLM's readers do once
+    they have been idle; but not for long, as who has just begun to listen may have missed it.
+    """
+
+    @functools.wraps(original)
+    def waited(self: Any, timeout_ms: int | None = None) -> None:
+        now = time.monotonic()
+        since = self.__dict__.get("gpuckpt_since")
+        if since is None or since[0] != self.last_read:  # it begins to wait for the next
+            self.gpuckpt_since = since = self.last_read, now
+        if now < since[1] + _LOOKING or now > self.last_read + self.busy_loop_s or not _on_processors():
+            original(self, timeout_ms)
+            return
+        busy, self.busy_loop_s = self.busy_loop_s, -1.0
+        try:
+            original(self, _NAP if timeout_ms is None else min(timeout_ms, _NAP))
+        finally:
+            self.busy_loop_s = busy
+
+    return waited
+
+
+@functools.cache
+def _on_processors() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
 def _grouping(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def grouped(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -161,6 +202,7 @@ _WRAPPED: dict[str, dict[str, Wrapper]] = {
     # fell between a step and its sampling.
     "vllm.v1.sample.sampler": {"Sampler.forward": _checking},
     "vllm.v1.worker.gpu.sample.states": {"SamplingStates.add_request": _checking},
+    "vllm.distributed.device_communicators.shm_broadcast": {"SpinCondition.wait": _napping},
     # The engine's scheduling process; it sleeps to be frozen.
     "vllm.v1.engine.core": {"EngineCore.add_request": _checking, "EngineCore.sleep": _letting_go},
     # The API server, before anything of a request is read.

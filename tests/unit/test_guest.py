@@ -293,6 +293,19 @@ class EngineCore:
     def sleep(self, level=1):
         return level
 """,
+    "vllm/distributed/device_communicators/shm_broadcast.py": """
+class SpinCondition:
+    def __init__(self):
+        self.last_read, self.busy_loop_s, self.waits = 100.0, 1.0, []
+    def wait(self, timeout_ms=None):
+        self.waits.append((self.busy_loop_s, timeout_ms))
+""",
+    "vllm/platforms/__init__.py": """
+class current_platform:
+    @staticmethod
+    def is_cpu():
+        return True
+""",
     "fastapi/applications.py": "class FastAPI:\n    async def __call__(self, scope, receive, send): return scope",
 }
 
@@ -306,6 +319,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
         file.write_text(text)
         for folder in file.relative_to(tmp_path / "site").parents:
             (tmp_path / "site" / folder / "__init__.py").touch()
+    vllm_plugin._on_processors.cache_clear()
     before, finders = set(sys.modules), list(sys.meta_path)
     monkeypatch.syspath_prepend(tmp_path / "site")
     importlib.import_module("vllm")
@@ -363,6 +377,52 @@ def test_an_engine_that_sleeps_lets_go_of_the_management_library(
     vllm_plugin.register()
     assert module("vllm.v1.engine.core").EngineCore().sleep(level=2) == 2
     assert calls[1:] == ["let go"]
+
+
+def waits(monkeypatch: pytest.MonkeyPatch, *looks: tuple[float, int | None]) -> list[tuple[float, int | None]]:
+    """How vLLM waits for a message when it is asked to at these times; the last one came at 100."""
+    vllm_plugin.register()
+    reader = module("vllm.distributed.device_communicators.shm_broadcast").SpinCondition()
+    for now, timeout in looks:
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        reader.wait(timeout_ms=timeout)
+        assert reader.busy_loop_s == 1.0
+    found: list[tuple[float, int | None]] = reader.waits
+    return found
+
+
+LOOKS: tuple[tuple[float, int | None], ...] = (
+    (100.05, None),  # it begins to wait
+    (100.052, None),
+    (100.06, None),
+    (100.9, 4),
+    (100.9, 60_000),
+    (101.1, 60_000),
+    (102.0, None),
+)
+
+
+def test_who_waits_for_a_message_leaves_the_processors_to_others(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a moment, and so that one that it was not told of is found all the same."""
+    soon = [(1.0, None), (1.0, None), (-1.0, 10), (-1.0, 4), (-1.0, 10)]
+    assert waits(monkeypatch, *LOOKS) == [*soon, (1.0, 60_000), (1.0, None)]
+
+
+def test_after_each_message_it_looks_for_a_moment_first(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm_plugin.register()
+    reader = module("vllm.distributed.device_communicators.shm_broadcast").SpinCondition()
+    for now, came in ((100.05, 100.0), (100.06, 100.0), (100.1, 100.07), (100.11, 100.07)):
+        reader.last_read = came
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        reader.wait()
+    assert reader.waits == [(1.0, None), (-1.0, 10), (1.0, None), (-1.0, 10)]
+
+
+def test_on_a_gpu_it_waits_as_ever(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module("vllm.platforms").current_platform, "is_cpu", lambda: False)
+    assert waits(monkeypatch, *LOOKS) == [(1.0, timeout) for _, timeout in LOOKS]
 
 
 @pytest.mark.parametrize(
