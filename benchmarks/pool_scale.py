@@ -211,7 +211,11 @@ class Many:
         }  # fmt: skip
 
     def _asked(self) -> list[str | None]:
-        """The first difference of each replica's answer from the recorded one; all are asked at the same time."""
+        """The first difference of each replica's answer from the recorded one; all are asked at the same time.
+
+        They are asked past the service, which may be asking its own canary: sums over two requests are made in another
+        order. So who differs is asked once more, by itself.
+        """
         work = [
             (endpoint, self.canaries[name])
             for name in self.models
@@ -219,7 +223,10 @@ class Many:
         ]
         with threads(len(work)) as workers:
             answers = list(workers.map(lambda one: until_answered(*one, timeout=_MOST), work))
-        return [answer.difference for answer in answers]
+        return [
+            until_answered(*one, timeout=_MOST).difference if answer.difference else None
+            for one, answer in zip(work, answers, strict=True)
+        ]
 
     def close(self) -> None:
         for name in self.models:
