@@ -183,7 +183,7 @@ class Many:
         for name in self.models:
             pool_states.until_hot(process, name, self.each)
         hot = time.monotonic() - began
-        differences = self._asked()
+        first, differences = self._asked()
         noted(process)
         after = settled()
         held = {name: of_replicas(process.model(name)) for name in self.models}
@@ -194,6 +194,7 @@ class Many:
             "all_answered": len(differences) == len(everything) == self.each * len(self.models),
             "canaries_equal": not any(differences),
             "differences": [difference for difference in differences if difference],
+            "asked_again": [difference for difference in first if difference],
             "available_before": before,
             "available_after": after,
             "available_drop_bytes": before - after,
@@ -210,11 +211,11 @@ class Many:
             }
         }  # fmt: skip
 
-    def _asked(self) -> list[str | None]:
+    def _asked(self) -> tuple[list[str | None], list[str | None]]:
         """The first difference of each replica's answer from the recorded one; all are asked at the same time.
 
         They are asked past the service, which may be asking its own canary: sums over two requests are made in another
-        order. So who differs is asked once more, by itself.
+        order. So who differs is asked once more, by itself. Returns what the first answers said, and the last ones.
         """
         work = [
             (endpoint, self.canaries[name])
@@ -223,10 +224,12 @@ class Many:
         ]
         with threads(len(work)) as workers:
             answers = list(workers.map(lambda one: until_answered(*one, timeout=_MOST), work))
-        return [
-            until_answered(*one, timeout=_MOST).difference if answer.difference else None
-            for one, answer in zip(work, answers, strict=True)
+        first = [answer.difference for answer in answers]
+        last = [
+            until_answered(*one, timeout=_MOST).difference if why else None
+            for one, why in zip(work, first, strict=True)
         ]
+        return first, last
 
     def close(self) -> None:
         for name in self.models:

@@ -148,11 +148,14 @@ def _napping(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def waited(self: Any, timeout_ms: int | None = None) -> None:
+        if not _on_processors():
+            original(self, timeout_ms)
+            return
         now = time.monotonic()
         since = self.__dict__.get("gpuckpt_since")
         if since is None or since[0] != self.last_read:  # it begins to wait for the next
             self.gpuckpt_since = since = self.last_read, now
-        if now < since[1] + _LOOKING or now > self.last_read + self.busy_loop_s or not _on_processors():
+        if now < since[1] + _LOOKING or now > self.last_read + self.busy_loop_s:
             original(self, timeout_ms)
             return
         busy, self.busy_loop_s = self.busy_loop_s, -1.0
